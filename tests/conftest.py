@@ -1,0 +1,36 @@
+"""Strict JAX settings for every test: 8 CPU devices, no rank promotion, no reused keys, a persistent compilation cache."""
+
+import os
+import pathlib
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+
+import jax
+import pytest
+
+CACHE = pathlib.Path(__file__).resolve().parent.parent / ".jax_cache"
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(CACHE))  # child processes share it too
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
+
+jax.config.update("jax_num_cpu_devices", 8)
+jax.config.update("jax_compilation_cache_dir", os.environ["JAX_COMPILATION_CACHE_DIR"])
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
+jax.config.update("jax_numpy_rank_promotion", "raise")
+jax.config.update("jax_debug_key_reuse", True)
+
+
+@pytest.fixture
+def x64():
+    """float64 arithmetic inside one test."""
+    with jax.enable_x64(True):
+        yield
+
+
+@pytest.fixture(scope="session")
+def hexa_data():
+    """The folder with real images; tests that need it are skipped where HEXA_DATA does not name one."""
+    folder = os.environ.get("HEXA_DATA")
+    if not folder or not pathlib.Path(folder).is_dir():
+        pytest.skip("HEXA_DATA does not name a folder with the real image packs")
+    return pathlib.Path(folder)
