@@ -1,0 +1,232 @@
+"""From a config to the objects of a run; every mistake that a config can hold is found here, before anything is compiled."""
+
+import jax
+import jax.numpy as jnp
+import optax
+from ml_collections import ConfigDict
+
+from hexa_jax import optim
+from hexa_jax.data.augment import Photometric
+from hexa_jax.data.crops import DeviceCrops, Resolution
+from hexa_jax.data.sources import Source, make_source
+from hexa_jax.mesh import Layout, make_mesh
+from hexa_jax.methods.base import Method, Spec
+from hexa_jax.methods.deepcluster import DeepCluster
+from hexa_jax.methods.moco import MoCo
+from hexa_jax.models.heads import Network, ProjectionHead
+from hexa_jax.models.resnet import make_resnet
+from hexa_jax.objective import Objective, ViewSettings
+from hexa_jax.train_step import Trainer
+
+
+class ConfigError(ValueError):
+    """A setting that cannot work; the message is one line that says what would."""
+
+
+PRECISIONS = {
+    "bfloat16": (jnp.bfloat16, jnp.float32),
+    "float32": (jnp.float32, jnp.float32),
+    "float64": (jnp.float64, jnp.float64),
+}
+
+
+def choose(name: str, value: str, table: dict):
+    """table[value], or a ConfigError that lists the choices."""
+    if value not in table:
+        raise ConfigError(f"config.{name}={value!r} is not known: use one of {', '.join(sorted(table))}")
+    return table[value]
+
+
+def open_source(config: ConfigDict, spec: str) -> Source:
+    """The source that `spec` names, with the config's sizes for generated data."""
+    return make_source(
+        spec,
+        image_size=config.data.shapes_size,
+        num_examples=config.data.shapes_count,
+        data_dir=config.runtime.data_dir or None,
+    )
+
+
+def make_method(config: ConfigDict) -> Method:
+    """The method that `config.method` names."""
+    moco, deepcluster = config.moco, config.deepcluster
+
+    def make_moco() -> MoCo:
+        return MoCo(moco.queue_size, moco.momentum, moco.temperature)
+
+    def make_deepcluster() -> DeepCluster:
+        d = deepcluster
+        return DeepCluster(d.num_clusters, d.num_heads, d.assign_crops, d.iterations, d.temperature)
+
+    return choose("method", config.method, {"moco": make_moco, "deepcluster": make_deepcluster})()
+
+
+def make_network(config: ConfigDict) -> Network:
+    """Backbone and head; the adversarial BatchNorm set exists only where the objective uses it."""
+    compute_dtype, _ = choose("precision", config.precision, PRECISIONS)
+    model = config.model
+    auxiliary = bool(config.views.alpha1)
+    backbone = make_resnet(
+        model.backbone,
+        model.base_channels,
+        stem=model.stem,
+        dtype=compute_dtype,
+        auxiliary_norm=auxiliary,
+        zero_init_residual=model.zero_init_residual,
+    )
+    hidden = model.head_hidden or backbone.feature_dim
+    head = ProjectionHead(hidden, model.head_dim, model.head_batch_norm, compute_dtype, auxiliary)
+    return Network(backbone, head, tuple(config.data.pixel_mean), tuple(config.data.pixel_std))
+
+
+def make_resolutions(config: ConfigDict, key_crops: int) -> tuple[Resolution, ...]:
+    """The crops that the network learns from; a method's key crop is taken off the first resolution."""
+    data = config.data
+    columns = (data.num_crops, data.crop_size, data.min_scale, data.max_scale)
+    if len({len(column) for column in columns}) != 1 or not data.num_crops:
+        raise ConfigError(
+            "data.num_crops, crop_size, min_scale and max_scale need one entry per resolution each, they have "
+            + ", ".join(str(len(column)) for column in columns)
+        )
+    counts = (data.num_crops[0] - key_crops, *data.num_crops[1:])
+    if key_crops and counts != (1,):
+        raise ConfigError(f"{config.method} takes two crops of one size, a query and a key: data.num_crops=(2,)")
+    if min(counts) < 1:
+        raise ConfigError(f"data.num_crops={tuple(data.num_crops)} leaves no crop to learn from")
+    for low, high in zip(data.min_scale, data.max_scale, strict=True):
+        if not 0 < low <= high <= 1:
+            raise ConfigError(f"crop scales are shares of the image with 0 < min <= max <= 1, not {low} and {high}")
+    return tuple(
+        Resolution(count, size, (low, high))
+        for count, size, low, high in zip(counts, data.crop_size, data.min_scale, data.max_scale, strict=True)
+    )
+
+
+def make_photometric(config: ConfigDict) -> tuple[Photometric, ...]:
+    """One augmentation per crop, the key crop last."""
+    augment, crops = config.augment, sum(config.data.num_crops)
+
+    def of_crop(name: str, crop: int) -> float:
+        values = getattr(augment, name)
+        if len(values) not in (1, crops):
+            raise ConfigError(f"augment.{name} has {len(values)} entries for {crops} crops: give one, or one per crop")
+        return float(values[crop if len(values) > 1 else 0])
+
+    return tuple(
+        Photometric(
+            jitter_probability=of_crop("jitter_probability", crop),
+            brightness=augment.brightness,
+            contrast=augment.contrast,
+            saturation=augment.saturation,
+            hue=augment.hue,
+            gray_probability=of_crop("gray_probability", crop),
+            blur_probability=of_crop("blur_probability", crop),
+            blur_sigma=tuple(augment.blur_sigma),
+            solarize_probability=of_crop("solarize_probability", crop),
+        )
+        for crop in range(crops)
+    )
+
+
+def make_schedule(config: ConfigDict, steps_per_epoch: int) -> optim.Schedule:
+    """Learning rate as a function of the step."""
+    o, epochs = config.optimizer, config.epochs
+    if o.schedule == "epoch_cosine":
+        return optim.epoch_cosine(o.learning_rate, epochs, steps_per_epoch)
+    if o.schedule != "cosine":
+        raise ConfigError(f"config.optimizer.schedule={o.schedule!r} is not known: use one of cosine, epoch_cosine")
+    return optim.warmup_cosine(
+        o.learning_rate,
+        o.final_learning_rate,
+        epochs * steps_per_epoch,
+        int(o.warmup_epochs * steps_per_epoch),
+        o.warmup_start,
+    )
+
+
+def make_optimizer(config: ConfigDict, steps_per_epoch: int) -> optax.GradientTransformation:
+    """SGD or LARC with the config's schedule."""
+    o, schedule = config.optimizer, make_schedule(config, steps_per_epoch)
+    if o.name == "sgd":
+        return optim.sgd(schedule, o.momentum, o.weight_decay)
+    if o.name == "larc":
+        return optim.larc(schedule, o.momentum, o.weight_decay, o.trust_coefficient)
+    raise ConfigError(f"config.optimizer.name={o.name!r} is not known: use one of larc, sgd")
+
+
+def make_views(config: ConfigDict) -> ViewSettings:
+    """Equation 10's settings, grey levels turned into pixels of [0, 1]."""
+    v = config.views
+    for name, value, known in (("norm", v.norm, ("linf", "l2")), ("attack_branch", v.attack_branch, ("auxiliary", "main"))):
+        if value not in known:
+            raise ConfigError(f"config.views.{name}={value!r} is not known: use one of {', '.join(known)}")
+    if v.steps < 1 or v.epsilon <= 0 or v.step_size <= 0 or v.alpha1 < 0 or v.alpha2 < 0:
+        raise ConfigError("views.steps, epsilon and step_size must be positive, alpha1 and alpha2 not negative")
+    return ViewSettings(
+        alpha1=v.alpha1,
+        alpha2=v.alpha2,
+        epsilon=v.epsilon / 255,
+        step_size=v.step_size / 255,
+        steps=v.steps,
+        norm=v.norm,
+        random_start=v.random_start,
+        attack_branch=v.attack_branch,
+        share_gradient=v.share_gradient,
+        cutmix_alpha=v.cutmix_alpha,
+        cutmix_beta=v.cutmix_beta,
+        one_box=v.cutmix_one_box,
+    )
+
+
+def make_devices(config: ConfigDict) -> list[jax.Device]:
+    """The devices to run on: all, or the first `runtime.num_devices`."""
+    devices, wanted = jax.devices(), config.runtime.num_devices
+    if wanted > len(devices):
+        raise ConfigError(f"runtime.num_devices={wanted}, but there are {len(devices)}")
+    return devices[:wanted] if wanted else devices
+
+
+def make_trainer(config: ConfigDict, num_examples: int, devices: list[jax.Device] | None = None) -> Trainer:
+    """Everything a pre-training run computes with.
+
+    Args:
+        config: see configs/common.py.
+        num_examples: size of the data set.
+        devices: to run on; by default what the config says.
+
+    Raises:
+        ConfigError: sizes or names that cannot work, in one line.
+    """
+    if config.batch_size < 1 or config.epochs < 1:
+        raise ConfigError("batch_size and epochs must be at least 1")
+    if config.batch_size > num_examples:
+        raise ConfigError(f"batch_size={config.batch_size} is more than the {num_examples} images: use a smaller one")
+    method = make_method(config)
+    resolutions = make_resolutions(config, method.key_crops)
+    devices = make_devices(config) if devices is None else devices
+    layout = Layout(
+        batch_size=config.batch_size,
+        microbatches=config.runtime.microbatches,
+        num_devices=len(devices),
+        bn_group_size=config.bn_group_size,
+        cutmix_block=config.cutmix_block,
+        shuffle_block=config.shuffle_block if method.key_crops else 0,
+    )
+    spec = Spec(config.batch_size, num_examples // config.batch_size, num_examples, config.model.head_dim)
+    _, param_dtype = choose("precision", config.precision, PRECISIONS)
+    try:
+        layout.check()
+        method.check(spec)
+        network, views, photometric = make_network(config), make_views(config), make_photometric(config)
+    except ConfigError:
+        raise
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+    if config.method == "deepcluster" and config.deepcluster.assign_crops > resolutions[0].count:
+        raise ConfigError(
+            f"deepcluster.assign_crops={config.deepcluster.assign_crops} is more than the {resolutions[0].count} large crops"
+        )
+    crops = DeviceCrops(resolutions, method.key_crops, photometric, param_dtype)
+    objective = Objective(network, method, views, layout, crops, config.seed)
+    optimizer = make_optimizer(config, spec.steps_per_epoch)
+    return Trainer(objective, optimizer, spec, make_mesh(devices), param_dtype)

@@ -1,0 +1,352 @@
+"""Saves and restores the training state: asynchronous, atomic, and verified against a checksum manifest.
+
+A checkpoint is a folder `step_00001200` that orbax fills. It counts once `MANIFEST.json` lies in it, which is written
+last and holds the size and checksum of every file, the path, shape and dtype of every leaf, and the caller's metadata.
+Orbax restores a flipped byte without a word, so the manifest is verified first. No other module imports orbax.
+"""
+
+import asyncio
+import hashlib
+import itertools
+import json
+import logging
+import os
+import pathlib
+import re
+import shutil
+import threading
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from orbax.checkpoint import v1 as ocp
+
+MANIFEST = "MANIFEST.json"
+_FOLDER = re.compile(r"step_(\d+)(?:_(\d+))?(?:\.orbax-checkpoint-tmp.*)?")  # orbax writes under the long name first
+_KNOWN = re.compile("No space left on device|Read-only file system|Permission denied|Disk quota exceeded")
+_saves = itertools.count()  # numbers barriers; the same on every process, because all save in the same order
+_log = logging.getLogger(__name__)
+
+# Drop orbax's progress lines, and the tracebacks of its threads: those errors arrive here as exceptions anyway.
+logging.getLogger("absl").addFilter(
+    lambda record: "orbax" not in record.pathname or (record.levelno >= logging.WARNING and not record.exc_info)
+)
+
+
+class CheckpointError(ValueError):
+    """A checkpoint cannot be written or used; the message is one line for the user."""
+
+
+class _Folder(NamedTuple):
+    step: int
+    attempt: int  # a step saved again goes into a new folder, so the old one lives until the new one is complete
+    path: pathlib.Path
+
+    @property
+    def complete(self) -> bool:
+        return (self.path / MANIFEST).is_file()
+
+
+class Checkpoints:
+    """The checkpoints of one run, in a directory that the first save makes.
+
+    The newest `keep_last` are kept, and for ever those whose step is divisible by `keep_every`. With several processes
+    all make the same calls in the same order, and all see the directory.
+    """
+
+    def __init__(self, directory: str | os.PathLike, *, keep_last: int = 3, keep_every: int | None = None):
+        if keep_last < 1 or (keep_every is not None and keep_every < 1):
+            raise CheckpointError(f"keep_last ({keep_last}) and keep_every ({keep_every}) must be at least 1")
+        self.directory = pathlib.Path(directory).absolute()
+        self.keep_last = keep_last
+        self.keep_every = keep_every
+        self._thread: threading.Thread | None = None
+        self._error: CheckpointError | None = None
+
+    def save(self, step: int, tree: Any, metadata: dict | None = None) -> None:
+        """Saves in the background; on return the arrays of `tree` may be donated or deleted.
+
+        Waits for the save before it. A step that exists is replaced once the new one is complete.
+
+        Args:
+          step: number of the checkpoint, at least 0.
+          tree: pytree of arrays and numbers; of typed keys the `jax.random.key_data`.
+          metadata: what JSON can hold; it comes back with the tree.
+
+        Raises:
+          CheckpointError: this save cannot start, or the one before it failed.
+        """
+        self.wait()
+        step = int(step)
+        leaves = _named_leaves(tree)
+        specs = {name: _spec(leaf) for name, leaf in leaves.items()}
+        manifest = json.loads(json.dumps({"step": step, "metadata": metadata or {}, "leaves": specs}))  # a copy
+        attempts = [folder.attempt for folder in self._folders() if folder.step == step]
+        attempt, _ = _from_first_process(max(attempts, default=-1) + 1, 0)
+        folder = _Folder(step, attempt, self._path(step, attempt))
+        context = ocp.Context()
+        context.array.saving.enable_write_sharding_file = False  # `like` brings the shardings
+        context.array.saving.use_replica_parallel = False  # it compiles slices of every shape; small states lose
+        context.asynchronous.create_directories_asynchronously = False  # a failed mkdir would leave threads waiting
+        try:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            with context:
+                # Orbax refuses arrays without elements, and trees without arrays.
+                arrays = {name: leaf for name, leaf in leaves.items() if leaf.size}
+                response = ocp.save_async(folder.path, arrays or {"(none)": np.zeros(1)})
+        except Exception as error:
+            raise self._failed(folder, error) from error
+        arguments = (folder, manifest, response, f"hexa_jax_{next(_saves)}")
+        self._thread = threading.Thread(target=self._finish, args=arguments, name="checkpoint", daemon=True)
+        self._thread.start()
+
+    def wait(self) -> None:
+        """Blocks until the last save is on disk; raises CheckpointError, once, if it failed: older ones are intact."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        error, self._error = self._error, None
+        if error is not None:
+            raise error
+
+    def close(self) -> None:
+        """The same as `wait`: without it the end of the process may lose the last save."""
+        self.wait()
+
+    def steps(self) -> list[int]:
+        """Steps of the complete checkpoints, ascending; their checksums are not verified here."""
+        return sorted({folder.step for folder in self._folders() if folder.complete})
+
+    def metadata(self, step: int) -> dict:
+        """The metadata saved with `step`; CheckpointError where there is none, or its manifest is damaged."""
+        for folder in reversed(self._folders()):
+            if folder.step == step and folder.complete:
+                return _read_manifest(folder.path)["metadata"]
+        raise self._no_such(step)
+
+    def restore(self, step: int, like: Any) -> tuple[int, Any, dict]:
+        """Restores one step; `like`, result and errors as in `restore_latest`."""
+        self.wait()
+        restored = self._restore([folder for folder in self._folders() if folder.step == step], like)
+        if restored is None:
+            raise self._no_such(step)
+        return restored
+
+    def restore_latest(self, like: Any) -> tuple[int, Any, dict] | None:
+        """Restores the newest intact checkpoint; half-written and damaged newer ones are skipped with a warning.
+
+        Args:
+          like: pytree of `jax.ShapeDtypeStruct` (without sharding: the first device) or of arrays. It gives structure,
+            leaf types and shardings, which may be over other devices than those that saved.
+
+        Returns:
+          (step, tree with the structure of `like`, metadata), or None where no checkpoint is complete.
+
+        Raises:
+          CheckpointError: every complete checkpoint is damaged, or `like` has other leaves, shapes or dtypes.
+        """
+        self.wait()
+        return self._restore(self._folders(), like)
+
+    def _path(self, step: int, attempt: int) -> pathlib.Path:
+        return self.directory / (f"step_{step:08d}" + (f"_{attempt}" if attempt else ""))
+
+    def _folders(self) -> list[_Folder]:
+        """All checkpoints, complete or not, oldest first."""
+        entries = os.listdir(self.directory) if self.directory.is_dir() else []
+        matches = [match for match in map(_FOLDER.fullmatch, entries) if match]
+        return sorted(_Folder(int(match[1]), int(match[2] or 0), self.directory / match[0]) for match in matches)
+
+    def _no_such(self, step: int) -> CheckpointError:
+        return CheckpointError(f"{self.directory} holds no checkpoint of step {step}; it holds {self.steps()}")
+
+    def _restore(self, folders: list[_Folder], like: Any) -> tuple[int, Any, dict] | None:
+        step, attempt = (-2 if any(folder.complete for folder in folders) else -1), 0
+        for folder in reversed(folders if jax.process_index() == 0 else []):  # not every host need hash every file
+            try:
+                _verify(folder.path)
+            except CheckpointError as error:
+                _log.warning("skipping a checkpoint that is not intact: %s", error)
+            else:
+                step, attempt, _ = folder
+                break
+        step, attempt = _from_first_process(step, attempt)
+        if step == -2:
+            tried = sorted({folder.step for folder in folders})
+            raise CheckpointError(f"no checkpoint in {self.directory} is intact (steps {tried}); to start anew, remove it")
+        return None if step == -1 else _load(self._path(step, attempt), like)
+
+    def _finish(self, folder: _Folder, manifest: dict, response: ocp.AsyncResponse, barrier: str) -> None:
+        """The thread: waits for orbax, writes the manifest, deletes what is no longer needed."""
+        try:
+            response.result()  # all processes have written
+            try:
+                if jax.process_index() == 0:
+                    _write_manifest(folder.path, manifest)
+                    self._delete_old(folder)
+            finally:  # the others wait here, for a manifest that may have failed
+                asyncio.run(ocp.multihost.sync_global_processes("manifest", operation_id=barrier))
+            if not folder.complete:
+                raise OSError("the first process could not write the manifest")
+        except Exception as error:
+            self._error = self._failed(folder, error)
+
+    def _failed(self, folder: _Folder, error: Exception) -> CheckpointError:
+        """Frees the space of a failed save, then says what happened."""
+        if jax.process_index() == 0 and self.directory.is_dir():
+            for leftover in self._folders():
+                if leftover[:2] == folder[:2] and not leftover.complete:
+                    shutil.rmtree(leftover.path, ignore_errors=True)
+        return CheckpointError(f"cannot save step {folder.step} in {self.directory}: {_one_line(error)}")
+
+    def _delete_old(self, saved: _Folder) -> None:
+        """Keeps the newest up to `saved`, every k-th, and all that are newer; half-written ones go."""
+        steps = [step for step in self.steps() if step <= saved.step]
+        kept = set(steps[-self.keep_last :]) | {s for s in steps if self.keep_every and s % self.keep_every == 0}
+        for folder in self._folders():
+            replaced = folder.step == saved.step and folder.path != saved.path
+            try:
+                if folder.complete and (replaced or (folder.step <= saved.step and folder.step not in kept)):
+                    (folder.path / MANIFEST).unlink()  # first: a kill in the middle leaves nothing that looks complete
+                if not folder.complete:
+                    shutil.rmtree(folder.path)
+            except OSError as error:
+                _log.warning("cannot delete the old checkpoint %s: %s", folder.path, _one_line(error))
+
+
+def _from_first_process(*values: int) -> tuple[int, ...]:
+    """The first process's values, on all of them."""
+    if jax.process_count() > 1:
+        values = tuple(int(value) for value in multihost_utils.broadcast_one_to_all(np.array(values, np.int32)))
+    return values
+
+
+def _one_line(error: Exception) -> str:
+    """The reason inside an error of the system, or of orbax, whose own text runs over many lines."""
+    text = getattr(error, "strerror", None) or " ".join(str(error).split())
+    known = _KNOWN.search(text)
+    return known[0] if known else text[:300] or type(error).__name__
+
+
+def _named_leaves(tree: Any) -> dict[str, Any]:
+    """Leaves by path, such as `params/conv1/kernel`; numbers become NumPy arrays."""
+    leaves: dict[str, Any] = {}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        name = jax.tree_util.keystr(path, simple=True, separator="/") or "."
+        if name in leaves:
+            raise CheckpointError(f"two leaves of the state are called {name}")
+        leaves[name] = leaf if isinstance(leaf, jax.Array | jax.ShapeDtypeStruct) else np.asarray(leaf)
+        if jax.dtypes.issubdtype(leaves[name].dtype, jax.dtypes.extended):
+            raise CheckpointError(f"{name} is a typed key, which no checkpoint can hold; store its key_data instead")
+    return leaves
+
+
+def _spec(leaf: Any) -> dict:
+    return {"shape": list(leaf.shape), "dtype": str(leaf.dtype)}
+
+
+def _checksum(path: pathlib.Path) -> str:
+    with open(path, "rb") as file:  # in small pieces: memory does not grow with the file
+        return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
+
+
+def _own_checksum(manifest: dict) -> str:
+    return hashlib.blake2b(json.dumps(manifest, sort_keys=True).encode(), digest_size=16).hexdigest()
+
+
+def _sync(path: pathlib.Path) -> None:
+    """Makes a file's content, or a folder's list of names, survive a power cut."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _write_manifest(path: pathlib.Path, manifest: dict) -> None:
+    """Brings all files to the disk, then puts the manifest beside them in one atomic rename."""
+    files = {}
+    for entry in sorted(path.rglob("*")):
+        _sync(entry)
+        if entry.is_file():
+            files[str(entry.relative_to(path))] = {"bytes": entry.stat().st_size, "blake2b": _checksum(entry)}
+    _sync(path.parent)
+    manifest = {**manifest, "files": files}
+    temporary = path / f"{MANIFEST}.tmp"
+    temporary.write_text(json.dumps({**manifest, "checksum": _own_checksum(manifest)}, indent=1))
+    _sync(temporary)
+    temporary.rename(path / MANIFEST)
+    _sync(path)
+
+
+def _read_manifest(path: pathlib.Path) -> dict:
+    """The manifest; CheckpointError where it is missing or damaged."""
+    try:
+        manifest = json.loads((path / MANIFEST).read_bytes())
+        if manifest.pop("checksum") == _own_checksum(manifest):
+            return manifest
+        reason = "does not match its own checksum"
+    except FileNotFoundError:
+        reason = "is missing: the save did not finish"
+    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+        reason = f"is damaged: {_one_line(error)}"
+    raise CheckpointError(f"{path}: {MANIFEST} {reason}")
+
+
+def _verify(path: pathlib.Path) -> None:
+    """CheckpointError unless every file is the one that was written."""
+    files = _read_manifest(path)["files"]
+    name = MANIFEST
+    try:
+        for name, entry in files.items():  # all sizes first: they cost nothing
+            if (size := (path / name).stat().st_size) != entry["bytes"]:
+                raise CheckpointError(f"{path}: {name} has {size} bytes instead of {entry['bytes']}")
+        for name, entry in files.items():
+            if _checksum(path / name) != entry["blake2b"]:
+                raise CheckpointError(f"{path}: {name} does not match its checksum")
+    except OSError as error:
+        raise CheckpointError(f"{path}: {name} cannot be read: {_one_line(error)}") from None
+
+
+def _check_same(path: pathlib.Path, saved: dict[str, dict], wanted: dict[str, dict]) -> None:
+    """CheckpointError that names the first differences between two sets of leaves."""
+
+    def text(spec: dict) -> str:
+        return f"shape {tuple(spec['shape'])} {spec['dtype']}"
+
+    changed = [name for name in wanted if name in saved and wanted[name] != saved[name]]
+    found = [f"the checkpoint holds {k} of {text(saved[k])}, this model wants {text(wanted[k])}" for k in changed]
+    found += [f"the checkpoint lacks {name}, which this model wants" for name in wanted if name not in saved]
+    found += [f"the checkpoint holds {name}, which this model lacks" for name in saved if name not in wanted]
+    if found:
+        more = f"; and {len(found) - 3} more differences" if len(found) > 3 else ""
+        raise CheckpointError(f"{path} is of another architecture or method: {'; '.join(found[:3])}{more}")
+
+
+def _load(path: pathlib.Path, like: Any) -> tuple[int, Any, dict]:
+    """Reads a verified checkpoint into the structure, leaf types and shardings of `like`."""
+    manifest = _read_manifest(path)
+    wanted = _named_leaves(like)
+    _check_same(path, manifest["leaves"], {name: _spec(leaf) for name, leaf in wanted.items()})
+    one_device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    specs: dict[str, Any] = {}
+    for name, leaf in wanted.items():
+        # Orbax makes arrays in a thread that `with jax.enable_x64()` does not reach: it would round 64 bits to 32.
+        if isinstance(leaf, np.ndarray) or leaf.dtype.itemsize > 4:
+            specs[name] = np.broadcast_to(np.zeros((), leaf.dtype), leaf.shape)  # takes no memory
+        else:
+            specs[name] = jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding or one_device)
+    stored = {name: spec for name, spec in specs.items() if spec.size}
+    try:
+        arrays = ocp.load(path, stored) if stored else {}
+    except Exception as error:
+        raise CheckpointError(f"{path}: cannot be read: {_one_line(error)}") from error
+    originals, treedef = jax.tree.flatten(like)
+    leaves = []
+    for original, (name, leaf) in zip(originals, wanted.items(), strict=True):
+        array = arrays[name] if leaf.size else np.zeros(leaf.shape, leaf.dtype)
+        if not isinstance(leaf, np.ndarray) and isinstance(array, np.ndarray):
+            array = jax.make_array_from_callback(leaf.shape, leaf.sharding or one_device, array.__getitem__)
+        leaves.append(type(original)(array.item()) if isinstance(original, bool | int | float | complex) else array)
+    return manifest["step"], jax.tree.unflatten(treedef, leaves), manifest["metadata"]

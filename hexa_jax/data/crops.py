@@ -1,0 +1,88 @@
+"""Float crops in [0, 1] from a batch, on the device: scaling, or cutting from a resident data set; then photometric augmentation.
+
+Legend: N rows, V crops, S side of a crop.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from hexa_jax.data.augment import Photometric, augment
+from hexa_jax.data.device_crop import random_resized_crop
+from hexa_jax.methods.base import Batch
+
+GEOMETRY, PHOTOMETRY = 0, 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Resolution:
+    """Crops of one size: how many, side in pixels, smallest and largest share of the image's area."""
+
+    count: int
+    size: int
+    scale: tuple[float, float]
+
+
+@dataclasses.dataclass(frozen=True)
+class DeviceCrops:
+    """Makes the network's input inside the jitted step.
+
+    Attributes:
+        resolutions: of the crops that the network learns from, key crops not counted.
+        key_crops: crops that only a target encoder sees (0 or 1), of the first resolution's size.
+        photometric: augmentation of each crop, in order, the key crop last.
+        dtype: of the result.
+    """
+
+    resolutions: tuple[Resolution, ...]
+    key_crops: int
+    photometric: tuple[Photometric, ...]
+    dtype: jnp.dtype = jnp.float32
+
+    def online(self, keys: jax.Array, batch: Batch, data: jax.Array | None) -> tuple[jax.Array, ...]:
+        """Per resolution [N, V_r, S, S, 3] of the examples `batch.index`."""
+        crops, first = [], 0
+        for r, resolution in enumerate(self.resolutions):
+            pixels = None if data is not None else batch.crops[r]
+            crops.append(self._make(keys, batch.index, pixels, data, resolution, first, resolution.count))
+            first += resolution.count
+        return tuple(crops)
+
+    def target(self, keys: jax.Array, batch: Batch, data: jax.Array | None) -> jax.Array:
+        """Key crops [N, 1, S, S, 3] of the examples `batch.key_index`."""
+        first = sum(resolution.count for resolution in self.resolutions)
+        pixels = None if data is not None else batch.key_crops
+        return self._make(keys, batch.key_index, pixels, data, self.resolutions[0], first, self.key_crops)
+
+    def _make(
+        self,
+        keys: jax.Array,
+        index: jax.Array,
+        pixels: jax.Array | None,
+        data: jax.Array | None,
+        resolution: Resolution,
+        first: int,
+        count: int,
+    ) -> jax.Array:
+        """Crops `first` to `first + count - 1`: all in one call where their settings are the same."""
+        settings = self.photometric[first : first + count]
+        same = len(set(settings)) == 1
+        groups = [range(count)] if same else [range(v, v + 1) for v in range(count)]
+        made = []
+        for group in groups:
+            crop_keys = jnp.stack([_fold(keys, first + v) for v in group], axis=1).reshape(-1)  # [N * V]
+            if data is not None:
+                images = jnp.repeat(data[index], len(group), axis=0)
+                crops = random_resized_crop(_fold(crop_keys, GEOMETRY), images, resolution.size, resolution.scale)
+            else:
+                assert pixels is not None
+                chosen = pixels[:, group.start : group.stop]
+                crops = chosen.reshape(-1, *chosen.shape[2:]).astype(self.dtype) / 255
+            crops = augment(_fold(crop_keys, PHOTOMETRY), crops.astype(self.dtype), settings[group.start])
+            made.append(crops.reshape(len(index), len(group), *crops.shape[1:]))
+        return jnp.concatenate(made, axis=1)
+
+
+def _fold(keys: jax.Array, number: int) -> jax.Array:
+    return jax.vmap(lambda key: jax.random.fold_in(key, number))(keys)

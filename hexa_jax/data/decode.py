@@ -1,0 +1,249 @@
+"""Host-side pixels: encoded bytes to RGB, random resized crops with flips, and the centre crop of evaluation.
+
+Every random number of a crop comes from `crop_generator(seed, epoch, index, crop)`, so a crop depends on those four
+integers only, and on no worker, process or order of visits.
+"""
+
+import math
+import struct
+import zlib
+from collections.abc import Iterator
+
+import cv2
+import numpy as np
+
+cv2.setNumThreads(0)  # worker processes are the parallelism; OpenCV's own threads only fight them
+cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
+
+MAX_PIXELS = 178_956_970  # Pillow's limit: twice what fits in 256 MiB of RGB
+_MASK = (1 << 64) - 1
+
+
+class BadImage(ValueError):
+    """An image that cannot be read; the message is one line with its name and the reason."""
+
+    def __init__(self, name: str, reason: str):
+        super().__init__(f"{name}: {reason}")
+        self.name, self.reason = name, reason
+
+    def __reduce__(self):
+        return BadImage, (self.name, self.reason)  # crosses from worker processes
+
+
+def decode(data: bytes | np.ndarray, name: str) -> np.ndarray:
+    """An image file's bytes as pixels, the way torchvision and Pillow's `convert("RGB")` read it.
+
+    Grey and palette images become RGB, CMYK is converted, alpha is dropped (not blended; only TIFF's alpha is blended
+    on black, by the TIFF library), 16 bits are divided by 257, the EXIF orientation is applied, animations give frame
+    one.
+
+    Args:
+      data: JPEG, PNG, GIF, BMP, WebP or TIFF bytes; or pixels, uint8 [H, W, 3], which pass through.
+      name: what to call the image in an error, its path for example.
+    Returns:
+      uint8 [H, W, 3], RGB.
+    Raises:
+      BadImage: the bytes are empty, truncated, corrupt or of another format, or hold more than `MAX_PIXELS` pixels.
+    """
+    if isinstance(data, np.ndarray):
+        return data
+    _check_header(data, name)
+    try:
+        image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR | cv2.IMREAD_ANYDEPTH)
+    except cv2.error:
+        image = None
+    if image is None:
+        raise BadImage(name, "corrupt or truncated image data")
+    if image.dtype == np.uint16:
+        image = cv2.convertScaleAbs(image, alpha=1 / 257)  # rounds; OpenCV's own way to 8 bits drops the low byte
+    if image.dtype != np.uint8:
+        raise BadImage(name, f"pixels of type {image.dtype} (8 or 16 bits per channel can be read)")
+    return cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
+
+
+def crop_generator(seed: int, epoch: int, index: int, crop: int) -> np.random.Generator:
+    """The random numbers of one crop of one example in one epoch: equal integers give an equal stream.
+
+    Philox is a function of (key, counter), made for being keyed: the seed is the key and the other integers are the
+    high words of the counter, so streams never overlap and nothing is hashed.
+    """
+    key = np.array([seed & _MASK, 0], np.uint64)
+    counter = np.array([0, crop & _MASK, index & _MASK, epoch & _MASK], np.uint64)
+    return np.random.Generator(np.random.Philox(key=key, counter=counter))
+
+
+def random_resized_crop(
+    image: np.ndarray,
+    generator: np.random.Generator,
+    size: int,
+    scale: tuple[float, float] = (0.2, 1.0),
+    ratio: tuple[float, float] = (3 / 4, 4 / 3),
+    flip: float = 0.5,
+) -> np.ndarray:
+    """torchvision's RandomResizedCrop followed by RandomHorizontalFlip.
+
+    Ten tries of a box with area U(scale) of the image and log-uniform aspect ratio; then the largest central box whose
+    ratio is allowed. The box is resized with `resize`.
+
+    Args:
+      image: uint8 [H, W, 3].
+      generator: from `crop_generator`.
+      size: side S of the result, in pixels.
+      scale: smallest and largest share of the image's area.
+      ratio: smallest and largest width / height.
+      flip: probability of mirroring left and right.
+    Returns:
+      uint8 [S, S, 3].
+    """
+    mirrored = generator.random() < flip
+    top, left, height, width = _crop_box(image.shape[0], image.shape[1], generator, scale, ratio)
+    crop = resize(image[top : top + height, left : left + width], size, size)
+    return cv2.flip(crop, 1) if mirrored else crop
+
+
+def resize_center_crop(image: np.ndarray, short_side: int, crop: int) -> np.ndarray:
+    """Evaluation's view: the short side resized to `short_side`, then the central `crop` x `crop` pixels.
+
+    Args:
+      image: uint8 [H, W, 3].
+      short_side: 256 for the usual ImageNet evaluation.
+      crop: 224 for the same; at most `short_side`.
+    Returns:
+      uint8 [crop, crop, 3].
+    Raises:
+      ValueError: `crop` is larger than `short_side`.
+    """
+    if crop > short_side:
+        raise ValueError(f"a centre crop of {crop} pixels does not fit a short side of {short_side}")
+    height, width = image.shape[:2]
+    shorter = min(height, width)
+    image = resize(image, short_side * height // shorter, short_side * width // shorter)
+    top, left = round((image.shape[0] - crop) / 2), round((image.shape[1] - crop) / 2)
+    return np.ascontiguousarray(image[top : top + crop, left : left + crop])
+
+
+def resize(image: np.ndarray, height: int, width: int) -> np.ndarray:
+    """uint8 [H, W, 3] to [height, width, 3], anti-aliased when shrinking, bilinear when growing.
+
+    Shrinking is bilinear to k times the size wanted, k the nearest integer to the shrinkage and at least 2, then the
+    mean of k x k pixels: on photos closer to Pillow's anti-aliased bilinear, which the reference recipes use, than
+    OpenCV's INTER_AREA, in half the time. Growing is plain bilinear, as in those recipes: cubic overshoots at edges.
+    """
+    if image.shape[:2] == (height, width):
+        return np.ascontiguousarray(image)
+    if height <= image.shape[0] and width <= image.shape[1]:
+        k = max(2, round(max(image.shape[0] / height, image.shape[1] / width)))
+        image = cv2.resize(image, (k * width, k * height), interpolation=cv2.INTER_LINEAR)
+        return cv2.resize(image, (width, height), interpolation=cv2.INTER_AREA)
+    return cv2.resize(image, (width, height), interpolation=cv2.INTER_LINEAR)
+
+
+def _crop_box(
+    height: int, width: int, generator: np.random.Generator, scale: tuple[float, float], ratio: tuple[float, float]
+) -> tuple[int, int, int, int]:
+    """(top, left, height, width) of a random box, by torchvision's rule."""
+    log_low, log_high = math.log(ratio[0]), math.log(ratio[1])
+    for _ in range(10):
+        u_area, u_ratio, u_top, u_left = generator.random(4).tolist()
+        area = height * width * (scale[0] + (scale[1] - scale[0]) * u_area)
+        aspect = math.exp(log_low + (log_high - log_low) * u_ratio)
+        w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+        if 0 < w <= width and 0 < h <= height:
+            return int(u_top * (height - h + 1)), int(u_left * (width - w + 1)), h, w
+    h, w = height, width
+    if width / height < ratio[0]:
+        h = max(1, round(width / ratio[0]))
+    elif width / height > ratio[1]:
+        w = max(1, round(height * ratio[1]))
+    return (height - h) // 2, (width - w) // 2, h, w
+
+
+def _check_header(data: bytes, name: str) -> None:
+    """Refuse what must not reach the decoder: other formats, decompression bombs, truncated files."""
+    if len(data) == 0:
+        raise BadImage(name, "empty file")
+    try:
+        width, height = _image_size(data, name)
+    except (struct.error, IndexError):
+        raise BadImage(name, "truncated or corrupt header") from None
+    if width * height > MAX_PIXELS:
+        raise BadImage(name, f"{width} x {height} pixels, more than the limit of {MAX_PIXELS} (a decompression bomb?)")
+
+
+def _image_size(data: bytes, name: str) -> tuple[int, int]:
+    """(width, height) that the header declares; JPEG and PNG are also checked for a complete file."""
+    if data[:2] == b"\xff\xd8":
+        return _jpeg_size(data, name)
+    if data[:8] == b"\x89PNG\r\n\x1a\n":
+        return _png_size(data, name)
+    if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
+        if data[12:16] == b"VP8X":
+            return int.from_bytes(data[24:27], "little") + 1, int.from_bytes(data[27:30], "little") + 1
+        if data[12:16] == b"VP8L":
+            (bits,) = struct.unpack_from("<I", data, 21)
+            return (bits & 0x3FFF) + 1, (bits >> 14 & 0x3FFF) + 1
+        width, height = struct.unpack_from("<HH", data, 26)
+        return width & 0x3FFF, height & 0x3FFF
+    if data[:4] == b"GIF8":
+        return struct.unpack_from("<HH", data, 6)
+    if data[:2] == b"BM":
+        width, height = struct.unpack_from("<HH" if data[14] == 12 else "<ii", data, 18)
+        return abs(width), abs(height)
+    if data[:4] in (b"II*\0", b"MM\0*"):
+        return _tiff_size(data)
+    raise BadImage(name, "not a JPEG, PNG, GIF, BMP, WebP or TIFF file")
+
+
+def _jpeg_size(data: bytes, name: str) -> tuple[int, int]:
+    width = height = 0
+    for marker, start in _jpeg_segments(data):
+        if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):  # start of frame
+            height, width = struct.unpack_from(">HH", data, start + 3)
+        elif marker == 0xDA:  # start of scan: in the coded data that follows, FF D9 can only be the end of image
+            if data.rfind(b"\xff\xd9", start) < 0:
+                raise BadImage(name, "truncated JPEG (no end-of-image marker)")
+            return width, height
+    raise BadImage(name, "JPEG without image data")
+
+
+def _jpeg_segments(data: bytes) -> Iterator[tuple[int, int]]:
+    """(marker, offset of its payload's length) of the segments after the start of image."""
+    position = 2
+    while 0 <= position < len(data):
+        while data[position] == 0xFF:
+            position += 1
+        marker = data[position]
+        if marker == 0xD9:
+            return
+        yield marker, position + 1
+        standalone = marker == 0x01 or 0xD0 <= marker <= 0xD8
+        position += 1 if standalone else 1 + struct.unpack_from(">H", data, position + 1)[0]
+        position = data.find(b"\xff", position)  # libjpeg skips garbage between segments too
+
+
+def _png_size(data: bytes, name: str) -> tuple[int, int]:
+    """Also compares the checksums of the critical chunks, as libpng does, which would print its error to stderr."""
+    view, position = memoryview(data), 8
+    while position < len(data):
+        length, kind = struct.unpack_from(">I4s", data, position)
+        if not kind[0] & 0x20:  # an upper-case first letter: critical
+            (checksum,) = struct.unpack_from(">I", data, position + 8 + length)
+            if zlib.crc32(view[position + 4 : position + 8 + length]) != checksum:
+                raise BadImage(name, "corrupt PNG (a checksum does not match)")
+        if kind == b"IEND":
+            return struct.unpack_from(">II", data, 16)
+        position += 12 + length
+    raise BadImage(name, "truncated PNG (no end chunk)")
+
+
+def _tiff_size(data: bytes) -> tuple[int, int]:
+    order = "<" if data[:2] == b"II" else ">"
+    (directory,) = struct.unpack_from(order + "I", data, 4)
+    (entries,) = struct.unpack_from(order + "H", data, directory)
+    size = {256: 0, 257: 0}  # the tags ImageWidth and ImageLength
+    for entry in range(entries):
+        offset = directory + 2 + 12 * entry
+        tag, kind = struct.unpack_from(order + "HH", data, offset)
+        if tag in size:
+            (size[tag],) = struct.unpack_from(order + ("H" if kind == 3 else "I"), data, offset + 8)
+    return size[256], size[257]

@@ -1,0 +1,228 @@
+"""The host's part of the input: which example stands in which row of which step, decoding, cropping, batching.
+
+Row r of step t of pass p is a function of (seed, p, t, r) only. grain gets this map and runs it in threads or processes; its
+own shuffling and sharding would make the batch depend on the number of processes. Pass 0 is DeepCluster's first pass; epoch e
+of training is pass e + 1, for all methods.
+"""
+
+import collections
+import dataclasses
+import functools
+import logging
+from collections.abc import Iterator
+from typing import Any
+
+import grain
+import jax
+import numpy as np
+
+from hexa_jax.data.crops import Resolution
+from hexa_jax.data.decode import BadImage, crop_generator, decode, random_resized_crop
+from hexa_jax.data.sources import DataError
+from hexa_jax.mesh import Layout, local_rows, place
+from hexa_jax.methods.base import Batch
+
+ORDER_STREAM, SHUFFLE_STREAM = 1, 2
+
+
+@functools.lru_cache(maxsize=2)
+def pass_order(seed: int, pass_number: int, num_examples: int) -> np.ndarray:
+    """int64 [num_examples]: a random order of all examples, different for each pass."""
+    return np.random.default_rng([seed, ORDER_STREAM, pass_number]).permutation(num_examples)
+
+
+def key_rows(seed: int, pass_number: int, step: int, batch_size: int, block: int) -> np.ndarray:
+    """int64 [batch_size]: the row whose example each key slot shows, shuffled within blocks of consecutive rows."""
+    generator = np.random.default_rng([seed, SHUFFLE_STREAM, pass_number, step])
+    order = generator.permuted(np.tile(np.arange(block), (batch_size // block, 1)), axis=1)
+    return (order + block * np.arange(batch_size // block)[:, None]).reshape(-1)
+
+
+@dataclasses.dataclass(frozen=True)
+class HostSteps:
+    """Random access to this process's part of every step: the source of grain's data set.
+
+    Element s is step s % steps_per_epoch of pass s // steps_per_epoch, as a dict of NumPy arrays [M, local, ...] and `bad`,
+    the indices of examples that could not be read.
+
+    Attributes:
+        source: random-access examples; None when the images live on the device, which then need no pixels from here.
+        labels: int32 [num_examples] or None.
+        bad: indices known to be unreadable, with replacements already in place (resident data sets).
+        rows: [M, local] from `mesh.local_rows`.
+        max_failures: consecutive unreadable images after which to give up.
+    """
+
+    source: Any
+    num_examples: int
+    labels: np.ndarray | None
+    resolutions: tuple[Resolution, ...]
+    key_crops: int
+    layout: Layout
+    rows: np.ndarray
+    seed: int
+    num_steps: int
+    max_failures: int
+    bad: frozenset[int] = frozenset()
+
+    def __len__(self) -> int:
+        return self.num_steps
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Whole batches in the data set."""
+        return self.num_examples // self.layout.batch_size
+
+    def __getitem__(self, number: int) -> dict[str, np.ndarray]:
+        pass_number, step = divmod(int(number), self.steps_per_epoch)
+        batch_size = self.layout.batch_size
+        order = pass_order(self.seed, pass_number, self.num_examples)
+        index = order[step * batch_size : (step + 1) * batch_size].astype(np.int32)
+        rows = self.rows.reshape(-1)
+        element: dict[str, np.ndarray] = {
+            "index": index[rows],
+            "row": rows.astype(np.int32),
+            "label": np.full(len(rows), -1, np.int32) if self.labels is None else self.labels[index[rows]],
+        }
+        shuffled = rows
+        if self.key_crops:
+            slots = key_rows(self.seed, pass_number, step, batch_size, self.layout.shuffle_block)
+            shuffled = slots[rows]
+            element["key_index"] = index[shuffled]
+            element["key_row"] = np.argsort(slots).astype(np.int32)[rows]
+        if self.source is None:
+            element["valid"] = np.array([int(i) not in self.bad for i in element["index"]])
+            element["bad"] = np.empty(0, np.int32)
+        else:
+            element |= self._pixels(index, rows, shuffled, pass_number)
+        lead = self.rows.shape
+        return {
+            name: leaf if name == "bad" else leaf.reshape(*lead, *leaf.shape[1:]) for name, leaf in element.items()
+        }
+
+    def _pixels(self, index: np.ndarray, rows: np.ndarray, shuffled: np.ndarray, pass_number: int) -> dict:
+        """Crops of the rows, and key crops in shuffled order; each image is decoded once."""
+        crops = [np.empty((len(rows), r.count, r.size, r.size, 3), np.uint8) for r in self.resolutions]
+        key_size = self.resolutions[0].size
+        keys = np.empty((len(rows), self.key_crops, key_size, key_size, 3), np.uint8)
+        slot_of = {int(row): slot for slot, row in enumerate(shuffled)} if self.key_crops else {}
+        position_of = {int(row): position for position, row in enumerate(rows)}
+        valid, bad = np.ones(len(rows), bool), []
+        for row in sorted(position_of.keys() | slot_of.keys()):  # a block that spans processes brings rows of others
+            image, failed = self._read(int(index[row]))
+            bad += failed
+            cut = functools.partial(self._cut, image, pass_number, int(index[row]))
+            number = 0
+            for r, resolution in enumerate(self.resolutions):
+                if row in position_of:
+                    for v in range(resolution.count):
+                        crops[r][position_of[row], v] = cut(number + v, resolution)
+                number += resolution.count
+            if row in slot_of:
+                keys[slot_of[row], 0] = cut(number, self.resolutions[0])
+            if failed and row in position_of:
+                valid[position_of[row]] = False
+        pixels = {f"crops{r}": leaf for r, leaf in enumerate(crops)}
+        pixels |= {"valid": valid, "bad": np.array(bad, np.int32)}
+        return pixels | ({"key_crops": keys} if self.key_crops else {})
+
+    def _cut(self, image: np.ndarray, pass_number: int, index: int, crop: int, resolution: Resolution) -> np.ndarray:
+        generator = crop_generator(self.seed, pass_number, index, crop)
+        return random_resized_crop(image, generator, resolution.size, resolution.scale)
+
+    def _read(self, index: int) -> tuple[np.ndarray, list[int]]:
+        """The example's pixels, or those of the next readable one, and which could not be read."""
+        return read_or_replace(self.source, index, self.max_failures)
+
+
+def read_or_replace(source: Any, index: int, max_failures: int) -> tuple[np.ndarray, list[int]]:
+    """Pixels uint8 [H, W, 3] of example `index` or the next readable one, and the indices that failed before it.
+
+    Raises:
+        DataError: more than `max_failures` in a row cannot be read.
+    """
+    failed: list[int] = []
+    while True:
+        candidate = (index + len(failed)) % len(source)
+        try:
+            return decode(source[candidate]["image"], source.name(candidate)), failed
+        except (BadImage, OSError) as error:
+            failed.append(candidate)
+            if len(failed) > min(max_failures, len(source) - 1):
+                raise DataError(f"{len(failed)} images in a row cannot be read, the last is {error}") from error
+
+
+class BadImages:
+    """Counts unreadable examples, names each once, and stops the run when there are too many."""
+
+    def __init__(self, source: Any, max_fraction: float):
+        self.source, self.limit = source, max_fraction * len(source)
+        self.seen: set[int] = set()
+
+    def add(self, indices: Any) -> None:
+        """Raises DataError when more than the allowed share of the data set has failed."""
+        for index in indices:
+            if int(index) not in self.seen:
+                self.seen.add(int(index))
+                logging.warning("cannot read %s: its slot is filled by the next readable image", self.source.name(index))
+        if len(self.seen) > self.limit:
+            raise DataError(
+                f"{len(self.seen)} of {len(self.source)} images cannot be read, which is more than "
+                f"data.max_bad_fraction allows; the last is {self.source.name(max(self.seen))}"
+            )
+
+
+def resident_images(source: Any, bad_images: BadImages, max_failures: int) -> np.ndarray:
+    """The whole data set as uint8 [N, H, W, 3], unreadable examples replaced by the next readable one.
+
+    Raises:
+        DataError: images of different sizes, or too many unreadable ones.
+    """
+    images = None
+    for index in range(len(source)):
+        image, failed = read_or_replace(source, index, max_failures)
+        bad_images.add(failed)
+        if images is None:
+            images = np.empty((len(source), *image.shape), np.uint8)
+        if image.shape != images.shape[1:]:
+            raise DataError(
+                f"data.on_device needs images of one size: {source.name(index)} is {image.shape[1]}x{image.shape[0]}, "
+                f"the first is {images.shape[2]}x{images.shape[1]}"
+            )
+        images[index] = image
+    assert images is not None
+    return images
+
+
+def host_iterator(steps: HostSteps, start: int, workers: int, threads: int, buffer: int) -> Iterator[dict]:
+    """Elements `start`, `start` + 1, ... of the steps, read ahead by grain in threads or worker processes."""
+    dataset = grain.MapDataset.source(steps)[start:]
+    options = grain.ReadOptions(num_threads=max(threads, 1), prefetch_buffer_size=max(buffer, 1))
+    if workers:
+        options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=1)
+    iterable = dataset.to_iter_dataset(options)
+    if workers:
+        iterable = iterable.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=buffer))
+    return iter(iterable)
+
+
+def device_batches(
+    iterator: Iterator[dict], mesh: jax.sharding.Mesh, layout: Layout, num_resolutions: int, bad_images: BadImages
+) -> Iterator[Batch]:
+    """Batches on the devices, two ahead, so that the transfer of one overlaps the step before it."""
+
+    def to_batch(element: dict) -> Batch:
+        bad_images.add(element.pop("bad"))
+        placed = {name: place(mesh, layout, leaf) for name, leaf in element.items()}
+        crops = tuple(placed.pop(f"crops{r}") for r in range(num_resolutions) if f"crops{r}" in placed)
+        return Batch(crops=crops, **placed)
+
+    ahead: collections.deque[Batch] = collections.deque()
+    for element in iterator:
+        ahead.append(to_batch(element))
+        if len(ahead) > 2:
+            yield ahead.popleft()
+    yield from ahead
+
+
+__all__ = ["BadImages", "HostSteps", "device_batches", "host_iterator", "local_rows", "resident_images"]

@@ -1,0 +1,349 @@
+"""Where examples come from: random access by index over a folder, arrays, a prepared tfds data set, or drawn shapes.
+
+`source[i]` is `{"image": encoded bytes or uint8 [H, W, 3], "label": int}` (no label where the source has none). The
+index is the example's identity, the same on every host and in every run. No TensorFlow is imported.
+"""
+
+import os
+import re
+import struct
+import zipfile
+from collections.abc import Iterator, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+
+from hexa_jax.data.decode import BadImage
+from hexa_jax.data.shapes import ShapesSource
+
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif")
+
+
+class DataError(ValueError):
+    """A data set that cannot be used as asked; the message is one line for the user."""
+
+
+class Source(Protocol):
+    """Random access to examples. Picklable; files are opened lazily, once per process."""
+
+    @property
+    def num_classes(self) -> int | None: ...
+
+    @property
+    def class_names(self) -> list[str] | None: ...
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        """Example `index`. Raises IndexError out of range, BadImage where the stored bytes cannot be read."""
+
+    def name(self, index: int) -> str:
+        """What to call the example in a message: its path, or "index N" of the source."""
+
+    def labels(self) -> np.ndarray | None:
+        """int32 [N], or None. Free except for tfds, which reads every record once."""
+
+
+def make_source(
+    spec: str, *, seed: int = 0, image_size: int = 32, num_examples: int = 10_000, data_dir: str | None = None
+) -> Source:
+    """The source that a config's string names.
+
+    Args:
+      spec: `folder:DIR`, `arrays:FILE.npz`, `tfds:NAME[/CONFIG][:VERSION][:SPLIT]` (the split defaults to train and may
+        be a slice, `train[:10%]`) or `shapes[:train|test]`.
+      seed, image_size, num_examples: which shapes to draw; the other sources are what is stored.
+      data_dir: where tfds data sets were prepared; by default `TFDS_DATA_DIR`, or `~/tensorflow_datasets`.
+    Raises:
+      DataError: nothing usable is there; one line says what and what to do.
+    """
+    kind, _, rest = spec.partition(":")
+    if kind == "shapes":
+        try:
+            return ShapesSource(rest or "train", image_size=image_size, num_examples=num_examples, seed=seed)
+        except ValueError as error:
+            raise DataError(str(error)) from None
+    if kind in ("folder", "arrays", "tfds") and rest:
+        if kind == "tfds":
+            return TfdsSource(rest, data_dir=data_dir)
+        path = os.path.expanduser(rest)
+        return FolderSource(path) if kind == "folder" else load_arrays(path)
+    raise DataError(
+        f"unknown data source {spec!r}: use folder:DIR, arrays:FILE.npz, tfds:NAME[/CONFIG][:SPLIT] or shapes[:SPLIT]"
+    )
+
+
+class FolderSource:
+    """Every image below a directory, in the order of the sorted relative paths.
+
+    The class of an image is its first-level sub-directory, if there are at least two of those and no image beside them;
+    otherwise there are no labels. Hidden and other files are ignored; a linked directory is followed once.
+    """
+
+    def __init__(self, directory: str):
+        self.directory = directory
+        if not os.path.isdir(directory):
+            raise DataError(
+                f"folder:{directory} {'is not a directory' if os.path.exists(directory) else 'does not exist'}"
+            )
+        paths = sorted(os.fsencode(path) for path in _walk(directory))
+        if not paths:
+            raise DataError(f"folder:{directory} holds no image ({', '.join(s[1:] for s in IMAGE_SUFFIXES)})")
+        # One block of bytes: a list of a million strings would be copied into every worker by its reference counts.
+        self._paths = b"".join(paths)
+        self._ends = np.cumsum([len(path) for path in paths], dtype=np.int64)
+        tops = [path.split(b"/", 1)[0] if b"/" in path else b"" for path in paths]
+        classes = sorted(set(tops))
+        labelled = len(classes) >= 2 and b"" not in classes
+        ids = {name: i for i, name in enumerate(classes)}
+        self._labels = np.array([ids[top] for top in tops], np.int32) if labelled else None
+        self.class_names = [os.fsdecode(name) for name in classes] if labelled else None
+        self.num_classes = len(classes) if labelled else None
+
+    def __len__(self) -> int:
+        return len(self._ends)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        index = _checked(index, len(self))
+        try:
+            with open(self.name(index), "rb") as file:
+                image = file.read()
+        except OSError as error:
+            raise BadImage(self.name(index), error.strerror or "cannot be read") from None
+        return {"image": image} if self._labels is None else {"image": image, "label": int(self._labels[index])}
+
+    def name(self, index: int) -> str:
+        start = self._ends[index - 1] if index else 0
+        return os.path.join(self.directory, os.fsdecode(self._paths[start : self._ends[index]]))
+
+    def labels(self) -> np.ndarray | None:
+        return self._labels
+
+
+def _walk(directory: str) -> Iterator[str]:
+    """Relative paths of the images below a directory, in any order but always the same set."""
+    seen: set[tuple[int, int]] = set()
+    real: list[str] = [""]
+    linked: list[str] = []
+    while real or linked:
+        # Real directories first: a link to one of them is then recognised, and loops end.
+        relative = real.pop() if real else linked.pop()
+        where = os.path.join(directory, relative)
+        try:
+            status = os.stat(where)
+            if (status.st_dev, status.st_ino) in seen:
+                continue
+            seen.add((status.st_dev, status.st_ino))
+            with os.scandir(where) as listing:
+                entries = sorted(listing, key=lambda entry: entry.name, reverse=True)
+        except OSError as error:
+            raise DataError(f"folder:{directory} cannot be listed: {where}: {error.strerror}") from None
+        for entry in entries:
+            path = f"{relative}/{entry.name}" if relative else entry.name
+            if entry.name.startswith("."):
+                continue
+            if entry.is_dir():
+                (linked if entry.is_symlink() else real).append(path)
+            elif entry.name.lower().endswith(IMAGE_SUFFIXES):
+                yield path
+
+
+class ArraySource:
+    """Images in memory, or memory-mapped.
+
+    Args:
+      images: uint8 [N, H, W, 3], [N, H, W, 1] or [N, H, W].
+      labels: integers [N], -1 where unknown; or None.
+      class_names: one name per class; or None.
+      origin: how messages call the source.
+    Raises:
+      DataError: another shape or type.
+    """
+
+    def __init__(
+        self,
+        images: np.ndarray,
+        labels: np.ndarray | None = None,
+        class_names: Sequence[str] | np.ndarray | None = None,
+        origin: str = "arrays",
+    ):
+        if images.dtype != np.uint8:
+            raise DataError(f"{origin}: images must be uint8, not {images.dtype}")
+        if images.ndim not in (3, 4) or (images.ndim == 4 and images.shape[3] not in (1, 3)) or 0 in images.shape:
+            raise DataError(f"{origin}: images must be [N, H, W, 3] or [N, H, W], not {list(images.shape)}")
+        if labels is not None:
+            if labels.dtype.kind not in "iu" or labels.shape != images.shape[:1]:
+                raise DataError(
+                    f"{origin}: labels must be integers [{len(images)}], not {labels.dtype} {list(labels.shape)}"
+                )
+            if labels.min() < -1 or labels.max() >= 2**31:
+                raise DataError(
+                    f"{origin}: labels must be 0, 1, ... (-1: unknown), not {labels.min()} to {labels.max()}"
+                )
+            labels = labels.astype(np.int32)
+        self._images, self._labels, self.origin = images, labels, origin
+        self._file: str | None = None
+        self.class_names = None if class_names is None else [str(name) for name in class_names]
+        self.num_classes = None if labels is None else max(int(labels.max()) + 1, len(self.class_names or ())) or None
+
+    def __len__(self) -> int:
+        return len(self._images)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        index = _checked(index, len(self))
+        image = np.asarray(self._images[index])
+        if image.ndim == 2 or image.shape[2] == 1:
+            image = np.repeat(image.reshape(*image.shape[:2], 1), 3, axis=2)
+        return {"image": image} if self._labels is None else {"image": image, "label": int(self._labels[index])}
+
+    def name(self, index: int) -> str:
+        return f"{self.origin}, index {index}"
+
+    def labels(self) -> np.ndarray | None:
+        return self._labels
+
+    def __reduce__(self):
+        if self._file is not None:  # a worker maps the file again instead of receiving a copy of it
+            return load_arrays, (self._file,)
+        return ArraySource, (self._images, self._labels, self.class_names, self.origin)
+
+
+def load_arrays(path: str) -> ArraySource:
+    """The arrays `images`, and optionally `labels` and `class_names`, of an npz file.
+
+    Written by `np.savez` it is memory-mapped, so that it may exceed the memory and workers share it; written by
+    `np.savez_compressed` it is loaded whole, in every worker.
+    """
+    origin = f"arrays:{path}"
+    try:
+        with zipfile.ZipFile(path) as archive:
+            keys = {entry.removesuffix(".npy") for entry in archive.namelist()}
+        if "images" not in keys:
+            raise DataError(f"{origin} has no array 'images' (it holds: {', '.join(sorted(keys)) or 'nothing'})")
+        labels, class_names = (_npz_array(path, key) if key in keys else None for key in ("labels", "class_names"))
+        source = ArraySource(_npz_array(path, "images"), labels, class_names, origin)
+    except FileNotFoundError:
+        raise DataError(f"{origin} does not exist") from None
+    except DataError:
+        raise
+    except (OSError, ValueError, zipfile.BadZipFile) as error:
+        raise DataError(f"{origin} is not a readable npz file: {_one_line(error)}") from None
+    source._file = os.path.abspath(path)
+    return source
+
+
+def _npz_array(path: str, key: str) -> np.ndarray:
+    with zipfile.ZipFile(path) as archive:
+        entry = archive.getinfo(f"{key}.npy")
+        if entry.compress_type == zipfile.ZIP_STORED:
+            with archive.open(entry) as member:
+                if np.lib.format.read_magic(member) == (1, 0):
+                    shape, fortran, dtype = np.lib.format.read_array_header_1_0(member)
+                    start = member.tell()
+                    with open(path, "rb") as file:  # the entry's data follow its own header, name and extra field
+                        file.seek(entry.header_offset + 26)
+                        offset = entry.header_offset + 30 + sum(struct.unpack("<HH", file.read(4))) + start
+                    if not dtype.hasobject and 0 not in shape:
+                        return np.memmap(path, dtype, "r", offset, shape, "F" if fortran else "C")
+    with np.load(path, allow_pickle=False) as arrays:
+        return arrays[key]
+
+
+class TfdsSource:
+    """A split of a data set prepared by tfds as ArrayRecord; images stay encoded.
+
+    It is read from its files alone: neither the data set's own code, nor TensorFlow, nor the network is needed.
+
+    Args:
+      spec: NAME[/CONFIG][:VERSION][:SPLIT], what follows `tfds:`.
+      data_dir: the directory given to tfds for preparing; by default tfds's own.
+    Raises:
+      DataError: not prepared (with the command that does it), not ArrayRecord, no such split, or no image feature.
+    """
+
+    def __init__(self, spec: str, *, data_dir: str | None = None):
+        match = re.fullmatch(r"(?P<name>[^:]+?)(:(?P<version>\d[\d.*]*))?(:(?P<split>\D.*))?", spec)
+        if match is None:
+            raise DataError(f"unknown data source 'tfds:{spec}': use tfds:NAME[/CONFIG][:VERSION][:SPLIT]")
+        self._name = match["name"] + (f":{match['version']}" if match["version"] else "")
+        self._split, self._data_dir = match["split"] or "train", data_dir and os.path.expanduser(data_dir)
+        self._labels: np.ndarray | None = None
+        self._open()
+
+    def _open(self) -> None:
+        import tensorflow_datasets as tfds  # takes half a second
+
+        try:
+            builder = tfds.core.read_only_builder.builder_from_files(self._name, data_dir=self._data_dir)
+        except tfds.core.DatasetNotFoundError:
+            where = f", data_dir={self._data_dir!r}" if self._data_dir else ""
+            raise DataError(
+                f"tfds:{self._name} is not prepared in {self._data_dir or 'the data directory of tfds'}: run python -c "
+                f'"import tensorflow_datasets as t; t.builder({self._name!r}{where}, '
+                "file_format='array_record').download_and_prepare()\" (after pip install 'hexa_jax[prepare]')"
+            ) from None
+        except (ValueError, OSError) as error:
+            raise DataError(f"tfds:{self._name} cannot be opened: {_one_line(error)}") from None
+        features, splits = dict(builder.info.features), sorted(builder.info.splits)
+        images = [key for key, feature in features.items() if isinstance(feature, tfds.features.Image)]
+        if not images:
+            raise DataError(f"tfds:{self._name} has no image feature (it has: {', '.join(features)})")
+        self._image_key = "image" if "image" in images else images[0]
+        keys = [key for key, feature in features.items() if isinstance(feature, tfds.features.ClassLabel)]
+        self._label_key = "label" if "label" in keys else keys[0] if len(keys) == 1 else None
+        label = features[self._label_key] if self._label_key else None
+        self.num_classes = label.num_classes if label is not None else None
+        self.class_names = list(label.names) if label is not None else None
+        skip = {key: tfds.decode.SkipDecoding() for key in images}
+        try:
+            self._records = builder.as_data_source(self._split, decoders=skip)
+        except NotImplementedError:
+            raise DataError(
+                f"tfds:{self._name} is stored as {builder.info.file_format.value}, without random access: prepare it "
+                "again in another data_dir with file_format='array_record'"
+            ) from None
+        except (ValueError, KeyError):
+            raise DataError(f"tfds:{self._name} has no split {self._split!r} (it has: {', '.join(splits)})") from None
+        self._process = os.getpid()
+
+    def _example(self, index: int) -> dict[str, Any]:
+        if self._process != os.getpid():  # readers survive neither a fork nor a pickle
+            self._open()
+        return self._records[_checked(index, len(self))]
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        try:
+            example = self._example(index)
+        except (ValueError, RuntimeError) as error:
+            raise BadImage(self.name(index), f"unreadable record: {_one_line(error)}") from None
+        image = {"image": example[self._image_key]}
+        return {**image, "label": int(example[self._label_key])} if self._label_key else image
+
+    def name(self, index: int) -> str:
+        return f"tfds:{self._name}:{self._split}, index {index}"
+
+    def labels(self) -> np.ndarray | None:
+        """int32 [N], or None. The first call reads every record, as labels lie beside images: 140 GB of ImageNet."""
+        if self._labels is None and self._label_key is not None:
+            self._labels = np.array([self._example(i)[self._label_key] for i in range(len(self))], np.int32)
+        return self._labels
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"_name": self._name, "_split": self._split, "_data_dir": self._data_dir, "_labels": self._labels}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._open()
+
+
+def _checked(index: int, length: int) -> int:
+    if not 0 <= index < length:  # no negative indices: an index is an identity
+        raise IndexError(f"index {index} of a source of {length} examples")
+    return int(index)
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300]

@@ -1,0 +1,108 @@
+"""Devices, and how a batch is laid out on them: [M microbatches, rows, ...], rows split over the one mesh axis "data"."""
+
+import dataclasses
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from hexa_jax.models.norm import NormMode
+
+ROWS = P(None, "data")
+
+
+def make_mesh(devices: list[jax.Device] | None = None) -> Mesh:
+    """A one-axis mesh over the given devices, by default all of them on all hosts."""
+    devices = jax.devices() if devices is None else devices
+    return jax.make_mesh((len(devices),), ("data",), (AxisType.Auto,), devices=devices)
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """Row arithmetic of a step, checked once at the start.
+
+    Attributes:
+        batch_size: B, examples of a step on all devices.
+        microbatches: M, sequential parts of a step.
+        num_devices: devices of the mesh.
+        bn_group_size: consecutive rows that share BatchNorm statistics.
+        cutmix_block: consecutive rows among which CutMix partners are drawn.
+        shuffle_block: consecutive rows among which MoCo's keys are shuffled; 0 for methods without keys.
+    """
+
+    batch_size: int
+    microbatches: int
+    num_devices: int
+    bn_group_size: int
+    cutmix_block: int
+    shuffle_block: int = 0
+
+    @property
+    def rows(self) -> int:
+        """Rows of one microbatch on one device."""
+        return self.batch_size // (self.microbatches * self.num_devices)
+
+    def check(self) -> None:
+        """Raises ValueError, one line with numbers that work, if rows cannot be laid out."""
+        parts = self.microbatches * self.num_devices
+        if self.batch_size % parts:
+            below = self.batch_size // parts * parts
+            near = " or ".join(str(size) for size in (below, below + parts) if size)
+            raise ValueError(
+                f"batch_size={self.batch_size} is not divisible by {self.num_devices} devices x "
+                f"{self.microbatches} microbatches: use {near}"
+            )
+        micro = self.batch_size // self.microbatches
+        whole = [g for g in range(1, micro + 1) if micro % g == 0 and (self.rows % g == 0 or g % self.rows == 0)]
+        if self.bn_group_size not in whole:
+            raise ValueError(
+                f"bn_group_size={self.bn_group_size} does not fit {self.rows} rows a device and microbatch "
+                f"({micro} rows a microbatch): use {_nearest(self.bn_group_size, whole)}, or other runtime.microbatches"
+            )
+        blocks = [c for c in range(1, self.rows + 1) if self.rows % c == 0]
+        if self.cutmix_block not in blocks:
+            raise ValueError(
+                f"cutmix_block={self.cutmix_block} does not divide the {self.rows} rows a device and microbatch: "
+                f"use {_nearest(self.cutmix_block, blocks)}, or other runtime.microbatches"
+            )
+        if self.shuffle_block and self.batch_size % self.shuffle_block:
+            sizes = [s for s in range(1, self.batch_size + 1) if self.batch_size % s == 0]
+            raise ValueError(
+                f"shuffle_block={self.shuffle_block} does not divide batch_size={self.batch_size}: "
+                f"use {_nearest(self.shuffle_block, sizes)}"
+            )
+
+    def norm_mode(self, branch: str) -> NormMode:
+        """How a training pass normalises on each device: whole local groups, or one group over several devices."""
+        if self.rows % self.bn_group_size == 0:
+            return NormMode(branch, groups=self.rows // self.bn_group_size)
+        span = self.bn_group_size // self.rows
+        groups = np.arange(self.num_devices).reshape(-1, span)
+        return NormMode(branch, 1, "data", tuple(tuple(int(d) for d in group) for group in groups))
+
+
+def _nearest(wanted: int, sizes: list[int]) -> str:
+    below = [s for s in sizes if s < wanted][-1:]
+    above = [s for s in sizes if s > wanted][:1]
+    return " or ".join(str(size) for size in below + above)
+
+
+def row_sharding(mesh: Mesh) -> NamedSharding:
+    """Sharding of a batch's leaves [M, n, ...]."""
+    return NamedSharding(mesh, ROWS)
+
+
+def local_rows(mesh: Mesh, layout: Layout) -> np.ndarray:
+    """int [M, local] numbers of the rows that this process must build, in the order that `place` expects."""
+    shape = (layout.microbatches, layout.batch_size // layout.microbatches)
+    columns: set[int] = set()
+    for slices in row_sharding(mesh).addressable_devices_indices_map(shape).values():
+        columns.update(range(*slices[1].indices(shape[1])))
+    return np.arange(layout.batch_size).reshape(shape)[:, sorted(columns)]
+
+
+def place(mesh: Mesh, layout: Layout, leaf: np.ndarray) -> jax.Array:
+    """Put this process's rows [M, local, ...] on its devices as part of the global array [M, B / M, ...]."""
+    shape = (layout.microbatches, layout.batch_size // layout.microbatches, *leaf.shape[2:])
+    return jax.make_array_from_process_local_data(row_sharding(mesh), leaf, shape)

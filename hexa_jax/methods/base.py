@@ -1,0 +1,96 @@
+"""The interface of a method: where pseudo-labels come from and how a prediction is scored.
+
+A loss is per example and a pseudo-label is a leaf with leading axis N; so attacks (grad of the loss) and CutMix (labels of a
+permuted batch) are written once, in the views and the step, and no method mentions them.
+
+Legend: M microbatches, n rows of a microbatch, V crops, D embedding. Whole-step arrays are [M, n, ...].
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol
+
+import jax
+
+EncodeKeys = Callable[[Any], jax.Array]
+
+
+class Batch(NamedTuple):
+    """One step's examples; leaves are [M, n, ...], split over devices along axis 1.
+
+    Attributes:
+        index: int32, the example's identity in the data set (and the key of all its random draws).
+        row: int32, position in the step's batch, 0 to M * n - 1.
+        valid: bool, False where an unreadable image was replaced.
+        label: int32, -1 where there is none; never used for training.
+        crops: per resolution [M, n, V_r, S, S, 3], uint8 from the host; empty when crops are cut on the device.
+        key_crops: [M, n, 1, S, S, 3] views for a target encoder, in the order of `key_index`; None if the method has none.
+        key_index: int32, the example that each row of `key_crops` shows.
+        key_row: int32, for each row, the row of `key_crops` that shows the same example.
+    """
+
+    index: jax.Array
+    row: jax.Array
+    valid: jax.Array
+    label: jax.Array
+    crops: tuple[jax.Array, ...] = ()
+    key_crops: jax.Array | None = None
+    key_index: jax.Array | None = None
+    key_row: jax.Array | None = None
+
+
+class Targets(NamedTuple):
+    """Pseudo-labels of a step.
+
+    Attributes:
+        y: leaves [M, n, ...], one pseudo-label per example; CutMix permutes it.
+        dictionary: shared by the batch (queue, centroids); never permuted, constant for differentiation.
+        known: bool [M, n], False where an example has no pseudo-label yet; those rows are left out of means.
+    """
+
+    y: Any
+    dictionary: Any
+    known: jax.Array
+
+
+class Spec(NamedTuple):
+    """Sizes that a method's state depends on."""
+
+    batch_size: int
+    steps_per_epoch: int
+    num_examples: int
+    embedding_dim: int
+
+
+class Method(Protocol):
+    """What the train step asks of a method."""
+
+    key_crops: int  # views per example that only a target encoder sees
+    needs_first_pass: bool  # whether an epoch of forward passes comes before the first step
+
+    def check(self, spec: Spec) -> None:
+        """Raises ValueError, one line, if the sizes do not fit together."""
+
+    def init(self, key: jax.Array, params: Any, spec: Spec) -> Any:
+        """The method's state before the first step."""
+
+    def state_spec(self, spec: Spec) -> Any:
+        """PartitionSpecs: a tree prefix of the state."""
+
+    def targets(self, encode_keys: EncodeKeys, state: Any, batch: Batch) -> Targets:
+        """Pseudo-labels of the whole step.
+
+        `encode_keys(params)` gives embeddings [M, n, key_crops, D] of the batch's key crops, in their shuffled order: a
+        training-mode forward pass that writes nothing and takes no gradient.
+        """
+
+    def loss(self, outputs: jax.Array, y: Any, dictionary: Any) -> jax.Array:
+        """Losses [N, V] of outputs [N, V, D]; the objective is the mean over V, then over valid N."""
+
+    def update(self, state: Any, params: Any, batch: Batch, outputs: jax.Array, targets: Targets) -> Any:
+        """The state after a step, from the new parameters and the clean outputs [M, n, V, D]."""
+
+    def refresh(self, key: jax.Array, state: Any) -> Any:
+        """The state at the start of an epoch."""
+
+    def describe(self, before: Any, after: Any) -> dict[str, jax.Array]:
+        """Scalars about a refresh, for the log."""

@@ -1,0 +1,78 @@
+"""MoCo-v2: the pseudo-label of a query is its own key, among a queue of older keys (equations 1 and 2, Algorithm 1)."""
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
+
+from hexa_jax.losses import info_nce
+from hexa_jax.methods.base import Batch, EncodeKeys, Spec, Targets
+
+
+class MoCoState(NamedTuple):
+    """Key encoder parameters, queue [K, D] of unit-norm keys, and the next position to overwrite (int32)."""
+
+    key_params: Any
+    queue: jax.Array
+    position: jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class MoCo:
+    """MoCo-v2 (facebookresearch/moco).
+
+    Attributes:
+        queue_size: K, number of negatives; a multiple of the batch size.
+        momentum: of the key encoder: 0.999 in MoCo-v2, 0.99 in Algorithm 1 of the paper.
+        temperature: of the softmax.
+    """
+
+    queue_size: int
+    momentum: float
+    temperature: float
+
+    key_crops = 1
+    needs_first_pass = False
+
+    def check(self, spec: Spec) -> None:
+        if self.queue_size % spec.batch_size:
+            below = self.queue_size // spec.batch_size * spec.batch_size
+            near = ", ".join(str(size) for size in (below, below + spec.batch_size) if size)
+            raise ValueError(
+                f"moco.queue_size={self.queue_size} is not a multiple of batch_size={spec.batch_size}: use {near}"
+            )
+
+    def init(self, key: jax.Array, params: Any, spec: Spec) -> MoCoState:
+        queue = jax.random.normal(key, (self.queue_size, spec.embedding_dim))
+        queue = queue / jnp.linalg.norm(queue, axis=1, keepdims=True)
+        return MoCoState(jax.tree.map(jnp.copy, params), queue, jnp.zeros([], jnp.int32))
+
+    def state_spec(self, spec: Spec) -> Any:
+        return P()
+
+    def targets(self, encode_keys: EncodeKeys, state: MoCoState, batch: Batch) -> Targets:
+        keys = encode_keys(state.key_params)  # [M, n, 1, D], rows in shuffled order
+        shape = keys.shape[:2]
+        # Only embeddings travel back to their rows; the images were shuffled by the input (shuffle-BN).
+        keys = keys.reshape(-1, keys.shape[-1])[batch.key_row.reshape(-1)].reshape(*shape, -1)
+        return Targets(y=keys, dictionary=state.queue, known=jnp.ones(shape, bool))
+
+    def loss(self, outputs: jax.Array, y: jax.Array, dictionary: jax.Array) -> jax.Array:
+        score = lambda query: info_nce(query, y, dictionary, self.temperature)  # noqa: E731
+        return jax.vmap(score, in_axes=1, out_axes=1)(outputs)
+
+    def update(self, state: MoCoState, params: Any, batch: Batch, outputs: jax.Array, targets: Targets) -> MoCoState:
+        # Algorithm 1 moves the key encoder after the step; the reference moves it at the start of the next, which is the same.
+        m = self.momentum
+        key_params = jax.tree.map(lambda k, q: (m * k + (1 - m) * q).astype(k.dtype), state.key_params, params)
+        keys = targets.y.reshape(-1, targets.y.shape[-1]).astype(state.queue.dtype)
+        queue = jax.lax.dynamic_update_slice_in_dim(state.queue, keys, state.position, axis=0)
+        return MoCoState(key_params, queue, (state.position + len(keys)) % self.queue_size)
+
+    def refresh(self, key: jax.Array, state: MoCoState) -> MoCoState:
+        return state
+
+    def describe(self, before: MoCoState, after: MoCoState) -> dict[str, jax.Array]:
+        return {}

@@ -1,0 +1,86 @@
+"""Projection heads, and the network that puts a backbone and a head together."""
+
+import math
+from collections.abc import Sequence
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from hexa_jax.models.norm import BatchNorm, NormMode
+from hexa_jax.models.resnet import ResNet
+
+# torch's default for nn.Linear: uniform in +-1/sqrt(fan_in), kernel and bias.
+torch_kernel = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
+
+
+def torch_bias(fan_in: int):
+    """Initialiser of a bias that follows torch's nn.Linear."""
+    bound = 1 / math.sqrt(fan_in)
+    return lambda key, shape, dtype=jnp.float32: jax.random.uniform(key, shape, dtype, -bound, bound)
+
+
+class ProjectionHead(nn.Module):
+    """[N, feature_dim] -> [N, out_dim]: Linear, optional BatchNorm, ReLU, Linear.
+
+    MoCo-v2 has no BatchNorm and a hidden layer as wide as the feature; DeepCluster-v2 has BatchNorm and 2048.
+    """
+
+    hidden_dim: int
+    out_dim: int
+    batch_norm: bool
+    dtype: jnp.dtype = jnp.float32
+    auxiliary_norm: bool = False
+
+    @nn.compact
+    def __call__(self, x: jax.Array, mode: NormMode) -> jax.Array:
+        for layer, width in enumerate((self.hidden_dim, self.out_dim), start=1):
+            name, bias_init = f"linear{layer}", torch_bias(x.shape[-1])
+            x = nn.Dense(width, dtype=self.dtype, kernel_init=torch_kernel, bias_init=bias_init, name=name)(x)
+            if layer == 1:
+                if self.batch_norm:
+                    x = BatchNorm(self.dtype, self.auxiliary_norm, name="bn1")(x, mode)
+                x = nn.relu(x)
+        return x
+
+
+class Network(nn.Module):
+    """Backbone and head on multi-resolution crops.
+
+    Each resolution goes through the backbone in one call, with BatchNorm statistics of its own; the head sees all crops at
+    once, as in DeepCluster-v2. Pixels in [0, 1] are normalised here, after any attack.
+
+    Attributes:
+        backbone: the ResNet.
+        head: the projection head.
+        pixel_mean: per-channel mean of the pixels in [0, 1].
+        pixel_std: per-channel standard deviation.
+        normalize: whether the outputs have unit length.
+    """
+
+    backbone: ResNet
+    head: ProjectionHead
+    pixel_mean: tuple[float, float, float]
+    pixel_std: tuple[float, float, float]
+    normalize: bool = True
+
+    def __call__(self, crops: Sequence[jax.Array], mode: NormMode) -> jax.Array:
+        """Outputs [N, V, D] of crops: one array [N, V_r, H, W, 3] per resolution, V = sum of V_r, in order."""
+        num = crops[0].shape[0]
+        pooled = []
+        for x in crops:
+            features = self.features(x.reshape(-1, *x.shape[2:]), mode)
+            pooled.append(features.reshape(num, x.shape[1], -1))
+        stacked = jnp.concatenate(pooled, axis=1)  # [N, V, F]
+        z = self.head(stacked.reshape(-1, stacked.shape[-1]), mode)
+        z = z.astype(jnp.promote_types(jnp.float32, z.dtype))
+        if self.normalize:
+            z = z / jnp.maximum(jnp.linalg.norm(z, axis=-1, keepdims=True), 1e-12)
+        return z.reshape(num, stacked.shape[1], -1)
+
+    def features(self, images: jax.Array, mode: NormMode) -> jax.Array:
+        """Pooled backbone features [N, F] of images [N, H, W, 3] in [0, 1]."""
+        shape = (1, 1, 1, 3)
+        mean = jnp.asarray(self.pixel_mean, images.dtype).reshape(shape)
+        std = jnp.asarray(self.pixel_std, images.dtype).reshape(shape)
+        return self.backbone((images - mean) / std, mode)

@@ -1,0 +1,112 @@
+"""BatchNorm over groups of examples, with a second set of statistics, scale and bias for adversarial views (AdvProp).
+
+Legend: G groups, n rows of a group, C channels.
+"""
+
+import dataclasses
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+CLEAN, ADVERSARIAL = "clean", "adversarial"
+MOMENTUM = 0.1  # torch's convention: the weight of the new value
+EPSILON = 1e-5
+
+
+@dataclasses.dataclass(frozen=True)
+class NormMode:
+    """How a forward pass normalises.
+
+    Attributes:
+        branch: which scale, bias and statistics: "clean" or "adversarial".
+        groups: number of groups of consecutive rows with statistics of their own; None normalises with the running ones.
+        axis_name: mesh axis to average the moments over when one group spans several devices, else None.
+        device_groups: which devices along that axis share a group.
+    """
+
+    branch: str = CLEAN
+    groups: int | None = None
+    axis_name: str | None = None
+    device_groups: tuple[tuple[int, ...], ...] | None = None
+
+
+EVALUATION = NormMode()
+
+
+def stats_collection(branch: str) -> str:
+    """Name of the Linen collection that holds a branch's running mean and variance."""
+    return f"{branch}_batch_stats"
+
+
+class BatchNorm(nn.Module):
+    """Normalises [N, ..., C] and returns the same shape in `dtype`; moments are computed in float32 or wider.
+
+    A training pass writes no statistics: it sows the moments of the pass ("moments" collection: mean, unbiased variance,
+    averaged over the local groups), and the train step blends them into the running ones once per pass.
+    """
+
+    dtype: jnp.dtype = jnp.float32
+    auxiliary: bool = False  # whether the adversarial set exists
+    scale_init: float = 1.0
+
+    @nn.compact
+    def __call__(self, x: jax.Array, mode: NormMode) -> jax.Array:
+        channels = x.shape[-1]
+        wide = jnp.promote_types(jnp.float32, self.dtype)
+        scale = bias = mean = var = None
+        for branch in (CLEAN, ADVERSARIAL) if self.auxiliary else (CLEAN,):
+            prefix = "" if branch == CLEAN else f"{branch}_"
+            branch_scale = self.param(f"{prefix}scale", nn.initializers.constant(self.scale_init), (channels,))
+            branch_bias = self.param(f"{prefix}bias", nn.initializers.zeros, (channels,))
+            if branch == mode.branch:
+                scale, bias = branch_scale, branch_bias
+            if mode.groups is None:  # a training pass does not read the running statistics
+                branch_mean = self.variable(stats_collection(branch), "mean", jnp.zeros, (channels,))
+                branch_var = self.variable(stats_collection(branch), "var", jnp.ones, (channels,))
+                if branch == mode.branch:
+                    mean, var = branch_mean.value, branch_var.value
+        if scale is None:
+            raise ValueError(f"this network has no {mode.branch} BatchNorm set")
+        scale, bias = scale.astype(wide), bias.astype(wide)
+        if mode.groups is None:
+            factor = scale * jax.lax.rsqrt(var.astype(wide) + EPSILON)
+            return _affine(x, factor, bias - mean.astype(wide) * factor, self.dtype)
+
+        grouped = x.reshape(mode.groups, -1, channels)  # [G, n, C]
+        values = grouped.astype(wide)
+        moments = jnp.stack([jnp.mean(values, axis=1), jnp.mean(jnp.square(values), axis=1)])  # [2, G, C]
+        count = grouped.shape[1]
+        if mode.axis_name is not None:
+            moments = jax.lax.pmean(moments, mode.axis_name, axis_index_groups=mode.device_groups)
+            count *= len(mode.device_groups[0])  # type: ignore[index]
+        mean = moments[0]
+        var = jnp.maximum(moments[1] - jnp.square(mean), 0)
+        self.sow("moments", "mean", jnp.mean(mean, axis=0))
+        self.sow("moments", "var", jnp.mean(var, axis=0) * (count / max(count - 1, 1)))
+        factor = scale[None] * jax.lax.rsqrt(var + EPSILON)  # [G, C]
+        shift = bias[None] - mean * factor
+        return _affine(grouped, factor[:, None], shift[:, None], self.dtype).reshape(x.shape)
+
+
+def _affine(x: jax.Array, factor: jax.Array, shift: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """x * factor + shift in the factor's precision, then cast; factor and shift gain x's leading axes."""
+    lead = (1,) * (x.ndim - factor.ndim)
+    factor, shift = factor.reshape(lead + factor.shape), shift.reshape(lead + shift.shape)
+    return (x.astype(factor.dtype) * factor + shift).astype(dtype)
+
+
+def blend(running: dict, moments: dict) -> dict:
+    """Running statistics after one training pass.
+
+    Args:
+        running: collection of a branch: {module: {"mean", "var"}} of [C] arrays.
+        moments: the pass's sown moments, same tree with a tuple in each leaf's place: one entry per resolution, in order.
+    """
+
+    def update(value: jax.Array, sown: tuple[jax.Array, ...]) -> jax.Array:
+        for moment in sown:
+            value = ((1 - MOMENTUM) * value + MOMENTUM * moment).astype(value.dtype)
+        return value
+
+    return jax.tree.map(update, running, moments)

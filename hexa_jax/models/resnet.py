@@ -1,0 +1,125 @@
+"""ResNet with torchvision's geometry: explicit padding, stride on the 3x3 convolution, the same initialisation.
+
+'SAME' padding would shift every strided convolution by a pixel against torch, and weights could not be exchanged.
+"""
+
+import re
+from collections.abc import Sequence
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from hexa_jax.models.norm import BatchNorm, NormMode
+
+STAGES = {10: (1, 1, 1, 1), 18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3)}
+STEMS = ("imagenet", "cifar")
+
+he_normal = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
+
+
+def _conv(features: int, size: int, stride: int, dtype: jnp.dtype, name: str) -> nn.Conv:
+    return nn.Conv(
+        features,
+        (size, size),
+        strides=stride,
+        padding=size // 2,
+        use_bias=False,
+        dtype=dtype,
+        kernel_init=he_normal,
+        name=name,
+    )
+
+
+class Block(nn.Module):
+    """Residual block of [N, H, W, C]: two 3x3 convolutions, or 1x1, 3x3, 1x1 with four times the channels."""
+
+    channels: int
+    stride: int
+    bottleneck: bool
+    dtype: jnp.dtype
+    auxiliary_norm: bool
+    zero_init_residual: bool
+
+    @nn.compact
+    def __call__(self, x: jax.Array, mode: NormMode) -> jax.Array:
+        out_channels = self.channels * (4 if self.bottleneck else 1)
+        plan = [(1, 1), (3, self.stride), (1, 1)] if self.bottleneck else [(3, self.stride), (3, 1)]
+        y = x
+        for i, (size, stride) in enumerate(plan, start=1):
+            last = i == len(plan)
+            y = _conv(out_channels if last else self.channels, size, stride, self.dtype, f"conv{i}")(y)
+            scale = 0.0 if last and self.zero_init_residual else 1.0
+            y = BatchNorm(self.dtype, self.auxiliary_norm, scale, name=f"bn{i}")(y, mode)
+            y = y if last else nn.relu(y)
+        if x.shape != y.shape:
+            x = _conv(out_channels, 1, self.stride, self.dtype, "downsample_conv")(x)
+            x = BatchNorm(self.dtype, self.auxiliary_norm, name="downsample_bn")(x, mode)
+        return nn.relu(x + y)
+
+
+class ResNet(nn.Module):
+    """Backbone: [N, H, W, 3] normalised images -> pooled features [N, feature_dim].
+
+    Attributes:
+        depth: 10, 18, 34, 50 or 101 (10 is for tests and small experiments).
+        base_channels: channels of the stem; 64 is standard, 128 is the "w2" network.
+        stem: "imagenet" (7x7 stride 2, max-pool) or "cifar" (3x3 stride 1).
+        dtype: compute precision; parameters stay float32.
+        auxiliary_norm: whether each BatchNorm has an adversarial set.
+        zero_init_residual: start each block as the identity.
+    """
+
+    depth: int = 50
+    base_channels: int = 64
+    stem: str = "imagenet"
+    dtype: jnp.dtype = jnp.float32
+    auxiliary_norm: bool = False
+    zero_init_residual: bool = False
+
+    @property
+    def feature_dim(self) -> int:
+        """Length of the pooled feature."""
+        return self.base_channels * 8 * (4 if self.depth >= 50 else 1)
+
+    def __call__(self, x: jax.Array, mode: NormMode) -> jax.Array:
+        return self.stages(x, mode)[-1].astype(jnp.promote_types(jnp.float32, self.dtype)).mean(axis=(1, 2))
+
+    @nn.compact
+    def stages(self, x: jax.Array, mode: NormMode) -> Sequence[jax.Array]:
+        """Feature maps of the four stages, [N, H, W, C] each."""
+        x = x.astype(self.dtype)
+        size, stride = (7, 2) if self.stem == "imagenet" else (3, 1)
+        x = _conv(self.base_channels, size, stride, self.dtype, "conv1")(x)
+        x = nn.relu(BatchNorm(self.dtype, self.auxiliary_norm, name="bn1")(x, mode))
+        if self.stem == "imagenet":
+            x = nn.max_pool(x, (3, 3), strides=(2, 2), padding=((1, 1), (1, 1)))
+        maps = []
+        for stage, blocks in enumerate(STAGES[self.depth]):
+            for i in range(blocks):
+                x = Block(
+                    channels=self.base_channels * 2**stage,
+                    stride=2 if stage > 0 and i == 0 else 1,
+                    bottleneck=self.depth >= 50,
+                    dtype=self.dtype,
+                    auxiliary_norm=self.auxiliary_norm,
+                    zero_init_residual=self.zero_init_residual,
+                    name=f"layer{stage + 1}_{i}",
+                )(x, mode)
+            maps.append(x)
+        return maps
+
+
+def make_resnet(name: str, base_channels: int = 64, **settings) -> ResNet:
+    """Build a backbone from its name: resnet10, resnet18, resnet34, resnet50, resnet101, each with an optional width: resnet50w2.
+
+    Raises:
+        ValueError: unknown name or stem.
+    """
+    match = re.fullmatch(r"resnet(\d+)(?:w(\d+))?", name)
+    if match is None or int(match[1]) not in STAGES:
+        known = ", ".join(f"resnet{depth}" for depth in STAGES)
+        raise ValueError(f"unknown backbone {name!r}: use one of {known}, with an optional width such as resnet50w2")
+    if settings.get("stem", "imagenet") not in STEMS:
+        raise ValueError(f"unknown stem {settings['stem']!r}: use 'imagenet' or 'cifar'")
+    return ResNet(depth=int(match[1]), base_channels=base_channels * int(match[2] or 1), **settings)

@@ -1,0 +1,190 @@
+"""Equation 10 on the rows of one device: `L = L_clean + alpha1 L_adversarial + alpha2 L_cutmix`, with its gradients.
+
+Nothing in here communicates, except BatchNorm groups that span devices: an image never leaves its device.
+
+Legend: N rows of one device and microbatch, V crops, H W C image, D embedding.
+"""
+
+import dataclasses
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+
+from hexa_jax import views
+from hexa_jax.mesh import Layout
+from hexa_jax.methods.base import Batch, Method
+from hexa_jax.models.heads import Network
+from hexa_jax.models.norm import ADVERSARIAL, CLEAN
+
+CUTMIX = "cutmix"
+# Purposes of random draws: one number each, folded into the seed's key.
+AUGMENT_DRAWS, ATTACK_DRAWS, CUTMIX_DRAWS, PARTNER_DRAWS, INIT_DRAWS, REFRESH_DRAWS = range(6)
+
+
+class Crops(Protocol):
+    """Makes float crops in [0, 1] from a batch [N, ...]; `data` is the whole data set when it lives on the device."""
+
+    def online(self, keys: jax.Array, batch: Batch, data: jax.Array | None) -> tuple[jax.Array, ...]:
+        """Per resolution [N, V_r, S, S, 3], drawn from one key per example."""
+
+    def target(self, keys: jax.Array, batch: Batch, data: jax.Array | None) -> jax.Array:
+        """Key crops [N, 1, S, S, 3] of the examples `batch.key_index`."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ViewSettings:
+    """Weights of equation 10 and the two hard views; epsilon and step_size in pixels of [0, 1]."""
+
+    alpha1: float = 0.0
+    alpha2: float = 0.0
+    epsilon: float = 1 / 255
+    step_size: float = 1 / 255
+    steps: int = 1
+    norm: str = "linf"
+    random_start: bool = False
+    attack_branch: str = "auxiliary"  # BatchNorm set used while making the attack: "auxiliary" or "main"
+    share_gradient: bool = True  # take the first attack gradient from the clean backward pass where that is possible
+    cutmix_alpha: float = 5.0
+    cutmix_beta: float = 3.0
+    one_box: bool = False
+
+    @property
+    def shared_gradient(self) -> bool:
+        """Whether the clean pass's own backward also gives the attack's first gradient."""
+        return bool(self.alpha1) and self.attack_branch == "main" and not self.random_start and self.share_gradient
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """Weight of each training pass, in order; equation 10."""
+        weights = {CLEAN: 1.0, ADVERSARIAL: self.alpha1, CUTMIX: self.alpha2}
+        return {name: weight for name, weight in weights.items() if weight}
+
+
+def norm_branch(view: str) -> str:
+    """BatchNorm set of a training pass: cut-mixed views share the clean one."""
+    return ADVERSARIAL if view == ADVERSARIAL else CLEAN
+
+
+class Gradients(NamedTuple):
+    """Result of the objective; all but the outputs add up over microbatches and devices.
+
+    Attributes:
+        params: gradients, like the parameters.
+        moments: per training pass, the BatchNorm moments it sowed.
+        losses: per training pass, the weighted sum of its example losses, without the pass's own weight.
+        outputs: clean embeddings [N, V, D].
+    """
+
+    params: Any
+    moments: dict[str, Any]
+    losses: dict[str, jax.Array]
+    outputs: jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class Objective:
+    """The objective as a function of parameters and rows."""
+
+    network: Network
+    method: Method
+    views: ViewSettings
+    layout: Layout
+    crops: Crops
+    seed: int
+
+    def forward(self, params: Any, crops: tuple[jax.Array, ...], view: str = CLEAN) -> tuple[jax.Array, Any]:
+        """Training-mode outputs [N, V, D] and the pass's BatchNorm moments."""
+        mode = self.layout.norm_mode(norm_branch(view))
+        outputs, sown = self.network.apply({"params": params}, crops, mode, mutable=["moments"])
+        return outputs, sown["moments"]
+
+    def online_crops(self, batch: Batch, epoch: jax.Array, data: jax.Array | None) -> tuple[jax.Array, ...]:
+        """Augmented crops that the network learns from."""
+        return self.crops.online(self.example_keys(AUGMENT_DRAWS, epoch, batch.index), batch, data)
+
+    def encode_keys(self, params: Any, batch: Batch, epoch: jax.Array, data: jax.Array | None) -> jax.Array:
+        """Embeddings [N, 1, D] of the key crops."""
+        keys = self.example_keys(AUGMENT_DRAWS, epoch, batch.key_index)
+        return self.forward(params, (self.crops.target(keys, batch, data),))[0]
+
+    def gradients(
+        self,
+        params: Any,
+        batch: Batch,
+        y: Any,
+        dictionary: Any,
+        weight: jax.Array,
+        epoch: jax.Array,
+        step: jax.Array,
+        data: jax.Array | None,
+    ) -> Gradients:
+        """Gradients of equation 10 for N rows; `weight` [N] is each row's share in the mean of the whole step."""
+        settings = self.views
+        x = self.online_crops(batch, epoch, data)
+
+        def row_losses(params: Any, x: Any, view: str, mix: Any = None) -> tuple[jax.Array, Any]:
+            outputs, moments = self.forward(params, x, view)
+            losses = self.method.loss(outputs, y, dictionary)  # [N, V]
+            if mix is not None:
+                lam, y_partner = mix
+                losses = lam * losses + (1 - lam) * self.method.loss(outputs, y_partner, dictionary)
+            return losses * weight[:, None] / losses.shape[1], (moments, outputs)
+
+        def weighted(params: Any, x: Any, view: str, mix: Any = None) -> tuple[jax.Array, Any]:
+            losses, (moments, outputs) = row_losses(params, x, view, mix)
+            loss = jnp.sum(losses)
+            return settings.weights[view] * loss, (loss, moments, outputs)
+
+        # Clean; where the attack shares this pass, one backward gives both gradients
+        shared = settings.shared_gradient
+        slopes, (loss, moments, outputs) = jax.grad(weighted, (0, 1) if shared else 0, has_aux=True)(params, x, CLEAN)
+        grads, x_slope = slopes if shared else (slopes, None)
+        all_moments, losses = {CLEAN: moments}, {CLEAN: loss}
+
+        def add(view: str, x: Any, mix: Any = None) -> None:
+            nonlocal grads
+            more, (losses[view], all_moments[view], _) = jax.grad(weighted, has_aux=True)(params, x, view, mix)
+            grads = jax.tree.map(jnp.add, grads, more)
+
+        if settings.alpha1:
+            attacked = ADVERSARIAL if settings.attack_branch == "auxiliary" else CLEAN
+            x_adversarial = views.adversarial(
+                self.example_keys(ATTACK_DRAWS, epoch, batch.index),
+                x,
+                lambda x: row_losses(params, x, attacked)[0],
+                epsilon=settings.epsilon,
+                step_size=settings.step_size,
+                steps=settings.steps,
+                norm=settings.norm,
+                random_start=settings.random_start,
+                gradient=x_slope,
+            )
+            add(ADVERSARIAL, x_adversarial)
+
+        if settings.alpha2:
+            partner = self._partners(step, batch.row)
+            x_mixed, lam, _ = views.cutmix(
+                self.example_keys(CUTMIX_DRAWS, epoch, batch.index),
+                x,
+                alpha=settings.cutmix_alpha,
+                beta=settings.cutmix_beta,
+                permutation=partner,
+                one_box=settings.one_box,
+            )
+            y_partner = jax.tree.map(lambda leaf: leaf[partner], y)
+            add(CUTMIX, x_mixed, (jnp.concatenate(lam, axis=1), y_partner))
+
+        return Gradients(grads, all_moments, losses, outputs)
+
+    def example_keys(self, purpose: int, epoch: jax.Array, index: jax.Array) -> jax.Array:
+        """[N] keys, each a function of (seed, purpose, epoch, example) only: the batch's layout cannot matter."""
+        key = jax.random.fold_in(jax.random.fold_in(jax.random.key(self.seed), purpose), epoch)
+        return jax.vmap(lambda i: jax.random.fold_in(key, i))(index)
+
+    def _partners(self, step: jax.Array, row: jax.Array) -> jax.Array:
+        """CutMix partners from the same block of rows, hence from the same device; keyed by (seed, step, block)."""
+        block = self.layout.cutmix_block
+        key = jax.random.fold_in(jax.random.fold_in(jax.random.key(self.seed), PARTNER_DRAWS), step)
+        keys = jax.vmap(lambda r: jax.random.fold_in(key, r))(row[::block])
+        return views.block_permutation(keys, row.shape[0], block)
