@@ -117,7 +117,6 @@ def get_config() -> ml_collections.ConfigDict:
     runtime.keep_last = 2  # checkpoints
     runtime.keep_every = 0  # epochs: each k-th epoch's checkpoint stays for ever; 0: none
     runtime.writer = "tensorboardX"  # tensorboardX or clu (needs TensorFlow)
-    runtime.compilation_cache = ""  # folder for compiled programs; empty: none
     return config
 
 

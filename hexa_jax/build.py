@@ -1,5 +1,7 @@
 """From a config to the objects of a run; every mistake that a config can hold is found here, before anything is compiled."""
 
+import os
+
 import jax
 import jax.numpy as jnp
 import optax
@@ -9,6 +11,7 @@ from hexa_jax import optim
 from hexa_jax.data.augment import Photometric
 from hexa_jax.data.crops import DeviceCrops, Resolution
 from hexa_jax.data.sources import Source, make_source
+from hexa_jax.data.subset import Subset, spread
 from hexa_jax.mesh import Layout, make_mesh
 from hexa_jax.methods.base import Method, Spec
 from hexa_jax.methods.deepcluster import DeepCluster
@@ -39,12 +42,22 @@ def choose(name: str, value: str, table: dict):
 
 def open_source(config: ConfigDict, spec: str) -> Source:
     """The source that `spec` names, with the config's sizes for generated data."""
+    kind, _, path = spec.partition(":")
+    if kind in ("folder", "arrays") and config.runtime.data_dir:
+        spec = f"{kind}:{os.path.join(config.runtime.data_dir, path)}"
     return make_source(
         spec,
         image_size=config.data.shapes_size,
         num_examples=config.data.shapes_count,
         data_dir=config.runtime.data_dir or None,
     )
+
+
+def open_training_source(config: ConfigDict) -> Source:
+    """The training examples, `data.limit` of them."""
+    source = open_source(config, config.data.source)
+    limit = config.data.limit
+    return Subset(source, spread(len(source), limit)) if limit and limit < len(source) else source
 
 
 def make_method(config: ConfigDict) -> Method:

@@ -174,7 +174,9 @@ class Checkpoints:
         step, attempt = _from_first_process(step, attempt)
         if step == -2:
             tried = sorted({folder.step for folder in folders})
-            raise CheckpointError(f"no checkpoint in {self.directory} is intact (steps {tried}); to start anew, remove it")
+            raise CheckpointError(
+                f"no checkpoint in {self.directory} is intact (steps {tried}); to start anew, remove it"
+            )
         return None if step == -1 else _load(self._path(step, attempt), like)
 
     def _finish(self, folder: _Folder, manifest: dict, response: ocp.AsyncResponse, barrier: str) -> None:

@@ -98,7 +98,7 @@ class Trainer:
         return new_state, {name: jnp.asarray(value, jnp.float32) for name, value in metrics.items()}
 
     def observe_step(self, state: TrainState, batch: Batch, data: jax.Array | None = None) -> TrainState:
-        """One step of the first pass: training-mode forward; writes BatchNorm statistics and the bank, no gradient."""
+        """Training-mode forward without gradient: writes BatchNorm statistics, and the bank of a method that has one."""
 
         def local(params: Any, batch: Batch, data: jax.Array | None) -> tuple[jax.Array, Any]:
             def one(rows: Batch) -> tuple[jax.Array, Any]:
@@ -108,8 +108,11 @@ class Trainer:
             return outputs, jax.tree.map(lambda m: jax.lax.pmean(jnp.mean(m, axis=0), "data"), moments)
 
         outputs, moments = self._per_device(local, (P(), ROWS, P()), (ROWS, P()))(state.params, batch, data)
+        state = state._replace(batch_stats=_blend(state.batch_stats, {CLEAN: moments}))
+        if not self.objective.method.needs_first_pass:
+            return state
         method = self.objective.method.update(state.method, state.params, batch, outputs, None)
-        return state._replace(batch_stats=_blend(state.batch_stats, {CLEAN: moments}), method=method)
+        return state._replace(method=method)
 
     def refresh_step(self, state: TrainState, epoch: jax.Array) -> tuple[TrainState, dict]:
         """What the method does before epoch `epoch` (int32, from 0), and scalars about it."""

@@ -450,7 +450,7 @@ def disk(tmp_path):
     if result.returncode != 0:
         pytest.skip(f"may not mount a file system: {result.stderr.strip()}")
     yield folder
-    subprocess.run(["umount", str(folder)], check=True)
+    subprocess.run(["umount", "--lazy", str(folder)], check=True)  # lazy: a failed test may leave a save in flight
 
 
 def test_full_disk(disk):

@@ -380,7 +380,7 @@ def test_boxes_of_the_crops_of_an_image_are_independent():
     x = jnp.zeros((512, 2, 16, 16, 1))
     _, lam, _ = cutmix(jax.random.key(0), x, alpha=5.0, beta=3.0)
     correlation = np.corrcoef(np.asarray(lam).T)[0, 1]
-    assert abs(correlation) < 0.2  # standard error 0.044; a shared lambda0 gives about 0.5
+    assert abs(correlation) < 0.2  # standard error 0.044; a shared lambda0 gives 0.58
 
 
 def test_the_same_key_gives_the_same_mixture():

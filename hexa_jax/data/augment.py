@@ -25,8 +25,7 @@ class Photometric:
         jitter_probability: chance of the colour jitter, all four operations together.
         brightness, contrast, saturation: strength s; the factor is uniform in [max(0, 1-s), 1+s].
         hue: strength in [0, 0.5], in turns of the colour circle; the shift is uniform in [-hue, hue].
-        gray_probability: chance of replacing the colours by their grey.
-        blur_probability: chance of the blur.
+        gray_probability, blur_probability: chance of replacing the colours by their grey; of the blur.
         blur_sigma: (low, high) of its uniform standard deviation, in pixels of the crop.
         solarize_probability: chance of inverting the values at or above `solarize_threshold` (in [0, 1]).
 
@@ -46,13 +45,11 @@ class Photometric:
 
     def __post_init__(self):
         object.__setattr__(self, "blur_sigma", tuple(self.blur_sigma))  # hashable, also from a config's list
-        low, high = self.blur_sigma
-        if not 0 < low <= high < math.inf:
+        if len(self.blur_sigma) != 2 or not 0 < self.blur_sigma[0] <= self.blur_sigma[1] < math.inf:
             raise ValueError(f"Photometric.blur_sigma must be (low, high), 0 < low <= high, got {self.blur_sigma}")
         for name, value in vars(self).items():
-            limit = LIMITS.get(name, 1)
-            if name != "blur_sigma" and not 0 <= value <= limit:
-                raise ValueError(f"Photometric.{name} must be between 0 and {limit}, got {value}")
+            if name != "blur_sigma" and not 0 <= value <= LIMITS.get(name, 1):
+                raise ValueError(f"Photometric.{name} must be between 0 and {LIMITS.get(name, 1)}, got {value}")
 
 
 def augment(keys: jax.Array, x: jax.Array, settings: Photometric) -> jax.Array:
@@ -74,10 +71,9 @@ def augment(keys: jax.Array, x: jax.Array, settings: Photometric) -> jax.Array:
     The colour jitter is torchvision's ColorJitter on float tensors, in random order, clamped after each operation. The
     blur is a true Gaussian cut at 4 sigma or more, which repeats the edge pixels outwards as PIL's GaussianBlur does.
     """
-    if x.ndim != 4 or x.shape[-1] != 3 or x.dtype not in (jnp.float32, jnp.float64):
-        raise ValueError(f"augment needs float32 or float64 images [N, H, W, 3], got {x.dtype} {list(x.shape)}")
-    if keys.shape != x.shape[:1]:
-        raise ValueError(f"augment needs one key per image, got keys {list(keys.shape)} for images {list(x.shape)}")
+    if x.ndim != 4 or x.shape[-1] != 3 or x.dtype not in (jnp.float32, jnp.float64) or keys.shape != x.shape[:1]:
+        got = f"{x.dtype} {list(x.shape)} and {list(keys.shape)}"
+        raise ValueError(f"augment needs float32 or float64 images [N, H, W, 3] and one key per image [N], got {got}")
     uniform = uniform_per_key(keys, len(DRAWS)).astype(x.dtype)
     u = {name: uniform[:, column, None, None] for column, name in enumerate(DRAWS)}  # [N, 1, 1] each
     rgb = tuple(x[..., channel] for channel in range(3))  # [N, H, W] each
@@ -184,7 +180,7 @@ def _blur(x, sigma, apply, radius):
     """[N, H, 3, W] -> [N, H, W, 3]: Gaussian blur as two products with banded matrices; the identity if not `apply`."""
     N, H, C, W = x.shape
     down, along = (_blur_matrix(sigma, apply, size, radius) for size in (H, W))
-    # highest: float32 products, else TPUs and new GPUs round pixels to 8 or 11 bits; the identity is then exact, too
+    # highest: else TPUs and new GPUs round pixels to 8 or 11 bits; this keeps float32, and the identity exact
     x = jnp.einsum("nij,njr->nir", down, x.reshape(N, H, C * W), precision="highest")
     x = jnp.einsum("nrl,nkl->nrk", x.reshape(N, H * C, W), along, precision="highest")
     return jnp.clip(jnp.swapaxes(x.reshape(N, H, C, W), 2, 3), 0, 1)  # weights sum to 1 only up to rounding

@@ -35,7 +35,7 @@ def decode(data: bytes | np.ndarray, name: str) -> np.ndarray:
 
     Grey and palette images become RGB, CMYK is converted, alpha is dropped (not blended; only TIFF's alpha is blended
     on black, by the TIFF library), 16 bits are divided by 257, the EXIF orientation is applied, animations give frame
-    one.
+    one. A JPEG with damage inside, but whole, loads as in Pillow; libjpeg itself then writes a line to stderr.
 
     Args:
       data: JPEG, PNG, GIF, BMP, WebP or TIFF bytes; or pixels, uint8 [H, W, 3], which pass through.

@@ -19,7 +19,7 @@ import numpy as np
 from hexa_jax.data.crops import Resolution
 from hexa_jax.data.decode import BadImage, crop_generator, decode, random_resized_crop
 from hexa_jax.data.sources import DataError
-from hexa_jax.mesh import Layout, local_rows, place
+from hexa_jax.mesh import Layout, place
 from hexa_jax.methods.base import Batch
 
 ORDER_STREAM, SHUFFLE_STREAM = 1, 2
@@ -109,7 +109,7 @@ class HostSteps:
         position_of = {int(row): position for position, row in enumerate(rows)}
         valid, bad = np.ones(len(rows), bool), []
         for row in sorted(position_of.keys() | slot_of.keys()):  # a block that spans processes brings rows of others
-            image, failed = self._read(int(index[row]))
+            image, failed = read_or_replace(self.source, int(index[row]), self.max_failures)
             bad += failed
             cut = functools.partial(self._cut, image, pass_number, int(index[row]))
             number = 0
@@ -129,10 +129,6 @@ class HostSteps:
     def _cut(self, image: np.ndarray, pass_number: int, index: int, crop: int, resolution: Resolution) -> np.ndarray:
         generator = crop_generator(self.seed, pass_number, index, crop)
         return random_resized_crop(image, generator, resolution.size, resolution.scale)
-
-    def _read(self, index: int) -> tuple[np.ndarray, list[int]]:
-        """The example's pixels, or those of the next readable one, and which could not be read."""
-        return read_or_replace(self.source, index, self.max_failures)
 
 
 def read_or_replace(source: Any, index: int, max_failures: int) -> tuple[np.ndarray, list[int]]:
@@ -223,6 +219,3 @@ def device_batches(
         if len(ahead) > 2:
             yield ahead.popleft()
     yield from ahead
-
-
-__all__ = ["BadImages", "HostSteps", "device_batches", "host_iterator", "local_rows", "resident_images"]

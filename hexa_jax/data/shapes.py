@@ -6,6 +6,7 @@ of (seed, split, i), whatever else is drawn with it; the size in pixels changes 
 """
 
 import functools
+import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -13,6 +14,7 @@ import numpy as np
 
 CLASS_NAMES = ["disk", "square", "triangle", "star", "cross", "ring", "crescent", "heart", "arrow", "hourglass"]
 SPLITS = {"train": 1, "test": 2}
+_DRAWING = threading.Lock()
 
 # Few colours, shared by all images: with free colours, instances are told apart by colour and shape is not learned.
 LIGHT = np.array([[0.95, 0.75, 0.35], [0.55, 0.85, 0.95], [0.95, 0.65, 0.75], [0.70, 0.92, 0.60]], np.float32)
@@ -87,8 +89,9 @@ class ShapesSource:
 
     def arrays(self) -> tuple[np.ndarray, np.ndarray]:
         """All images uint8 [N, S, S, 3] and labels int32 [N]."""
-        if self._images is None:
-            self._images = make_shapes(len(self), **self._draw)[0]
+        with _DRAWING:  # reader threads arrive together; one of them draws
+            if self._images is None:
+                self._images = make_shapes(len(self), **self._draw)[0]
         return self._images, self.labels()
 
     def name(self, index: int) -> str:

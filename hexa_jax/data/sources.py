@@ -4,6 +4,7 @@
 index is the example's identity, the same on every host and in every run. No TensorFlow is imported.
 """
 
+import logging
 import os
 import re
 import struct
@@ -17,6 +18,7 @@ from hexa_jax.data.decode import BadImage
 from hexa_jax.data.shapes import ShapesSource
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif")
+SPLIT_NAMES = {"train", "training", "val", "valid", "validation", "test"}
 
 
 class DataError(ValueError):
@@ -83,9 +85,8 @@ class FolderSource:
     def __init__(self, directory: str):
         self.directory = directory
         if not os.path.isdir(directory):
-            raise DataError(
-                f"folder:{directory} {'is not a directory' if os.path.exists(directory) else 'does not exist'}"
-            )
+            problem = "is not a directory" if os.path.exists(directory) else "does not exist"
+            raise DataError(f"folder:{directory} {problem}")
         paths = sorted(os.fsencode(path) for path in _walk(directory))
         if not paths:
             raise DataError(f"folder:{directory} holds no image ({', '.join(s[1:] for s in IMAGE_SUFFIXES)})")
@@ -99,6 +100,11 @@ class FolderSource:
         self._labels = np.array([ids[top] for top in tops], np.int32) if labelled else None
         self.class_names = [os.fsdecode(name) for name in classes] if labelled else None
         self.num_classes = len(classes) if labelled else None
+        if self.class_names and {name.lower() for name in self.class_names} <= SPLIT_NAMES:
+            logging.getLogger(__name__).warning(
+                "folder:%s: sub-directories %s are taken as the classes; are they splits? Then name one: folder:%s",
+                directory, ", ".join(self.class_names), os.path.join(directory, self.class_names[0]),
+            )  # fmt: skip
 
     def __len__(self) -> int:
         return len(self._ends)

@@ -1,0 +1,85 @@
+"""kNN accuracy while training, and the closing table that sets the network beside raw pixels and random weights."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from hexa_jax.build import open_source
+from hexa_jax.data.sources import DataError, Source
+from hexa_jax.data.subset import spread
+from hexa_jax.evals.features import EvalImages, extract, make_extractor, raw_pixels
+from hexa_jax.evals.knn import accuracy, knn_predict
+from hexa_jax.evals.linear import linear_probe
+from hexa_jax.train_step import Trainer, TrainState
+
+BATCH = 256
+
+
+@dataclasses.dataclass(frozen=True)
+class Probe:
+    """Labelled examples to judge features by: a bank, and held-out queries (or the bank itself, leave-one-out)."""
+
+    config: ConfigDict
+    bank: EvalImages
+    queries: EvalImages
+    leave_one_out: bool
+    extractor: Any
+
+    def features(self, state: TrainState) -> tuple[np.ndarray, np.ndarray]:
+        """Features of bank and queries, by the clean BatchNorm's running statistics."""
+
+        def forward(images: np.ndarray) -> jax.Array:
+            return self.extractor(state.params, state.batch_stats, images)
+
+        bank = extract(forward, self.bank, BATCH)
+        return bank, bank[: len(self.queries.indices)] if self.leave_one_out else extract(forward, self.queries, BATCH)
+
+    def pixels(self) -> tuple[np.ndarray, np.ndarray]:
+        """Raw pixels of bank and queries."""
+        bank = raw_pixels(self.bank)
+        return bank, bank[: len(self.queries.indices)] if self.leave_one_out else raw_pixels(self.queries)
+
+    def knn(self, features: tuple[np.ndarray, np.ndarray]) -> float:
+        """Accuracy in per cent."""
+        knn = self.config.knn
+        predictions = knn_predict(
+            features[0],
+            self.bank.labels(),
+            features[1],
+            neighbours=knn.neighbours,
+            temperature=knn.temperature,
+            leave_one_out=self.leave_one_out,
+        )
+        return accuracy(predictions, self.queries.labels())
+
+    def linear(self, features: tuple[np.ndarray, np.ndarray]) -> float | None:
+        """Accuracy in per cent; None without held-out examples."""
+        if self.leave_one_out:
+            return None
+        regularization = self.config.linear.regularization
+        predictions = linear_probe(features[0], self.bank.labels(), features[1], regularization=regularization)
+        return accuracy(predictions, self.queries.labels())
+
+
+def make_probe(config: ConfigDict, source: Source, trainer: Trainer) -> Probe | None:
+    """A probe of the run's data, or None when it has no labels.
+
+    Raises:
+        DataError: the held-out source has no labels while the training source does.
+    """
+    if source.labels() is None:
+        return None
+    knn = config.knn
+    bank = EvalImages(source, spread(len(source), knn.train_limit), knn.resize, knn.crop)
+    queries, leave_one_out = dataclasses.replace(bank, indices=bank.indices[: knn.test_limit or None]), True
+    if config.data.eval_source:
+        held_out = open_source(config, config.data.eval_source)
+        if held_out.labels() is None:
+            raise DataError(f"data.eval_source={config.data.eval_source} has no labels to evaluate with")
+        queries = EvalImages(held_out, spread(len(held_out), knn.test_limit), knn.resize, knn.crop)
+        leave_one_out = False
+    extractor = make_extractor(trainer.objective.network, trainer.mesh, trainer.dtype)
+    return Probe(config, bank, queries, leave_one_out, extractor)

@@ -1,0 +1,145 @@
+"""The folder of a run: its config, metrics, TensorBoard events and result, all written so that a crash leaves them readable."""
+
+import difflib
+import json
+import logging
+import os
+import pathlib
+from typing import Any
+
+import numpy as np
+from ml_collections import ConfigDict
+
+logging.getLogger("tensorboardX").setLevel(logging.ERROR)
+
+
+class WorkdirError(ValueError):
+    """A workdir that cannot be used; the message is one line."""
+
+
+def flatten(config: dict, prefix: str = "") -> dict[str, Any]:
+    """Nested settings as {"model.stem": "cifar", ...}."""
+    flat = {}
+    for name, value in config.items():
+        if isinstance(value, dict):
+            flat |= flatten(value, f"{prefix}{name}.")
+        else:
+            flat[prefix + name] = list(value) if isinstance(value, tuple) else value
+    return flat
+
+
+def closest(name: str, names: list[str]) -> str:
+    """A hint with the nearest known name, or nothing."""
+    near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+    return f"; did you mean {near[0]!r}?" if near else ""
+
+
+def write_json(path: pathlib.Path, value: Any) -> None:
+    """Write a JSON file in one step: readers see the old one or the new one, whole."""
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(value, indent=1, sort_keys=True) + "\n")
+    os.replace(temporary, path)
+
+
+def open_workdir(path: str, config: ConfigDict, *, extend: bool = False) -> pathlib.Path:
+    """Make the folder, or check that it holds a run of the same config.
+
+    Args:
+        path: the folder.
+        config: of this start.
+        extend: allow more epochs than the run in the folder had; its cosine schedule changes.
+
+    Raises:
+        WorkdirError: not writable, or another config lies there (runtime settings aside).
+    """
+    workdir = pathlib.Path(path).expanduser().absolute()
+    now = flatten(config.to_dict())
+    saved = workdir / "config.json"
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        if saved.exists():
+            _check_same(workdir, flatten(json.loads(saved.read_text())), now, extend)
+        write_json(saved, config.to_dict())
+    except OSError as error:
+        raise WorkdirError(f"cannot write to workdir {workdir}: {error.strerror or error}") from None
+    except json.JSONDecodeError:
+        raise WorkdirError(f"{saved} is not readable as JSON: is this another program's folder?") from None
+    return workdir
+
+
+def _check_same(workdir: pathlib.Path, before: dict, now: dict, extend: bool) -> None:
+    differ = []
+    for name in sorted(before.keys() | now.keys()):
+        old, new = before.get(name), now.get(name)
+        if name.startswith("runtime.") or old == new:
+            continue
+        if name == "epochs" and extend and isinstance(old, int) and isinstance(new, int) and new > old:
+            logging.warning("extending from %d to %d epochs: the learning rate's cosine changes with it", old, new)
+            continue
+        differ.append(f"{name} was {old!r}, is {new!r}")
+    if differ:
+        hint = " (--extend allows more epochs)" if any(d.startswith("epochs ") for d in differ) else ""
+        raise WorkdirError(f"workdir {workdir} holds a run of another config: {'; '.join(differ)}{hint}")
+
+
+class Metrics:
+    """Appends scalars to metrics.jsonl, one JSON object per line with its step, and to TensorBoard events.
+
+    A resumed run drops lines from steps that it will do again, and a torn last line.
+    """
+
+    def __init__(self, workdir: pathlib.Path, writer: str, resume_step: int):
+        self.path = workdir / "metrics.jsonl"
+        kept = [line for line in self._lines() if line["step"] <= resume_step]
+        temporary = self.path.with_suffix(".tmp")
+        temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        os.replace(temporary, self.path)
+        self._file = self.path.open("a", buffering=1)
+        self._board = _board(workdir / "tensorboard", writer, resume_step)
+
+    def _lines(self) -> list[dict]:
+        lines = []
+        if self.path.exists():
+            for text in self.path.read_text(errors="replace").splitlines():
+                try:
+                    lines.append(json.loads(text))
+                except json.JSONDecodeError:
+                    logging.warning("%s: dropped a torn line", self.path)
+        return [line for line in lines if isinstance(line, dict) and "step" in line]
+
+    def write(self, step: int, values: dict[str, Any]) -> None:
+        """Write scalars of one step; arrays of one element count as scalars."""
+        numbers = {name: float(np.asarray(value)) for name, value in values.items()}
+        self._file.write(json.dumps({"step": step} | numbers) + "\n")
+        self._board(step, numbers)
+
+    def close(self) -> None:
+        """Flush and close."""
+        self._file.close()
+        self._board(None, {})
+
+
+def _board(folder: pathlib.Path, writer: str, resume_step: int):
+    """A function (step, values) that writes TensorBoard events; step None closes."""
+    if writer == "clu":
+        from clu import metric_writers  # imports TensorFlow: only on request
+
+        clu_writer = metric_writers.SummaryWriter(str(folder))
+
+        def write_clu(step: int | None, values: dict[str, float]) -> None:
+            clu_writer.close() if step is None else clu_writer.write_scalars(step, values)
+
+        return write_clu
+    if writer != "tensorboardX":
+        raise WorkdirError(f"config.runtime.writer={writer!r} is not known: use one of clu, tensorboardX")
+    import tensorboardX
+
+    board = tensorboardX.SummaryWriter(str(folder), purge_step=resume_step + 1 if resume_step else None)
+
+    def write(step: int | None, values: dict[str, float]) -> None:
+        if step is None:
+            board.close()
+        for name, value in values.items():
+            board.add_scalar(name, value, step)
+
+    return write
