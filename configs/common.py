@@ -61,7 +61,9 @@ def get_config() -> ml_collections.ConfigDict:
     optimizer.momentum = 0.9
     optimizer.weight_decay = 1e-4  # on all parameters, BatchNorm and biases included
     optimizer.trust_coefficient = 0.001  # larc
-    optimizer.schedule = "epoch_cosine"  # epoch_cosine: changes once per epoch, no warm-up; cosine: per step, with warm-up
+    optimizer.schedule = (
+        "epoch_cosine"  # epoch_cosine: changes once per epoch, no warm-up; cosine: per step, with warm-up
+    )
     optimizer.final_learning_rate = 0.0  # cosine
     optimizer.warmup_epochs = 0  # cosine
     optimizer.warmup_start = 0.0  # cosine
@@ -103,6 +105,7 @@ def get_config() -> ml_collections.ConfigDict:
     knn.crop = 224  # centre crop
 
     config.linear = linear = ml_collections.ConfigDict()
+    linear.at_end = False  # fit a linear probe on the kNN's examples when pre-training ends
     linear.regularization = 1e-4  # of multinomial logistic regression on standardised features
 
     config.runtime = runtime = ml_collections.ConfigDict()
@@ -120,7 +123,9 @@ def get_config() -> ml_collections.ConfigDict:
     return config
 
 
-def hard_examples(config: ml_collections.ConfigDict, alpha1: float = 1.0, alpha2: float = 0.0) -> ml_collections.ConfigDict:
+def hard_examples(
+    config: ml_collections.ConfigDict, alpha1: float = 1.0, alpha2: float = 0.0
+) -> ml_collections.ConfigDict:
     """Turn a plain recipe into HEXA: the weights of equation 10, everything else as it is."""
     config.views.alpha1, config.views.alpha2 = alpha1, alpha2
     return config

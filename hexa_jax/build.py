@@ -170,7 +170,10 @@ def make_optimizer(config: ConfigDict, steps_per_epoch: int) -> optax.GradientTr
 def make_views(config: ConfigDict) -> ViewSettings:
     """Equation 10's settings, grey levels turned into pixels of [0, 1]."""
     v = config.views
-    for name, value, known in (("norm", v.norm, ("linf", "l2")), ("attack_branch", v.attack_branch, ("auxiliary", "main"))):
+    for name, value, known in (
+        ("norm", v.norm, ("linf", "l2")),
+        ("attack_branch", v.attack_branch, ("auxiliary", "main")),
+    ):
         if value not in known:
             raise ConfigError(f"config.views.{name}={value!r} is not known: use one of {', '.join(known)}")
     if v.steps < 1 or v.epsilon <= 0 or v.step_size <= 0 or v.alpha1 < 0 or v.alpha2 < 0:

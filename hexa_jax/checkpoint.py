@@ -111,7 +111,7 @@ class Checkpoints:
             raise error
 
     def close(self) -> None:
-        """The same as `wait`: without it the end of the process may lose the last save."""
+        """The same as `wait`, for `contextlib.closing`: the end of the process cuts off a save in flight."""
         self.wait()
 
     def steps(self) -> list[int]:
@@ -174,9 +174,7 @@ class Checkpoints:
         step, attempt = _from_first_process(step, attempt)
         if step == -2:
             tried = sorted({folder.step for folder in folders})
-            raise CheckpointError(
-                f"no checkpoint in {self.directory} is intact (steps {tried}); to start anew, remove it"
-            )
+            raise CheckpointError(f"no intact checkpoint in {self.directory} (tried {tried}); remove it to start anew")
         return None if step == -1 else _load(self._path(step, attempt), like)
 
     def _finish(self, folder: _Folder, manifest: dict, response: ocp.AsyncResponse, barrier: str) -> None:

@@ -66,7 +66,9 @@ def spherical_kmeans(
     """
     num_rows, dim = x.shape
     if axis_name is not None and init is None:
-        raise ValueError("rows are split over devices here: pass init, so that every device starts from the same centroids")
+        raise ValueError(
+            "rows are split over devices here: pass init, so that every device starts from the same centroids"
+        )
     if axis_name is None and num_clusters > num_rows:
         raise ValueError(f"{num_clusters} clusters need at least as many rows, there are {num_rows}")
     mask = jnp.ones(num_rows, bool) if mask is None else mask

@@ -66,6 +66,29 @@ def norm_branch(view: str) -> str:
     return ADVERSARIAL if view == ADVERSARIAL else CLEAN
 
 
+class Rows(NamedTuple):
+    """What the objective sees of one device and microbatch.
+
+    Attributes:
+        batch: leaves [N, ...].
+        y: pseudo-labels, leaves [N, ...].
+        weight: [N] each row's share in the mean of the whole step.
+        dictionary: shared by all rows.
+    """
+
+    batch: Batch
+    y: Any
+    weight: jax.Array
+    dictionary: Any
+
+
+class Clock(NamedTuple):
+    """int32 scalars that random draws are keyed by: the pass over the data (0 is the first pass) and the step."""
+
+    epoch: jax.Array
+    step: jax.Array
+
+
 class Gradients(NamedTuple):
     """Result of the objective; all but the outputs add up over microbatches and devices.
 
@@ -108,31 +131,53 @@ class Objective:
         keys = self.example_keys(AUGMENT_DRAWS, epoch, batch.key_index)
         return self.forward(params, (self.crops.target(keys, batch, data),))[0]
 
-    def gradients(
-        self,
-        params: Any,
-        batch: Batch,
-        y: Any,
-        dictionary: Any,
-        weight: jax.Array,
-        epoch: jax.Array,
-        step: jax.Array,
-        data: jax.Array | None,
-    ) -> Gradients:
-        """Gradients of equation 10 for N rows; `weight` [N] is each row's share in the mean of the whole step."""
-        settings = self.views
-        x = self.online_crops(batch, epoch, data)
+    def row_losses(self, params: Any, x: Any, rows: Rows, view: str, mix: Any = None) -> tuple[jax.Array, Any]:
+        """Weighted losses [N, V] of a view, summing to its part of the objective; and (moments, outputs) of the pass."""
+        outputs, moments = self.forward(params, x, view)
+        losses = self.method.loss(outputs, rows.y, rows.dictionary)
+        if mix is not None:
+            lam, y_partner = mix
+            losses = lam * losses + (1 - lam) * self.method.loss(outputs, y_partner, rows.dictionary)
+        return losses * rows.weight[:, None] / losses.shape[1], (moments, outputs)
 
-        def row_losses(params: Any, x: Any, view: str, mix: Any = None) -> tuple[jax.Array, Any]:
-            outputs, moments = self.forward(params, x, view)
-            losses = self.method.loss(outputs, y, dictionary)  # [N, V]
-            if mix is not None:
-                lam, y_partner = mix
-                losses = lam * losses + (1 - lam) * self.method.loss(outputs, y_partner, dictionary)
-            return losses * weight[:, None] / losses.shape[1], (moments, outputs)
+    def attack(self, params: Any, x: Any, rows: Rows, clock: Clock, gradient: Any = None) -> Any:
+        """Adversarial views of the crops x against their own pseudo-labels; statistics of BatchNorm are not written."""
+        settings = self.views
+        view = ADVERSARIAL if settings.attack_branch == "auxiliary" else CLEAN
+        return views.adversarial(
+            self.example_keys(ATTACK_DRAWS, clock.epoch, rows.batch.index),
+            x,
+            lambda x: self.row_losses(params, x, rows, view)[0],
+            epsilon=settings.epsilon,
+            step_size=settings.step_size,
+            steps=settings.steps,
+            norm=settings.norm,
+            random_start=settings.random_start,
+            gradient=gradient,
+        )
+
+    def mix(self, x: Any, rows: Rows, clock: Clock) -> tuple[Any, tuple[jax.Array, Any]]:
+        """Cut-mixed views of the crops x, and (lambda [N, V], the partners' pseudo-labels)."""
+        settings = self.views
+        partner = self._partners(clock.step, rows.batch.row)
+        mixed, lam, _ = views.cutmix(
+            self.example_keys(CUTMIX_DRAWS, clock.epoch, rows.batch.index),
+            x,
+            alpha=settings.cutmix_alpha,
+            beta=settings.cutmix_beta,
+            permutation=partner,
+            one_box=settings.one_box,
+        )
+        y_partner = jax.tree.map(lambda leaf: leaf[partner], rows.y)
+        return mixed, (jnp.concatenate(lam, axis=1), y_partner)
+
+    def gradients(self, params: Any, rows: Rows, clock: Clock, data: jax.Array | None) -> Gradients:
+        """Gradients of equation 10 for N rows."""
+        settings = self.views
+        x = self.online_crops(rows.batch, clock.epoch, data)
 
         def weighted(params: Any, x: Any, view: str, mix: Any = None) -> tuple[jax.Array, Any]:
-            losses, (moments, outputs) = row_losses(params, x, view, mix)
+            losses, (moments, outputs) = self.row_losses(params, x, rows, view, mix)
             loss = jnp.sum(losses)
             return settings.weights[view] * loss, (loss, moments, outputs)
 
@@ -148,33 +193,9 @@ class Objective:
             grads = jax.tree.map(jnp.add, grads, more)
 
         if settings.alpha1:
-            attacked = ADVERSARIAL if settings.attack_branch == "auxiliary" else CLEAN
-            x_adversarial = views.adversarial(
-                self.example_keys(ATTACK_DRAWS, epoch, batch.index),
-                x,
-                lambda x: row_losses(params, x, attacked)[0],
-                epsilon=settings.epsilon,
-                step_size=settings.step_size,
-                steps=settings.steps,
-                norm=settings.norm,
-                random_start=settings.random_start,
-                gradient=x_slope,
-            )
-            add(ADVERSARIAL, x_adversarial)
-
+            add(ADVERSARIAL, self.attack(params, x, rows, clock, x_slope))
         if settings.alpha2:
-            partner = self._partners(step, batch.row)
-            x_mixed, lam, _ = views.cutmix(
-                self.example_keys(CUTMIX_DRAWS, epoch, batch.index),
-                x,
-                alpha=settings.cutmix_alpha,
-                beta=settings.cutmix_beta,
-                permutation=partner,
-                one_box=settings.one_box,
-            )
-            y_partner = jax.tree.map(lambda leaf: leaf[partner], y)
-            add(CUTMIX, x_mixed, (jnp.concatenate(lam, axis=1), y_partner))
-
+            add(CUTMIX, *self.mix(x, rows, clock))
         return Gradients(grads, all_moments, losses, outputs)
 
     def example_keys(self, purpose: int, epoch: jax.Array, index: jax.Array) -> jax.Array:

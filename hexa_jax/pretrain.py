@@ -35,7 +35,7 @@ class Diverged(RuntimeError):
     """The loss is not finite; the message says at which step, where the last good checkpoint is, and what to try."""
 
 
-class Terminated(Exception):  # noqa: N818 (not an error: the state is saved)
+class Terminated(Exception):
     """SIGTERM arrived and the state is on disk."""
 
 
@@ -48,7 +48,7 @@ class Input:
     trainer: Trainer
     bad_images: BadImages
     resident: jax.Array | None
-    labels: np.ndarray | None
+    labels: np.ndarray  # int32 [num_examples], -1 where none is known yet
 
     @classmethod
     def open(cls, config: ConfigDict, source: Source, trainer: Trainer) -> "Input":
@@ -56,7 +56,9 @@ class Input:
         bad_images, resident = BadImages(source, config.data.max_bad_fraction), None
         if config.data.on_device:
             resident = jax.device_put(resident_images(source, bad_images, cls._max_failures(config, source)))
-        return cls(config, source, trainer, bad_images, resident, source.labels())
+        known = source.labels() if resident is not None else None
+        labels = np.full(len(source), -1, np.int32) if known is None else known
+        return cls(config, source, trainer, bad_images, resident, labels)
 
     @staticmethod
     def _max_failures(config: ConfigDict, source: Source) -> int:
@@ -69,7 +71,7 @@ class Input:
         steps = HostSteps(
             source=None if on_device else self.source,
             num_examples=spec.num_examples,
-            labels=self.labels,
+            labels=self.labels if on_device else None,
             resolutions=objective.crops.resolutions,  # type: ignore[attr-defined]
             key_crops=objective.method.key_crops,
             layout=objective.layout,
@@ -80,7 +82,7 @@ class Input:
             bad=frozenset(self.bad_images.seen) if on_device else frozenset(),
         )
         elements = host_iterator(steps, start, runtime.workers, runtime.threads, runtime.prefetch)
-        return device_batches(elements, self.trainer.mesh, objective.layout, len(steps.resolutions), self.bad_images)
+        return device_batches(elements, self.trainer.mesh, objective.layout, self.bad_images, self.labels)
 
 
 def pretrain(config: ConfigDict, workdir: pathlib.Path) -> dict[str, Any]:
@@ -206,9 +208,8 @@ class _Run:
     def _refresh(self, epoch: int) -> None:
         self.state, scalars = self.steps.refresh(self.state, jnp.int32(epoch))
         values = {name: float(value) for name, value in scalars.items()}
-        assignments = getattr(self.state.method, "assignments", None)
-        if assignments is not None and self.input.labels is not None:
-            values["nmi"] = _nmi(np.asarray(assignments), self.input.labels)
+        if self.assignments is not None and (self.input.labels >= 0).any():
+            values["nmi"] = _nmi(self.assignments, self.input.labels)
         if values:
             self.metrics.write(self.step, {"epoch": epoch} | values)
             _say(f"epoch {epoch}: " + ", ".join(f"{name} {value:.4g}" for name, value in values.items()))
@@ -228,7 +229,11 @@ class _Run:
         loss = float(metrics["loss"])
         if not math.isfinite(loss):
             saved = self.checkpoints.steps()
-            last = f"the last good checkpoint is step {saved[-1]} in {self.checkpoints.directory}" if saved else "none was saved"
+            last = (
+                f"the last good checkpoint is step {saved[-1]} in {self.checkpoints.directory}"
+                if saved
+                else "none was saved"
+            )
             raise Diverged(
                 f"the loss is {loss} at step {step}; {last}; try a lower optimizer.learning_rate, a warm-up, "
                 "precision=float32, or weaker views (alpha1, epsilon)"
@@ -266,10 +271,27 @@ class _Run:
             results["pixels_knn_accuracy"] = self.probe.knn(pixels)
             linear = self.probe.linear(pixels) if self.config.linear.at_end else None
             results |= {} if linear is None else {"pixels_linear_accuracy": linear}
-        path = report.write_report(self.workdir, self.config, self.trainer, self.state, self.input, results)
+        path = report.write_report(self.workdir, self.config, self, results)
         write_json(self.workdir / "result.json", results)
         _say(report.table(results) + f"\nreport: {path}")
         return results
+
+    # ---- What the report shows ----------------------------------------------------------------------------------------
+
+    @property
+    def source(self) -> Source:
+        """The training examples."""
+        return self.input.source
+
+    @property
+    def assignments(self) -> np.ndarray | None:
+        """int32 [heads, examples] clusters, for methods that have them."""
+        assignments = getattr(self.state.method, "assignments", None)
+        return None if assignments is None else np.asarray(assignments)
+
+    def views(self) -> dict[str, Any]:
+        """The views of the first batch."""
+        return self.steps.views(self.state, next(self.input.batches(0)), self.input.resident)
 
 
 class _Clock:
@@ -302,9 +324,9 @@ class _Clock:
 
 
 def _nmi(assignments: np.ndarray, labels: np.ndarray) -> float:
-    """Normalised mutual information between clusters [H, N] and labels [N], the mean over heads; unseen examples left out."""
-    values = [normalized_mutual_info_score(labels[head >= 0], head[head >= 0]) for head in assignments]
-    return float(np.mean(values))
+    """Normalised mutual information between clusters [H, N] and labels [N], mean over heads; unseen examples left out."""
+    seen = (labels >= 0) & (assignments >= 0).all(axis=0)
+    return float(np.mean([normalized_mutual_info_score(labels[seen], head[seen]) for head in assignments]))
 
 
 def _say(text: str) -> None:

@@ -17,9 +17,9 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from hexa_jax.mesh import ROWS
-from hexa_jax.methods.base import Batch, Spec
+from hexa_jax.methods.base import Batch, Spec, Targets
 from hexa_jax.models.norm import CLEAN, EVALUATION, blend, stats_collection
-from hexa_jax.objective import INIT_DRAWS, REFRESH_DRAWS, Gradients, Objective, norm_branch
+from hexa_jax.objective import INIT_DRAWS, REFRESH_DRAWS, Clock, Gradients, Objective, Rows, norm_branch
 
 
 class TrainState(NamedTuple):
@@ -74,12 +74,8 @@ class Trainer:
     def train_step(self, state: TrainState, batch: Batch, data: jax.Array | None = None) -> tuple[TrainState, dict]:
         """One optimiser step on leaves [M, n, ...]; returns the new state and scalar metrics."""
         method = self.objective.method
-        epoch = 1 + state.step // self.spec.steps_per_epoch  # 0 is the first pass
-        targets = method.targets(lambda params: self._encode_keys(params, batch, epoch, data), state.method, batch)
-        weight = (batch.valid & targets.known).astype(self.dtype)
-        weight = weight / jnp.maximum(jnp.sum(weight), 1)
-
-        result = self._gradients(state.params, batch, targets.y, weight, targets.dictionary, epoch, state.step, data)
+        rows, clock, targets = self._rows(state, batch, data)
+        result = self._gradients(state.params, rows, clock, data)
 
         updates, opt_state = self.optimizer.update(result.params, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
@@ -131,7 +127,10 @@ class Trainer:
             observe=jax.jit(
                 self.observe_step, in_shardings=(state, rows, whole), out_shardings=state, donate_argnums=0
             ),
-            refresh=jax.jit(self.refresh_step, in_shardings=(state, whole), out_shardings=(state, whole), donate_argnums=0),
+            views=jax.jit(self.view_step, in_shardings=(state, rows, whole), out_shardings=rows),
+            refresh=jax.jit(
+                self.refresh_step, in_shardings=(state, whole), out_shardings=(state, whole), donate_argnums=0
+            ),
         )
 
     def _per_device(self, function: Callable, in_specs: Any, out_specs: Any) -> Callable:
@@ -143,41 +142,73 @@ class Trainer:
 
         return self._per_device(local, (P(), ROWS, P(), P()), ROWS)(params, batch, epoch, data)
 
-    def _gradients(self, params: Any, batch: Batch, y: Any, weight: jax.Array, dictionary: Any, *rest: Any) -> Gradients:
+    def _per_microbatch(self, function: Callable, rows: Rows) -> Any:
+        """function(rows of one microbatch) -> (totals, stacked), totals added up and the rest stacked over microbatches."""
+        split, dictionary = rows[:3], rows.dictionary
+
+        def one(split: Any) -> tuple[Any, Any]:
+            return function(Rows(*split, dictionary))
+
+        if len(rows.weight) == 1:  # no loop around a single microbatch
+            totals, stacked = one(jax.tree.map(lambda leaf: leaf[0], split))
+            return totals, jax.tree.map(lambda leaf: leaf[None], stacked)
+
+        def accumulate(totals: Any, split: Any) -> tuple[Any, Any]:
+            more, stacked = one(split)
+            return jax.tree.map(jnp.add, totals, more), stacked
+
+        shapes = jax.eval_shape(lambda: one(jax.tree.map(lambda leaf: leaf[0], split))[0])
+        zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+        return jax.lax.scan(accumulate, zeros, split)
+
+    def _gradients(self, params: Any, rows: Rows, clock: Clock, data: jax.Array | None) -> Gradients:
         """The objective over all microbatches and devices: one reduction of gradients."""
 
-        def local(params: Any, rows: Any, dictionary: Any, *rest: Any) -> Gradients:
-            def one(rows: Any) -> Gradients:
-                batch, y, weight = rows
-                return self.objective.gradients(params, batch, y, dictionary, weight, *rest)
+        def local(params: Any, rows: Rows, clock: Clock, data: jax.Array | None) -> Gradients:
+            def one(rows: Rows) -> tuple[Any, jax.Array]:
+                result = self.objective.gradients(params, rows, clock, data)
+                return result[:3], result.outputs
 
-            def accumulate(totals: Any, rows: Any) -> tuple[Any, jax.Array]:
-                result = one(rows)
-                return jax.tree.map(jnp.add, totals, result[:3]), result.outputs
-
-            if len(rows[-1]) == 1:  # no loop around a single microbatch
-                result = one(jax.tree.map(lambda leaf: leaf[0], rows))
-                totals, outputs = result[:3], result.outputs[None]
-            else:
-                shapes = jax.eval_shape(lambda: one(jax.tree.map(lambda leaf: leaf[0], rows))[:3])
-                zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
-                totals, outputs = jax.lax.scan(accumulate, zeros, rows)
-            grads, moments, losses = totals
-            moments = jax.tree.map(lambda m: jax.lax.pmean(m, "data") / len(rows[-1]), moments)
+            (grads, moments, losses), outputs = self._per_microbatch(one, rows)
+            moments = jax.tree.map(lambda m: jax.lax.pmean(m, "data") / len(rows.weight), moments)
             return Gradients(jax.lax.psum(grads, "data"), moments, jax.lax.psum(losses, "data"), outputs)
 
-        specs = (P(), ROWS, P(), *(P() for _ in rest))
-        return self._per_device(local, specs, Gradients(P(), P(), P(), ROWS))(
-            params, (batch, y, weight), dictionary, *rest
-        )
+        specs = (P(), Rows(ROWS, ROWS, ROWS, P()), P(), P())
+        return self._per_device(local, specs, Gradients(P(), P(), P(), ROWS))(params, rows, clock, data)
+
+    def _rows(self, state: TrainState, batch: Batch, data: jax.Array | None) -> tuple[Rows, Clock, Targets]:
+        """Pseudo-labels and weights of a step's rows."""
+        clock = Clock(epoch=1 + state.step // self.spec.steps_per_epoch, step=state.step)
+        encode_keys = lambda params: self._encode_keys(params, batch, clock.epoch, data)  # noqa: E731
+        targets = self.objective.method.targets(encode_keys, state.method, batch)
+        weight = (batch.valid & targets.known).astype(self.dtype)
+        weight = weight / jnp.maximum(jnp.sum(weight), 1)
+        return Rows(batch, targets.y, weight, targets.dictionary), clock, targets
+
+    def view_step(self, state: TrainState, batch: Batch, data: jax.Array | None = None) -> dict[str, Any]:
+        """The views that the next step would learn from, for pictures: crops [M, n, V, S, S, 3] per resolution, lambda."""
+
+        def local(params: Any, rows: Rows, clock: Clock, data: jax.Array | None) -> dict[str, Any]:
+            def one(rows: Rows) -> tuple[Any, dict[str, Any]]:
+                x = self.objective.online_crops(rows.batch, clock.epoch, data)
+                mixed, (lam, _) = self.objective.mix(x, rows, clock)
+                adversarial = self.objective.attack(params, x, rows, clock) if self.objective.views.alpha1 else x
+                return (), {"clean": x, "adversarial": adversarial, "cutmix": mixed, "lambda": lam}
+
+            return self._per_microbatch(one, rows)[1]
+
+        rows, clock, _ = self._rows(state, batch, data)
+        specs = (P(), Rows(ROWS, ROWS, ROWS, P()), P(), P())
+        return self._per_device(local, specs, ROWS)(state.params, rows, clock, data)
 
 
 class Steps(NamedTuple):
-    """Compiled functions of a run: init(), train(state, batch, data), observe(same), refresh(state, epoch)."""
+    """Compiled functions of a run: init(), train(state, batch, data), observe(same), views(same), refresh(state, epoch)."""
 
     init: Callable
     train: Callable
     observe: Callable
+    views: Callable
     refresh: Callable
 
 

@@ -214,5 +214,7 @@ def cutmix(
     boxes = treedef.flatten_up_to(cutmix_boxes(key, x, alpha=alpha, beta=beta))
     if one_box:
         boxes = [jnp.broadcast_to(box[:1], box.shape) for box in boxes]
-    mixed, shares = zip(*(paste(leaf, leaf[permutation], box) for leaf, box in zip(leaves, boxes, strict=True)), strict=True)
+    mixed, shares = zip(
+        *(paste(leaf, leaf[permutation], box) for leaf, box in zip(leaves, boxes, strict=True)), strict=True
+    )
     return treedef.unflatten(mixed), treedef.unflatten(shares), permutation

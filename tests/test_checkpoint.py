@@ -225,7 +225,7 @@ def run(script, *arguments, **options):
 
 def test_process_ends_cleanly_and_quietly(tmp_path):
     script = """
-import logging, sys
+import contextlib, logging, sys
 logging.basicConfig(level=logging.INFO)
 from absl import logging as absl_logging
 import jax, jax.numpy as jnp
@@ -233,22 +233,27 @@ from hexa_jax.checkpoint import Checkpoints
 absl_logging.set_verbosity(absl_logging.INFO)
 logging.getLogger("jax").setLevel(logging.WARNING)
 checkpoints = Checkpoints(sys.argv[1])
-checkpoints.save(1, {"w": jnp.arange(100_000)})
+tree = {"w": jnp.arange(100_000)}
+checkpoints.save(1, tree)
 checkpoints.wait()
-checkpoints.restore_latest({"w": jnp.arange(100_000)})
-if len(sys.argv) > 2:
-    checkpoints.save(2, {"w": jnp.arange(100_000)})
-    raise SystemExit("a bug of the caller, with a save in flight")
+checkpoints.restore_latest(tree)
+if sys.argv[2] == "fail, closing":
+    with contextlib.closing(checkpoints):
+        checkpoints.save(2, tree)
+        raise SystemExit("a bug of the caller")
+if sys.argv[2] == "fail":
+    checkpoints.save(2, tree)
+    raise SystemExit("a bug of the caller")
 """
-    clean = run(script, tmp_path / "clean")
-    broken = run(script, tmp_path / "broken", "fail")
-    assert clean.communicate(timeout=60)[1] == "" and clean.returncode == 0
-    assert (
-        broken.communicate(timeout=60)[1] == "a bug of the caller, with a save in flight\n" and broken.returncode == 1
-    )
-    step, tree, _ = Checkpoints(tmp_path / "broken").restore_latest({"w": jnp.arange(100_000)})
-    assert step in (1, 2)
-    np.testing.assert_array_equal(tree["w"], np.arange(100_000))
+    processes = {mode: run(script, tmp_path / mode, mode) for mode in ("succeed", "fail, closing", "fail")}
+    errors = {mode: process.communicate(timeout=60)[1] for mode, process in processes.items()}
+    assert [process.returncode for process in processes.values()] == [0, 1, 1], errors
+    assert errors["succeed"] == "" and errors["fail, closing"] == "a bug of the caller\n", errors
+    assert "a bug of the caller\n" in errors["fail"]  # asyncio may complain beside it
+    for mode, steps in ("fail, closing", [2]), ("fail", [1, 2]):
+        step, tree, _ = Checkpoints(tmp_path / mode).restore_latest({"w": jnp.arange(100_000)})
+        assert step in steps
+        np.testing.assert_array_equal(tree["w"], np.arange(100_000))
 
 
 # ---- damage ----
@@ -313,7 +318,7 @@ def test_none_is_intact(tmp_path, caplog):
     checkpoints = save_all(tmp_path, [1, 2])
     for folder in tmp_path.iterdir():
         flip_data(folder)
-    with pytest.raises(CheckpointError, match=r"no checkpoint in .* is intact"):
+    with pytest.raises(CheckpointError, match=r"no intact checkpoint in .* \(tried \[1, 2\]\)"):
         checkpoints.restore_latest(make_state())
     assert len(caplog.records) == 2
     for folder in tmp_path.iterdir():

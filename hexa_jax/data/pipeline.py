@@ -47,7 +47,7 @@ class HostSteps:
 
     Attributes:
         source: random-access examples; None when the images live on the device, which then need no pixels from here.
-        labels: int32 [num_examples] or None.
+        labels: int32 [num_examples] of a resident data set; else labels are read with the images.
         bad: indices known to be unreadable, with replacements already in place (resident data sets).
         rows: [M, local] from `mesh.local_rows`.
         max_failures: consecutive unreadable images after which to give up.
@@ -96,9 +96,7 @@ class HostSteps:
         else:
             element |= self._pixels(index, rows, shuffled, pass_number)
         lead = self.rows.shape
-        return {
-            name: leaf if name == "bad" else leaf.reshape(*lead, *leaf.shape[1:]) for name, leaf in element.items()
-        }
+        return {name: leaf if name == "bad" else leaf.reshape(*lead, *leaf.shape[1:]) for name, leaf in element.items()}
 
     def _pixels(self, index: np.ndarray, rows: np.ndarray, shuffled: np.ndarray, pass_number: int) -> dict:
         """Crops of the rows, and key crops in shuffled order; each image is decoded once."""
@@ -108,8 +106,9 @@ class HostSteps:
         slot_of = {int(row): slot for slot, row in enumerate(shuffled)} if self.key_crops else {}
         position_of = {int(row): position for position, row in enumerate(rows)}
         valid, bad = np.ones(len(rows), bool), []
+        label = np.full(len(rows), -1, np.int32)
         for row in sorted(position_of.keys() | slot_of.keys()):  # a block that spans processes brings rows of others
-            image, failed = read_or_replace(self.source, int(index[row]), self.max_failures)
+            image, row_label, failed = read_or_replace(self.source, int(index[row]), self.max_failures)
             bad += failed
             cut = functools.partial(self._cut, image, pass_number, int(index[row]))
             number = 0
@@ -120,10 +119,11 @@ class HostSteps:
                 number += resolution.count
             if row in slot_of:
                 keys[slot_of[row], 0] = cut(number, self.resolutions[0])
-            if failed and row in position_of:
-                valid[position_of[row]] = False
+            if row in position_of:
+                valid[position_of[row]] = not failed
+                label[position_of[row]] = -1 if failed else row_label
         pixels = {f"crops{r}": leaf for r, leaf in enumerate(crops)}
-        pixels |= {"valid": valid, "bad": np.array(bad, np.int32)}
+        pixels |= {"valid": valid, "label": label, "bad": np.array(bad, np.int32)}
         return pixels | ({"key_crops": keys} if self.key_crops else {})
 
     def _cut(self, image: np.ndarray, pass_number: int, index: int, crop: int, resolution: Resolution) -> np.ndarray:
@@ -131,8 +131,8 @@ class HostSteps:
         return random_resized_crop(image, generator, resolution.size, resolution.scale)
 
 
-def read_or_replace(source: Any, index: int, max_failures: int) -> tuple[np.ndarray, list[int]]:
-    """Pixels uint8 [H, W, 3] of example `index` or the next readable one, and the indices that failed before it.
+def read_or_replace(source: Any, index: int, max_failures: int) -> tuple[np.ndarray, int, list[int]]:
+    """Pixels uint8 [H, W, 3] and label (-1: none) of example `index` or the next readable one, and what failed before it.
 
     Raises:
         DataError: more than `max_failures` in a row cannot be read.
@@ -141,7 +141,8 @@ def read_or_replace(source: Any, index: int, max_failures: int) -> tuple[np.ndar
     while True:
         candidate = (index + len(failed)) % len(source)
         try:
-            return decode(source[candidate]["image"], source.name(candidate)), failed
+            example = source[candidate]
+            return decode(example["image"], source.name(candidate)), int(example.get("label", -1)), failed
         except (BadImage, OSError) as error:
             failed.append(candidate)
             if len(failed) > min(max_failures, len(source) - 1):
@@ -160,7 +161,9 @@ class BadImages:
         for index in indices:
             if int(index) not in self.seen:
                 self.seen.add(int(index))
-                logging.warning("cannot read %s: its slot is filled by the next readable image", self.source.name(index))
+                logging.warning(
+                    "cannot read %s: its slot is filled by the next readable image", self.source.name(index)
+                )
         if len(self.seen) > self.limit:
             raise DataError(
                 f"{len(self.seen)} of {len(self.source)} images cannot be read, which is more than "
@@ -176,7 +179,7 @@ def resident_images(source: Any, bad_images: BadImages, max_failures: int) -> np
     """
     images = None
     for index in range(len(source)):
-        image, failed = read_or_replace(source, index, max_failures)
+        image, _, failed = read_or_replace(source, index, max_failures)
         bad_images.add(failed)
         if images is None:
             images = np.empty((len(source), *image.shape), np.uint8)
@@ -198,19 +201,26 @@ def host_iterator(steps: HostSteps, start: int, workers: int, threads: int, buff
         options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=1)
     iterable = dataset.to_iter_dataset(options)
     if workers:
-        iterable = iterable.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=buffer))
+        iterable = iterable.mp_prefetch(
+            grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=buffer)
+        )
     return iter(iterable)
 
 
 def device_batches(
-    iterator: Iterator[dict], mesh: jax.sharding.Mesh, layout: Layout, num_resolutions: int, bad_images: BadImages
+    iterator: Iterator[dict], mesh: jax.sharding.Mesh, layout: Layout, bad_images: BadImages, labels: np.ndarray
 ) -> Iterator[Batch]:
-    """Batches on the devices, two ahead, so that the transfer of one overlaps the step before it."""
+    """Batches on the devices, two ahead, so that the transfer of one overlaps the step before it.
+
+    Labels that pass by are written into `labels` [num_examples], for statistics on the host.
+    """
 
     def to_batch(element: dict) -> Batch:
         bad_images.add(element.pop("bad"))
+        labels[element["index"].reshape(-1)] = element["label"].reshape(-1)
         placed = {name: place(mesh, layout, leaf) for name, leaf in element.items()}
-        crops = tuple(placed.pop(f"crops{r}") for r in range(num_resolutions) if f"crops{r}" in placed)
+        names = sorted(name for name in placed if name.startswith("crops"))
+        crops = tuple(placed.pop(name) for name in names)
         return Batch(crops=crops, **placed)
 
     ahead: collections.deque[Batch] = collections.deque()

@@ -65,11 +65,10 @@ def make_source(
             return ShapesSource(rest or "train", image_size=image_size, num_examples=num_examples, seed=seed)
         except ValueError as error:
             raise DataError(str(error)) from None
-    if kind in ("folder", "arrays", "tfds") and rest:
-        if kind == "tfds":
-            return TfdsSource(rest, data_dir=data_dir)
-        path = os.path.expanduser(rest)
-        return FolderSource(path) if kind == "folder" else load_arrays(path)
+    if kind == "tfds" and rest:
+        return TfdsSource(rest, data_dir=data_dir)
+    if kind in ("folder", "arrays") and rest:
+        return (FolderSource if kind == "folder" else load_arrays)(os.path.expanduser(rest))
     raise DataError(
         f"unknown data source {spec!r}: use folder:DIR, arrays:FILE.npz, tfds:NAME[/CONFIG][:SPLIT] or shapes[:SPLIT]"
     )
@@ -179,9 +178,8 @@ class ArraySource:
             raise DataError(f"{origin}: images must be [N, H, W, 3] or [N, H, W], not {list(images.shape)}")
         if labels is not None:
             if labels.dtype.kind not in "iu" or labels.shape != images.shape[:1]:
-                raise DataError(
-                    f"{origin}: labels must be integers [{len(images)}], not {labels.dtype} {list(labels.shape)}"
-                )
+                found = f"{labels.dtype} {list(labels.shape)}"
+                raise DataError(f"{origin}: labels must be integers [{len(images)}], not {found}")
             if labels.min() < -1 or labels.max() >= 2**31:
                 raise DataError(
                     f"{origin}: labels must be 0, 1, ... (-1: unknown), not {labels.min()} to {labels.max()}"
@@ -217,8 +215,8 @@ class ArraySource:
 def load_arrays(path: str) -> ArraySource:
     """The arrays `images`, and optionally `labels` and `class_names`, of an npz file.
 
-    Written by `np.savez` it is memory-mapped, so that it may exceed the memory and workers share it; written by
-    `np.savez_compressed` it is loaded whole, in every worker.
+    One by `np.savez` is memory-mapped: it may exceed the memory, and workers share it. One by `np.savez_compressed` is
+    loaded whole in every worker.
     """
     origin = f"arrays:{path}"
     try:
@@ -230,7 +228,7 @@ def load_arrays(path: str) -> ArraySource:
         source = ArraySource(_npz_array(path, "images"), labels, class_names, origin)
     except FileNotFoundError:
         raise DataError(f"{origin} does not exist") from None
-    except DataError:
+    except DataError:  # a ValueError that says enough
         raise
     except (OSError, ValueError, zipfile.BadZipFile) as error:
         raise DataError(f"{origin} is not a readable npz file: {_one_line(error)}") from None
@@ -297,11 +295,10 @@ class TfdsSource:
         self._image_key = "image" if "image" in images else images[0]
         keys = [key for key, feature in features.items() if isinstance(feature, tfds.features.ClassLabel)]
         self._label_key = "label" if "label" in keys else keys[0] if len(keys) == 1 else None
-        label = features[self._label_key] if self._label_key else None
-        self.num_classes = label.num_classes if label is not None else None
-        self.class_names = list(label.names) if label is not None else None
-        skip = {key: tfds.decode.SkipDecoding() for key in images}
+        self.class_names = list(features[self._label_key].names) if self._label_key else None
+        self.num_classes = len(self.class_names) if self.class_names else None
         try:
+            skip = {key: tfds.decode.SkipDecoding() for key in images}
             self._records = builder.as_data_source(self._split, decoders=skip)
         except NotImplementedError:
             raise DataError(

@@ -2,6 +2,7 @@
 
 import concurrent.futures
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -32,11 +33,10 @@ class EvalImages:
     resize: int
     crop: int
 
+    @functools.cached_property
     def labels(self) -> np.ndarray:
         """int32 [N] labels of the examples; the source must have them."""
-        labels = self.source.labels()
-        assert labels is not None
-        return labels[self.indices]
+        return np.array([self.source[int(index)]["label"] for index in self.indices], np.int32)
 
     def image(self, index: int) -> np.ndarray:
         """uint8 [crop, crop, 3]."""

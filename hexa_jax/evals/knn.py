@@ -66,7 +66,9 @@ def knn_predict(
     for first in range(0, len(queries), QUERIES):
         chunk = slice(first, first + QUERIES)
         missing = QUERIES - len(queries[chunk])
-        padded = vote(np.pad(queries[chunk], ((0, missing), (0, 0))), np.pad(own[chunk], (0, missing), constant_values=-1))
+        padded = vote(
+            np.pad(queries[chunk], ((0, missing), (0, 0))), np.pad(own[chunk], (0, missing), constant_values=-1)
+        )
         predictions.append(np.asarray(padded)[: QUERIES - missing])
     return np.concatenate(predictions)
 

@@ -9,7 +9,12 @@ from sklearn.preprocessing import StandardScaler
 
 
 def linear_probe(
-    train: np.ndarray, train_labels: np.ndarray, test: np.ndarray, *, regularization: float = 1e-4, iterations: int = 200
+    train: np.ndarray,
+    train_labels: np.ndarray,
+    test: np.ndarray,
+    *,
+    regularization: float = 1e-4,
+    iterations: int = 200,
 ) -> np.ndarray:
     """Classes of the test features by a linear classifier fitted to the training features.
 

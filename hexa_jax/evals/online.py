@@ -47,21 +47,21 @@ class Probe:
         knn = self.config.knn
         predictions = knn_predict(
             features[0],
-            self.bank.labels(),
+            self.bank.labels,
             features[1],
             neighbours=knn.neighbours,
             temperature=knn.temperature,
             leave_one_out=self.leave_one_out,
         )
-        return accuracy(predictions, self.queries.labels())
+        return accuracy(predictions, self.queries.labels)
 
     def linear(self, features: tuple[np.ndarray, np.ndarray]) -> float | None:
         """Accuracy in per cent; None without held-out examples."""
         if self.leave_one_out:
             return None
         regularization = self.config.linear.regularization
-        predictions = linear_probe(features[0], self.bank.labels(), features[1], regularization=regularization)
-        return accuracy(predictions, self.queries.labels())
+        predictions = linear_probe(features[0], self.bank.labels, features[1], regularization=regularization)
+        return accuracy(predictions, self.queries.labels)
 
 
 def make_probe(config: ConfigDict, source: Source, trainer: Trainer) -> Probe | None:
@@ -70,14 +70,14 @@ def make_probe(config: ConfigDict, source: Source, trainer: Trainer) -> Probe | 
     Raises:
         DataError: the held-out source has no labels while the training source does.
     """
-    if source.labels() is None:
+    if source.num_classes is None:
         return None
     knn = config.knn
     bank = EvalImages(source, spread(len(source), knn.train_limit), knn.resize, knn.crop)
     queries, leave_one_out = dataclasses.replace(bank, indices=bank.indices[: knn.test_limit or None]), True
     if config.data.eval_source:
         held_out = open_source(config, config.data.eval_source)
-        if held_out.labels() is None:
+        if held_out.num_classes is None:
             raise DataError(f"data.eval_source={config.data.eval_source} has no labels to evaluate with")
         queries = EvalImages(held_out, spread(len(held_out), knn.test_limit), knn.resize, knn.crop)
         leave_one_out = False

@@ -61,9 +61,11 @@ class BatchNorm(nn.Module):
             branch_bias = self.param(f"{prefix}bias", nn.initializers.zeros, (channels,))
             if branch == mode.branch:
                 scale, bias = branch_scale, branch_bias
-            if mode.groups is None:  # a training pass does not read the running statistics
-                branch_mean = self.variable(stats_collection(branch), "mean", jnp.zeros, (channels,))
-                branch_var = self.variable(stats_collection(branch), "var", jnp.ones, (channels,))
+            # A training pass does not read the running statistics.
+            if self.is_initializing() or (mode.groups is None and branch == mode.branch):
+                collection = stats_collection(branch)
+                branch_mean = self.variable(collection, "mean", jnp.zeros, (channels,))
+                branch_var = self.variable(collection, "var", jnp.ones, (channels,))
                 if branch == mode.branch:
                     mean, var = branch_mean.value, branch_var.value
         if scale is None:

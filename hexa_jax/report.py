@@ -1,0 +1,136 @@
+"""Pictures and tables of a finished run: curves, hard examples, clusters, and a page that shows them together."""
+
+import html
+import json
+import pathlib
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import jax
+import matplotlib.pyplot as plt
+import numpy as np
+from ml_collections import ConfigDict
+
+from hexa_jax.data.decode import decode, resize_center_crop
+
+ROWS = [("raw pixels", "pixels_"), ("random initialisation", "random_"), ("pre-trained", "")]
+COLUMNS = [("kNN", "knn_accuracy"), ("linear probe", "linear_accuracy")]
+
+
+def table(results: dict[str, Any]) -> str:
+    """The closing table as text: accuracies in per cent of pixels, random weights and the pre-trained network."""
+    columns = [(title, name) for title, name in COLUMNS if any(prefix + name in results for _, prefix in ROWS)]
+    if not columns:
+        return "no labels: nothing to measure accuracy with"
+    lines = [f"{'accuracy in %':24}" + "".join(f"{title:>14}" for title, _ in columns)]
+    for title, prefix in ROWS:
+        cells = [results.get(prefix + name) for _, name in columns]
+        lines.append(f"{title:24}" + "".join("             -" if c is None else f"{c:14.1f}" for c in cells))
+    return "\n".join(lines)
+
+
+def write_report(workdir: pathlib.Path, config: ConfigDict, run: Any, results: dict[str, Any]) -> pathlib.Path:
+    """Write `report/` of a workdir: pictures and index.html.
+
+    Args:
+        workdir: of the run; its metrics.jsonl is read.
+        config: of the run.
+        run: gives `views()`, the dict of the trainer's view_step as NumPy arrays, `source`, and `assignments` or None.
+        results: for the table.
+
+    Returns:
+        The path of index.html.
+    """
+    folder = workdir / "report"
+    folder.mkdir(exist_ok=True)
+    pictures = {"curves.png": "Loss and accuracy", "hard_examples.png": "Hard examples"}
+    _curves(workdir / "metrics.jsonl", folder / "curves.png")
+    _hard_examples(run.views(), config, folder / "hard_examples.png")
+    if run.assignments is not None:
+        pictures["clusters.png"] = "Clusters of the first head: each row shows members of one cluster"
+        _clusters(run.source, run.assignments[0], folder / "clusters.png")
+    page = folder / "index.html"
+    figures = "".join(f"<h2>{title}</h2><img src={name!r} style='max-width:100%'>" for name, title in pictures.items())
+    settings = html.escape(json.dumps(config.to_dict(), indent=1))
+    page.write_text(
+        f"<!doctype html><meta charset=utf-8><title>{html.escape(workdir.name)}</title>"
+        f"<body style='font-family:sans-serif;max-width:1000px;margin:auto'><h1>{html.escape(workdir.name)}</h1>"
+        f"<pre>{html.escape(table(results))}</pre>{figures}<h2>Config</h2><pre>{settings}</pre>"
+    )
+    return page
+
+
+def _curves(metrics: pathlib.Path, path: pathlib.Path) -> None:
+    lines = [json.loads(line) for line in metrics.read_text().splitlines()]
+    names = [
+        ("loss", "loss_"),
+        ("kNN accuracy in %", "knn_accuracy"),
+        ("NMI with labels", "nmi"),
+        ("embedding spread", "embedding_std"),
+    ]
+    names = [(title, name) for title, name in names if any(key.startswith(name) for line in lines for key in line)]
+    figure, axes = plt.subplots(1, max(len(names), 1), figsize=(4 * max(len(names), 1), 3), squeeze=False)
+    for axis, (title, prefix) in zip(axes[0], names, strict=False):
+        for key in sorted({key for line in lines for key in line if key.startswith(prefix)}):
+            points = [(line["step"], line[key]) for line in lines if key in line]
+            axis.plot(
+                *zip(*points, strict=True), label=key.removeprefix("loss_"), marker="." if len(points) < 30 else None
+            )
+        axis.set(title=title, xlabel="step")
+        if prefix == "loss_":
+            axis.legend()
+    _save(figure, path)
+
+
+def _hard_examples(views: dict[str, Any], config: ConfigDict, path: pathlib.Path, count: int = 8) -> None:
+    """Rows: clean crop, perturbation (zero is grey, the attack's radius is full scale), adversarial and cut-mixed views."""
+    flat = {name: _flat(value[0])[:count, 0] for name, value in views.items() if name != "lambda"}
+    lam = _flat(views["lambda"])[:count, 0]
+    radius = max(float(np.abs(flat["adversarial"] - flat["clean"]).max()), 1e-9)
+    attacked = bool(config.views.alpha1)
+    rows = [("clean", flat["clean"])]
+    if attacked:
+        delta = 0.5 + 0.5 * (flat["adversarial"] - flat["clean"]) / radius
+        rows += [(f"perturbation\n(±{255 * radius:.1f} of 255)", delta), ("adversarial", flat["adversarial"])]
+    rows += [("cut-mixed", flat["cutmix"])]
+    figure, axes = plt.subplots(len(rows), count, figsize=(1.3 * count + 1.2, 1.4 * len(rows)), squeeze=False)
+    for axis_row, (title, images) in zip(axes, rows, strict=True):
+        for column, (axis, image) in enumerate(zip(axis_row, images, strict=True)):
+            axis.imshow(np.clip(image, 0, 1), interpolation="nearest")
+            axis.set(xticks=[], yticks=[])
+            if title == "cut-mixed":
+                axis.set_xlabel(f"λ {lam[column]:.2f}", fontsize=8)
+        axis_row[0].set_ylabel(title, fontsize=8)
+    _save(figure, path)
+
+
+def _clusters(source: Any, assignments: np.ndarray, path: pathlib.Path, rows: int = 10, columns: int = 12) -> None:
+    """Members of clusters spread over the range of sizes, the largest first."""
+    sizes = np.bincount(assignments[assignments >= 0])
+    order = np.argsort(-sizes, kind="stable")
+    order = order[sizes[order] > 0]
+    chosen = order[np.linspace(0, len(order) - 1, min(rows, len(order))).astype(int)]
+    figure, axes = plt.subplots(len(chosen), columns, figsize=(columns, 1.05 * len(chosen)), squeeze=False)
+    for axis_row, cluster in zip(axes, chosen, strict=True):
+        members = np.flatnonzero(assignments == cluster)[:columns]
+        for axis in axis_row:
+            axis.set(xticks=[], yticks=[])
+            axis.set_frame_on(False)
+        for axis, index in zip(axis_row, members, strict=False):
+            pixels = decode(source[int(index)]["image"], source.name(int(index)))
+            axis.imshow(resize_center_crop(pixels, 96, 96))
+        axis_row[0].set_ylabel(f"{sizes[cluster]} images", fontsize=7)
+    _save(figure, path)
+
+
+def _flat(x: jax.Array) -> np.ndarray:
+    x = np.asarray(x)
+    return x.reshape(-1, *x.shape[2:])  # microbatches and rows together
+
+
+def _save(figure: Any, path: pathlib.Path) -> None:
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
