@@ -147,7 +147,8 @@ class Trainer:
         split, dictionary = rows[:3], rows.dictionary
 
         def one(split: Any) -> tuple[Any, Any]:
-            return function(Rows(*split, dictionary))
+            batch, y, weight = split
+            return function(Rows(batch, y, weight, dictionary))
 
         if len(rows.weight) == 1:  # no loop around a single microbatch
             totals, stacked = one(jax.tree.map(lambda leaf: leaf[0], split))

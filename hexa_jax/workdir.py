@@ -19,7 +19,7 @@ class WorkdirError(ValueError):
 
 def flatten(config: dict, prefix: str = "") -> dict[str, Any]:
     """Nested settings as {"model.stem": "cifar", ...}."""
-    flat = {}
+    flat: dict[str, Any] = {}
     for name, value in config.items():
         if isinstance(value, dict):
             flat |= flatten(value, f"{prefix}{name}.")

@@ -122,7 +122,7 @@ class HostSteps:
             if row in position_of:
                 valid[position_of[row]] = not failed
                 label[position_of[row]] = -1 if failed else row_label
-        pixels = {f"crops{r}": leaf for r, leaf in enumerate(crops)}
+        pixels: dict[str, np.ndarray] = {f"crops{r}": leaf for r, leaf in enumerate(crops)}
         pixels |= {"valid": valid, "label": label, "bad": np.array(bad, np.int32)}
         return pixels | ({"key_crops": keys} if self.key_crops else {})
 

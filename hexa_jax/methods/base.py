@@ -86,8 +86,8 @@ class Method(Protocol):
     def loss(self, outputs: jax.Array, y: Any, dictionary: Any) -> jax.Array:
         """Losses [N, V] of outputs [N, V, D]; the objective is the mean over V, then over valid N."""
 
-    def update(self, state: Any, params: Any, batch: Batch, outputs: jax.Array, targets: Targets) -> Any:
-        """The state after a step, from the new parameters and the clean outputs [M, n, V, D]."""
+    def update(self, state: Any, params: Any, batch: Batch, outputs: jax.Array, targets: Targets | None) -> Any:
+        """The state after a step, from the new parameters and the clean outputs [M, n, V, D]; targets None: first pass."""
 
     def refresh(self, key: jax.Array, state: Any) -> Any:
         """The state at the start of an epoch."""

@@ -55,6 +55,7 @@ class MoCo:
     def targets(self, encode_keys: EncodeKeys, state: MoCoState, batch: Batch) -> Targets:
         keys = encode_keys(state.key_params)  # [M, n, 1, D], rows in shuffled order
         shape = keys.shape[:2]
+        assert batch.key_row is not None
         # Only embeddings travel back to their rows; the images were shuffled by the input (shuffle-BN).
         keys = keys.reshape(-1, keys.shape[-1])[batch.key_row.reshape(-1)].reshape(*shape, -1)
         return Targets(y=keys, dictionary=state.queue, known=jnp.ones(shape, bool))
@@ -63,8 +64,11 @@ class MoCo:
         score = lambda query: info_nce(query, y, dictionary, self.temperature)  # noqa: E731
         return jax.vmap(score, in_axes=1, out_axes=1)(outputs)
 
-    def update(self, state: MoCoState, params: Any, batch: Batch, outputs: jax.Array, targets: Targets) -> MoCoState:
+    def update(
+        self, state: MoCoState, params: Any, batch: Batch, outputs: jax.Array, targets: Targets | None
+    ) -> MoCoState:
         # Algorithm 1 moves the key encoder after the step; the reference moves it at the start of the next, which is the same.
+        assert targets is not None
         m = self.momentum
         key_params = jax.tree.map(lambda k, q: (m * k + (1 - m) * q).astype(k.dtype), state.key_params, params)
         keys = targets.y.reshape(-1, targets.y.shape[-1]).astype(state.queue.dtype)

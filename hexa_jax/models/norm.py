@@ -4,6 +4,7 @@ Legend: G groups, n rows of a group, C channels.
 """
 
 import dataclasses
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -54,26 +55,26 @@ class BatchNorm(nn.Module):
     def __call__(self, x: jax.Array, mode: NormMode) -> jax.Array:
         channels = x.shape[-1]
         wide = jnp.promote_types(jnp.float32, self.dtype)
-        scale = bias = mean = var = None
+        chosen: dict[str, Any] = {}
         for branch in (CLEAN, ADVERSARIAL) if self.auxiliary else (CLEAN,):
             prefix = "" if branch == CLEAN else f"{branch}_"
             branch_scale = self.param(f"{prefix}scale", nn.initializers.constant(self.scale_init), (channels,))
             branch_bias = self.param(f"{prefix}bias", nn.initializers.zeros, (channels,))
             if branch == mode.branch:
-                scale, bias = branch_scale, branch_bias
+                chosen |= {"scale": branch_scale, "bias": branch_bias}
             # A training pass does not read the running statistics.
             if self.is_initializing() or (mode.groups is None and branch == mode.branch):
                 collection = stats_collection(branch)
                 branch_mean = self.variable(collection, "mean", jnp.zeros, (channels,))
                 branch_var = self.variable(collection, "var", jnp.ones, (channels,))
                 if branch == mode.branch:
-                    mean, var = branch_mean.value, branch_var.value
-        if scale is None:
+                    chosen |= {"mean": branch_mean.value, "var": branch_var.value}
+        if not chosen:
             raise ValueError(f"this network has no {mode.branch} BatchNorm set")
-        scale, bias = scale.astype(wide), bias.astype(wide)
+        scale, bias = chosen["scale"].astype(wide), chosen["bias"].astype(wide)
         if mode.groups is None:
-            factor = scale * jax.lax.rsqrt(var.astype(wide) + EPSILON)
-            return _affine(x, factor, bias - mean.astype(wide) * factor, self.dtype)
+            factor = scale * jax.lax.rsqrt(chosen["var"].astype(wide) + EPSILON)
+            return _affine(x, factor, bias - chosen["mean"].astype(wide) * factor, self.dtype)
 
         grouped = x.reshape(mode.groups, -1, channels)  # [G, n, C]
         values = grouped.astype(wide)
