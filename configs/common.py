@@ -129,3 +129,41 @@ def hard_examples(
     """Turn a plain recipe into HEXA: the weights of equation 10, everything else as it is."""
     config.views.alpha1, config.views.alpha2 = alpha1, alpha2
     return config
+
+
+def deepcluster(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
+    """DeepCluster-v2's recipe at B = 256: head, augmentation, BatchNorm and LARC of facebookresearch/swav."""
+    config.method = "deepcluster"
+    config.bn_group_size = 256  # min(512, batch_size)
+    config.model.head_hidden = 2048
+    config.model.head_batch_norm = True
+    config.data.min_scale = (0.08,)
+    config.data.pixel_std = (0.228, 0.224, 0.225)  # sic: not .229
+    config.augment.brightness = config.augment.contrast = config.augment.saturation = 0.8
+    config.augment.hue = 0.2
+    config.optimizer.name = "larc"
+    config.optimizer.learning_rate = 0.6
+    config.optimizer.final_learning_rate = 0.0006
+    config.optimizer.weight_decay = 1e-6
+    config.optimizer.schedule = "cosine"
+    return config
+
+
+def small_images(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
+    """CIFAR-10 and other data sets of 32-pixel images: ResNet-18, cifar stem, no blur, everything on the device."""
+    config.model.backbone = "resnet18"
+    config.model.stem = "cifar"
+    config.data.source = "tfds:cifar10:train"
+    config.data.eval_source = "tfds:cifar10:test"
+    config.data.crop_size = (32,)
+    config.data.on_device = True
+    config.data.pixel_mean = (0.4914, 0.4822, 0.4465)
+    config.data.pixel_std = (0.2470, 0.2435, 0.2616)
+    config.augment.blur_probability = (0.0,)
+    config.knn.resize = config.knn.crop = 32
+    config.knn.neighbours = 200
+    config.knn.temperature = 0.1
+    config.knn.train_limit = 0
+    config.knn.test_limit = 0
+    config.linear.at_end = True
+    return config

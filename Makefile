@@ -1,0 +1,48 @@
+# Every task of the project. A fresh Debian or Ubuntu needs Python 3.11 or newer with venv, and make.
+PYTHON ?= python3
+BIN := .venv/bin
+export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.jax_cache
+# Finds the real image packs for tests where somebody has them; tests that need them are skipped elsewhere.
+export HEXA_DATA ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help install dev quickstart test test-slow lint types bench clean
+
+help:  ## list the tasks
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 22
+
+.venv/.installed: pyproject.toml requirements.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --upgrade pip
+	$(BIN)/pip install --quiet -e .
+	@touch $@
+
+.venv/.installed-dev: .venv/.installed
+	$(BIN)/pip install --quiet -e '.[dev]'
+	@touch $@
+
+install: .venv/.installed  ## make .venv and install the package
+
+dev: .venv/.installed-dev  ## install what the checks need, too
+
+quickstart: .venv/.installed  ## pre-train HEXA_DCluster on generated images, evaluate, write a report: minutes on a CPU
+	$(BIN)/python -m hexa_jax.main --config=configs/quickstart.py --workdir=runs/quickstart
+
+test: .venv/.installed-dev  ## the whole suite
+	$(BIN)/python -m pytest
+
+test-slow: .venv/.installed-dev  ## the tests that take many minutes (TPU compiles)
+	$(BIN)/pip install --quiet libtpu==0.0.42
+	$(BIN)/python -m pytest -m slow --timeout=3600
+
+lint: .venv/.installed-dev  ## format and lint check
+	$(BIN)/ruff format --check . && $(BIN)/ruff check .
+
+types: .venv/.installed-dev  ## type check
+	$(BIN)/mypy
+
+bench: .venv/.installed  ## speed of one training step, for each view on and off
+	$(BIN)/python benchmarks/step.py --config=configs/quickstart.py
+
+clean:  ## remove runs and caches, keep .venv
+	rm -rf runs .jax_cache .pytest_cache .mypy_cache .ruff_cache

@@ -1,0 +1,22 @@
+"""DeepCluster-v2 on CIFAR-10 or any set of 32-pixel images: ResNet-18 with the cifar stem, no blur, data on the device.
+
+Command:   python -m hexa_jax.main --config=configs/cifar10_deepcluster_v2.py --workdir=DIR
+           other data: --config.data.source=arrays:FILE.npz --config.data.eval_source=arrays:TEST.npz (or folder:DIR)
+Hardware:  one accelerator. On a CPU use fewer channels and a part of the data (docs/results.md has such a run).
+Time:      not measured on an accelerator.
+Expected:  no published number; a run on a part of the data with a narrow network is in docs/results.md.
+"""
+
+from configs import common
+
+
+def get_config():
+    """The recipe."""
+    config = common.small_images(common.deepcluster(common.get_config()))
+    config.batch_size = 512
+    config.bn_group_size = 512
+    config.model.head_hidden = 512
+    config.deepcluster.num_clusters = 512
+    config.data.min_scale = (0.2,)
+    config.optimizer.learning_rate = 0.6
+    return config
