@@ -1,8 +1,9 @@
 """The embedded data set: ten classes told apart by shape alone, drawn from a seed without any download.
 
-Colour, polarity, position, scale, a slight rotation, edge softness, a faint gradient, texture and noise vary freely,
-and the area is drawn whatever the shape, so colours and raw pixels say little about the class. Example i is a function
-of (seed, split, i), whatever else is drawn with it; the size in pixels changes its resolution, not its content.
+Colour, position and scale vary widely, which the augmentation removes; rotation, edge softness, a faint gradient, texture
+and noise vary a little. The area is drawn whatever the shape, so colours and raw pixels say little about the class.
+Example i is a function of (seed, split, i), whatever else is drawn with it; the size in pixels changes its resolution,
+not its content.
 """
 
 import functools
@@ -15,10 +16,6 @@ import numpy as np
 CLASS_NAMES = ["disk", "square", "triangle", "star", "cross", "ring", "crescent", "heart", "arrow", "hourglass"]
 SPLITS = {"train": 1, "test": 2}
 _DRAWING = threading.Lock()
-
-# Few colours, shared by all images: with free colours, instances are told apart by colour and shape is not learned.
-LIGHT = np.array([[0.95, 0.75, 0.35], [0.55, 0.85, 0.95], [0.95, 0.65, 0.75], [0.70, 0.92, 0.60]], np.float32)
-DARK = np.array([[0.15, 0.17, 0.32], [0.30, 0.16, 0.14], [0.10, 0.28, 0.22]], np.float32)
 
 
 def make_shapes(
@@ -106,7 +103,7 @@ def _draw(keys: np.ndarray, labels: np.ndarray, size: int) -> np.ndarray:
     n = len(keys)
     u = _uniform(keys[:, None], 18).T  # [18, N]: one row per random parameter
 
-    side = 0.25 * 2.0 ** u[0]  # square root of the shape's area: 0.25 to 0.5
+    side = 0.22 * 2.0 ** u[0]  # square root of the shape's area: 0.22 to 0.44
     margin = 0.55 * side  # all but the tips of a shape stays inside
     center_x, center_y = (margin + (1 - 2 * margin) * w for w in u[1:3])
     angle = np.deg2rad(15) * (2 * u[3] - 1)
@@ -125,15 +122,20 @@ def _draw(keys: np.ndarray, labels: np.ndarray, size: int) -> np.ndarray:
     coverage *= (-1 / edge)[:, None, None].astype(np.float32)
     np.clip(coverage + 0.5, 0, 1, out=coverage)
 
-    light, dark = LIGHT[(4 * u[5]).astype(int)], DARK[(3 * u[6]).astype(int)]
-    inverted = (u[7] < 0.5)[:, None]
-    background, shape = np.where(inverted, light, dark), np.where(inverted, dark, light)  # [N, 3]
+    # Any hue on any hue, but always dark on light: colour jitter removes a hue, and nothing would remove the polarity.
+    background, shape = _tint(u[5], 0.95, 0.45), _tint(u[6], 0.40, 0.70)  # [N, 3]
 
     shade = _shading(pixel - 0.5, u[8:])
     shade += _noise(keys, size) * (0.01 + 0.03 * u[17].astype(np.float32))[:, None, None]
     image = coverage[..., None] * (shape - background)[:, None, None] + background[:, None, None]
     image += shade[..., None]
     return np.clip(image * 255 + 0.5, 0, 255, out=image).astype(np.uint8)
+
+
+def _tint(hue: np.ndarray, value: float, saturation: float) -> np.ndarray:
+    """float32 [N, 3] RGB colours of the HSV wheel; `hue` [N] in turns."""
+    wheel = np.clip(abs((hue[:, None] * 6 + np.array([0.0, 4.0, 2.0])) % 6 - 3) - 1, 0, 1)
+    return (value * (1 - saturation + saturation * wheel)).astype(np.float32)
 
 
 def _outer(over_x: np.ndarray, over_y: np.ndarray) -> np.ndarray:
@@ -143,12 +145,12 @@ def _outer(over_x: np.ndarray, over_y: np.ndarray) -> np.ndarray:
 
 def _shading(pixel: np.ndarray, u: np.ndarray) -> np.ndarray:
     """A faint brightness gradient plus a faint wave: float32 [N, S, S]; `pixel` [S] in +-0.5, `u` [9, N]."""
-    direction, slope = 2 * np.pi * u[0], 0.12 * u[1]
+    direction, slope = 2 * np.pi * u[0], 0.06 * u[1]
     linear = _outer(np.outer(slope * np.cos(direction), pixel), np.outer(slope * np.sin(direction), pixel))
     turn, waves, phase = np.pi * u[2], 2 * np.pi * (2 + 4 * u[3]), 2 * np.pi * u[4]
     along_x = np.outer(waves * np.cos(turn), pixel) + phase[:, None]
     along_y = np.outer(waves * np.sin(turn), pixel)
-    strength = (0.03 * u[5])[:, None]
+    strength = (0.01 * u[5])[:, None]
     # sin(a + b) in outer products: S sines per image, not S * S
     wave = (strength * np.sin(along_x)).astype(np.float32)[:, None, :] * np.cos(along_y).astype(np.float32)[:, :, None]
     wave += (strength * np.cos(along_x)).astype(np.float32)[:, None, :] * np.sin(along_y).astype(np.float32)[:, :, None]

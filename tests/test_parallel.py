@@ -1,0 +1,93 @@
+"""Promise 1: the same run on any number of devices and microbatches, for both methods with both hard views."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from small import SmallRun, largest_difference, small_config
+
+METHODS = ("moco", "deepcluster")
+LAYOUTS = {"8 devices": (8, 1), "4 microbatches": (1, 4), "2 devices, 2 microbatches": (2, 2)}
+
+
+@pytest.fixture(scope="module")
+def reference():
+    """Four float64 steps (two epochs) on one device, per method."""
+    with jax.enable_x64(True):
+        return {method: SmallRun(small_config(method)).train(4) for method in METHODS}
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_layout_does_not_change_the_run(reference, method, layout, x64):
+    devices, microbatches = LAYOUTS[layout]
+    config = small_config(method, **{"runtime.microbatches": microbatches})
+    state = SmallRun(config, devices).train(4)
+    assert largest_difference(state.params, reference[method].params) < 1e-9
+    assert largest_difference(state.batch_stats, reference[method].batch_stats) < 1e-9
+    assert largest_difference(state.opt_state, reference[method].opt_state) < 1e-9
+    if method == "moco":
+        assert largest_difference(state.method, reference[method].method) < 1e-9
+    else:  # the bank's order follows the layout, its content does not
+        for name in ("assignments", "prototypes", "objective"):
+            assert largest_difference(getattr(state.method, name), getattr(reference[method].method, name)) < 1e-9
+
+
+def test_the_reference_run_learns_and_uses_its_views(reference):
+    """The comparison above would hold for a step that does nothing, too."""
+    with jax.enable_x64(True):
+        fresh = jax.device_get(SmallRun(small_config("moco")).state)
+    assert largest_difference(reference["moco"].params, fresh.params) > 1e-4
+    for branch in ("clean", "adversarial"):
+        name = f"{branch}_batch_stats"
+        assert largest_difference(reference["moco"].batch_stats[name], fresh.batch_stats[name]) > 1e-4
+    assert (reference["deepcluster"].method.assignments >= 0).sum() == 2 * 64  # two heads, 70 images in batches of 32
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_first_gradients_agree_in_float32_given_the_same_adversarial_input(method):
+    """A last-bit difference flips the attack's signs in float32, so alpha1 is 0 and the attack is compared in float64."""
+    gradients = []
+    for devices, microbatches in ((1, 1), (8, 1), (1, 4)):
+        settings = {"precision": "float32", "views.alpha1": 0.0, "runtime.microbatches": microbatches}
+        run = SmallRun(small_config(method, **settings), devices)
+        # The first momentum buffer is the first gradient plus weight decay, which is the same everywhere.
+        state = run.train(1)
+        gradients.append(np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(state.opt_state) if leaf.ndim]))
+    for other in gradients[1:]:
+        np.testing.assert_allclose(other, gradients[0], rtol=0, atol=1e-5 * np.abs(gradients[0]).max())
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_sharing_the_clean_backward_gives_the_same_gradients(method, x64):
+    """With attack_branch=main the attack's gradient is that of the clean pass: taking it from there changes nothing."""
+    states = [
+        SmallRun(small_config(method, **{"views.attack_branch": "main", "views.share_gradient": share})).train(2)
+        for share in (True, False)
+    ]
+    assert largest_difference(states[0].params, states[1].params) < 1e-12
+
+
+def test_sharing_saves_a_forward_and_a_backward():
+    """Counted in the compiled step's floating-point operations."""
+    flops = []
+    for share in (True, False):
+        settings = {"precision": "float32", "views.attack_branch": "main", "views.share_gradient": share, "views.alpha2": 0.0}
+        run = SmallRun(small_config("deepcluster", **settings))
+        with jax.set_mesh(run.trainer.mesh):
+            lowered = run.steps.train.lower(run.state, next(run.batches()), None)
+        flops.append(lowered.compile().cost_analysis()["flops"])
+    # Clean, attack and adversarial passes cost 3 + 2 + 3 forwards (the attack needs no weight gradients); 2 are saved.
+    assert 0.65 < flops[0] / flops[1] < 0.85
+
+
+def test_state_keeps_its_types_and_the_step_is_traced_once(x64):
+    run = SmallRun(small_config("deepcluster"))
+    types = jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype, leaf.weak_type), run.state)
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, run.state)
+    run.train(3)  # crosses an epoch
+    assert jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype, leaf.weak_type), run.state) == types
+    assert jax.tree.map(lambda leaf: leaf.sharding, run.state) == shardings
+    assert run.steps.train._cache_size() == 1
+    assert run.steps.refresh._cache_size() == 1
+    assert run.state.step == jnp.int32(3)
