@@ -1,49 +1,110 @@
 """Parsing of the command line: whatever is wrong with it becomes one line that names the nearest thing that would work."""
 
 import re
+import traceback
+from typing import NamedTuple
 
 from absl import flags
+from ml_collections import ConfigDict, config_flags
 
 from hexa_jax.build import ConfigError
 from hexa_jax.workdir import closest, flatten
 
+HELP = "see python -m hexa_jax.main --help"
 
-def parse_flags(values: flags.FlagValues, argv: list[str]) -> None:
-    """Fill `values` from argv.
+
+class Command(NamedTuple):
+    """What the user asked for; `config` is locked: its keys are those of the config file."""
+
+    config: ConfigDict
+    workdir: str
+    extend: bool
+
+
+def parse_command(argv: list[str]) -> Command:
+    """The command in argv, whose first entry is the program's name.
 
     Raises:
         ConfigError: no config or workdir, unknown flag or config key, value of a wrong type, config file that fails.
     """
+    defaults = _load_config(argv)
+    known = flatten(defaults.to_dict())
+    overrides = [match[1] for match in (re.match(r"--?(?:no)?config\.([^=]+)", a) for a in argv[1:]) if match]
+    for key in overrides:
+        if key not in known:
+            inside = [name for name in known if name.startswith(f"{key}.")]
+            if inside:
+                raise ConfigError(f"config key {key!r} is a group of settings: {', '.join(inside)}")
+            hint = closest(key, list(known)) or "; configs/common.py lists them all"
+            raise ConfigError(f"unknown config key {key!r}{hint}")
+    values = _flags(argv)
     try:
         rest = values(argv)
     except flags.UnrecognizedFlagError as error:
-        raise ConfigError(_unknown(values, error.flagname)) from None
-    except (AttributeError, KeyError) as error:
-        raise ConfigError(_unknown(values, _named_key(argv, error))) from None
+        raise ConfigError(f"unknown flag --{error.flagname}{closest(error.flagname, list(values))}") from None
     except (flags.Error, TypeError, ValueError) as error:
         raise ConfigError(_one_line(error)) from None
-    except (OSError, ImportError, SyntaxError) as error:
-        raise ConfigError(f"cannot read the config file: {_one_line(error)}") from None
     if len(rest) > 1:
         raise ConfigError(f"unexpected argument {rest[1]!r}: settings are given as --config.key=value")
-    for name in ("config", "workdir"):
-        if values[name].value is None:
-            raise ConfigError(f"--{name} is missing: see python -m hexa_jax.main --help")
+    if values.workdir is None:
+        raise ConfigError(f"--workdir is missing: {HELP}")
+    _check_tuples(known, flatten(values.config.to_dict()), overrides)
+    return Command(values.config, values.workdir, values.extend)
 
 
-def _unknown(values: flags.FlagValues, name: str) -> str:
-    config = values["config"].value
-    if name.startswith("config.") and config is not None:
-        key = name.removeprefix("config.")
-        return f"unknown config key {key!r}{closest(key, list(flatten(config.to_dict())))}"
-    return f"unknown flag --{name}{closest(name, list(values))}"
+def _flags(argv: list[str]) -> flags.FlagValues:
+    """Fresh flags for each call; the config's own read their overrides from argv."""
+    values = flags.FlagValues()
+    config_flags.DEFINE_config_file("config", None, "config file", lock_config=True, flag_values=values, sys_argv=argv)
+    flags.DEFINE_string("workdir", None, "folder of the run", flag_values=values)
+    flags.DEFINE_bool("extend", False, "allow more epochs than the run in the workdir had", flag_values=values)
+    return values
 
 
-def _named_key(argv: list[str], error: Exception) -> str:
-    """The override that the error is about: the one whose last part the message names, else the first."""
-    overrides = [m[1] for m in (re.match(r"--(config\.[^=\s]+)", argument) for argument in argv) if m]
-    named = [key for key in overrides if re.search(rf"\b{re.escape(key.split('.')[-1])}\b", str(error))]
-    return (named or overrides or [str(error)])[0]
+def _load_config(argv: list[str]) -> ConfigDict:
+    """The config file without overrides."""
+    values = _flags(argv[:1])
+    try:
+        values(argv, known_only=True)
+        config = values.config
+        if not isinstance(config, ConfigDict) and config is not None:
+            config.to_dict()  # raises what was wrong with the file
+    except flags.Error as error:
+        raise ConfigError(_one_line(error)) from None
+    except OSError as error:
+        missing = "No such file" in str(error) or not _config_path(argv)
+        reason = "does not exist" if missing else f"cannot be read: {_one_line(error).split('to load: ')[-1]}"
+        raise ConfigError(f"config file {_config_path(argv)!r} {reason}") from None
+    except Exception as error:  # whatever the file itself does wrong
+        line = next((f":{f.lineno}" for f in reversed(traceback.extract_tb(error.__traceback__)) if _is(f, argv)), "")
+        problem = f"{type(error).__name__}: {_one_line(error)}"
+        raise ConfigError(f"config file {_config_path(argv)}{line} fails: {problem}") from None
+    if config is None:
+        raise ConfigError(f"--config is missing: {HELP}")
+    return config
+
+
+def _config_path(argv: list[str]) -> str:
+    """What --config names."""
+    for argument, following in zip(argv, [*argv[1:], ""], strict=True):
+        if match := re.fullmatch(r"--?config(?:=(.*))?", argument):
+            return following if match[1] is None else match[1]
+    return ""
+
+
+def _is(frame: traceback.FrameSummary, argv: list[str]) -> bool:
+    return frame.filename.endswith(_config_path(argv))
+
+
+def _check_tuples(before: dict, now: dict, overrides: list[str]) -> None:
+    """absl checks the type of a number, but not of what a tuple holds."""
+    for key in overrides:
+        if isinstance(before[key], list):
+            kinds = (int, float) if any(isinstance(value, float) for value in before[key]) else (int,)
+            if not all(type(value) in kinds for value in now[key]):
+                found = ", ".join(map(repr, now[key]))
+                wanted = "numbers" if float in kinds else "whole numbers"
+                raise ConfigError(f"--config.{key} takes a tuple of {wanted}, such as '(1,)', not ({found})")
 
 
 def _one_line(error: BaseException) -> str:

@@ -1,26 +1,24 @@
 """Command line: `python -m hexa_jax.main --config=configs/hexa_dcluster.py --workdir=DIR [--config.key=value ...]`.
 
-Exit codes: 0 the work was done, 1 the run failed, 2 a mistake in the command or its data, 143 stopped by SIGTERM and saved.
+--config   a file with a get_config() function; configs/common.py lists every key with its meaning
+--workdir  the folder of the run; starting again in it resumes
+--extend   allow more epochs than the run in the workdir had
+
+Exit codes: 0 the work was done, 1 the run failed, 2 a mistake in the command or its data, 130 interrupted,
+143 stopped by SIGTERM and saved.
 """
 
 import logging
 import sys
 
 import jax
-from absl import flags
-from ml_collections import config_flags
 
 from hexa_jax.build import ConfigError
 from hexa_jax.checkpoint import CheckpointError
-from hexa_jax.command import parse_flags
+from hexa_jax.command import parse_command
 from hexa_jax.data.sources import DataError
 from hexa_jax.pretrain import Diverged, Terminated, pretrain
 from hexa_jax.workdir import WorkdirError, open_workdir
-
-FLAGS = flags.FLAGS
-config_flags.DEFINE_config_file("config", None, "File with a get_config() function, see configs/.", lock_config=True)
-flags.DEFINE_string("workdir", None, "Folder of the run; starting again in it resumes.")
-flags.DEFINE_bool("extend", False, "Allow more epochs than the run in the workdir had.")
 
 USER_ERRORS = (ConfigError, DataError, WorkdirError, CheckpointError)
 TASKS = {"pretrain": pretrain}
@@ -28,15 +26,17 @@ TASKS = {"pretrain": pretrain}
 
 def main(argv: list[str]) -> int:
     """Run a command; returns the exit code and prints one line for whatever went wrong."""
+    if {"--help", "-h"} & set(argv):
+        print(__doc__)
+        return 0
     try:
-        parse_flags(FLAGS, argv)
-        config = FLAGS.config
+        config, folder, extend = parse_command(argv)
         if config.task not in TASKS:
             raise ConfigError(f"config.task={config.task!r} is not known: use one of {', '.join(TASKS)}")
         logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s", force=True)
         if config.precision == "float64":
             jax.config.update("jax_enable_x64", True)
-        workdir = open_workdir(FLAGS.workdir, config, extend=FLAGS.extend)
+        workdir = open_workdir(folder, config, extend=extend)
         TASKS[config.task](config, workdir)
     except USER_ERRORS as error:
         return _stop(error, 2)
@@ -46,6 +46,8 @@ def main(argv: list[str]) -> int:
         return _stop(error, 1)
     except Terminated as stopped:
         return _stop(stopped, 143)
+    except KeyboardInterrupt:
+        return _stop("interrupted; the same command resumes from the last checkpoint", 130)
     return 0
 
 

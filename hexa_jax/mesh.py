@@ -45,17 +45,16 @@ class Layout:
 
     def check(self) -> None:
         """Raises ValueError, one line with numbers that work, if rows cannot be laid out."""
-        parts = self.microbatches * self.num_devices
-        if self.batch_size % parts:
-            below = self.batch_size // parts * parts
-            near = " or ".join(str(size) for size in (below, below + parts) if size)
+        if self.microbatches < 1:
+            raise ValueError(f"runtime.microbatches must be at least 1, not {self.microbatches}")
+        if self.batch_size % (self.microbatches * self.num_devices):
             raise ValueError(
                 f"batch_size={self.batch_size} is not divisible by {self.num_devices} devices x "
-                f"{self.microbatches} microbatches: use {near}"
+                f"{self.microbatches} microbatches: use {_nearest(self.batch_size, self._batch_sizes())}"
             )
         micro = self.batch_size // self.microbatches
-        whole = [g for g in range(1, micro + 1) if micro % g == 0 and (self.rows % g == 0 or g % self.rows == 0)]
-        if self.bn_group_size not in whole:
+        if not self._group_fits(self.bn_group_size):
+            whole = [size for size in range(1, micro + 1) if self._group_fits(size)]
             raise ValueError(
                 f"bn_group_size={self.bn_group_size} does not fit {self.rows} rows a device and microbatch "
                 f"({micro} rows a microbatch): use {_nearest(self.bn_group_size, whole)}, or other runtime.microbatches"
@@ -72,6 +71,25 @@ class Layout:
                 f"shuffle_block={self.shuffle_block} does not divide batch_size={self.batch_size}: "
                 f"use {_nearest(self.shuffle_block, sizes)}"
             )
+
+    def _group_fits(self, size: int) -> bool:
+        """Whether whole BatchNorm groups of this size fill a device, or whole devices a group."""
+        micro = self.batch_size // self.microbatches
+        return size > 0 and micro % size == 0 and (self.rows % size == 0 or size % self.rows == 0)
+
+    def _batch_sizes(self) -> list[int]:
+        """Batch sizes that the devices share equally; of these, the ones that suit groups and blocks too, if any do."""
+        parts = self.microbatches * self.num_devices
+        sizes = range(parts, 4 * self.batch_size + 2 * parts, parts)
+
+        def suits(size: int) -> bool:
+            other = dataclasses.replace(self, batch_size=size)
+            blocks = (other.rows, self.cutmix_block), (size, self.shuffle_block or 1)
+            return other._group_fits(self.bn_group_size) and all(
+                block > 0 and rows % block == 0 for rows, block in blocks
+            )
+
+        return [size for size in sizes if suits(size)] or list(sizes)
 
     def norm_mode(self, branch: str) -> NormMode:
         """How a training pass normalises on each device: whole local groups, or one group over several devices."""

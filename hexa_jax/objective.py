@@ -6,6 +6,7 @@ Legend: N rows of one device and microbatch, V crops, H W C image, D embedding.
 """
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -24,6 +25,10 @@ AUGMENT_DRAWS, ATTACK_DRAWS, CUTMIX_DRAWS, PARTNER_DRAWS, INIT_DRAWS, REFRESH_DR
 
 class Crops(Protocol):
     """Makes float crops in [0, 1] from a batch [N, ...]; `data` is the whole data set when it lives on the device."""
+
+    @property
+    def resolutions(self) -> Sequence[Any]:
+        """Each with `count` crops of side `size`."""
 
     def online(self, keys: jax.Array, batch: Batch, data: jax.Array | None) -> tuple[jax.Array, ...]:
         """Per resolution [N, V_r, S, S, 3], drawn from one key per example."""

@@ -72,7 +72,7 @@ class Input:
             source=None if on_device else self.source,
             num_examples=spec.num_examples,
             labels=self.labels if on_device else None,
-            resolutions=objective.crops.resolutions,  # type: ignore[attr-defined]
+            resolutions=tuple(objective.crops.resolutions),
             key_crops=objective.method.key_crops,
             layout=objective.layout,
             rows=local_rows(self.trainer.mesh, objective.layout),
@@ -118,13 +118,7 @@ class _Run:
         self.schedule: Callable = make_schedule(config, self.steps_per_epoch)
 
     def _restore(self) -> tuple[TrainState, int, dict]:
-        shapes = jax.eval_shape(self.trainer.init_state)
-        like = jax.tree.map(
-            lambda s, sharding: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding),
-            shapes,
-            self.trainer.state_sharding(),
-        )
-        restored = self.checkpoints.restore_latest(like)
+        restored = self.checkpoints.restore_latest(self.trainer.state_shapes())
         if restored is None:
             return self.steps.init(), 0, {"first_pass": False}
         step, state, metadata = restored

@@ -71,6 +71,31 @@ class Trainer:
 
         return jax.tree.map(expand, specs, shapes, is_leaf=lambda node: isinstance(node, P))
 
+    def batch_shapes(self, on_device: bool = False) -> Batch:
+        """The step's batch as ShapeDtypeStructs, for compiling without data."""
+        layout, crops, method = self.objective.layout, self.objective.crops, self.objective.method
+        lead = (layout.microbatches, layout.batch_size // layout.microbatches)
+
+        def leaf(dtype: Any, *shape: int) -> jax.ShapeDtypeStruct:
+            return jax.ShapeDtypeStruct(lead + shape, dtype, sharding=NamedSharding(self.mesh, ROWS))
+
+        pixels = [leaf(jnp.uint8, r.count, r.size, r.size, 3) for r in crops.resolutions]
+        key_size, number = crops.resolutions[0].size, leaf(jnp.int32)
+        batch = Batch(number, number, leaf(jnp.bool_), number, () if on_device else tuple(pixels))
+        if not method.key_crops:
+            return batch
+        key_pixels = None if on_device else leaf(jnp.uint8, method.key_crops, key_size, key_size, 3)
+        return batch._replace(key_crops=key_pixels, key_index=number, key_row=number)
+
+    def state_shapes(self) -> TrainState:
+        """The state as ShapeDtypeStructs with their shardings."""
+        shapes = jax.eval_shape(self.init_state)
+        return jax.tree.map(
+            lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+            shapes,
+            self.state_sharding(),
+        )
+
     def train_step(self, state: TrainState, batch: Batch, data: jax.Array | None = None) -> tuple[TrainState, dict]:
         """One optimiser step on leaves [M, n, ...]; returns the new state and scalar metrics."""
         method = self.objective.method
@@ -206,11 +231,11 @@ class Trainer:
 class Steps(NamedTuple):
     """Compiled functions of a run: init(), train(state, batch, data), observe(same), views(same), refresh(state, epoch)."""
 
-    init: Callable
-    train: Callable
-    observe: Callable
-    views: Callable
-    refresh: Callable
+    init: Any
+    train: Any
+    observe: Any
+    views: Any
+    refresh: Any
 
 
 def _blend(batch_stats: dict[str, Any], moments: dict[str, Any]) -> dict[str, Any]:

@@ -58,12 +58,17 @@ def open_workdir(path: str, config: ConfigDict, *, extend: bool = False) -> path
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         if saved.exists():
-            _check_same(workdir, flatten(json.loads(saved.read_text())), now, extend)
+            before = json.loads(saved.read_text())
+            if not isinstance(before, dict):
+                raise ValueError
+            _check_same(workdir, flatten(before), now, extend)
         write_json(saved, config.to_dict())
     except OSError as error:
         raise WorkdirError(f"cannot write to workdir {workdir}: {error.strerror or error}") from None
-    except json.JSONDecodeError:
-        raise WorkdirError(f"{saved} is not readable as JSON: is this another program's folder?") from None
+    except WorkdirError:  # a ValueError too
+        raise
+    except ValueError:  # neither UTF-8 nor JSON, or not an object
+        raise WorkdirError(f"{saved} is not readable as a config: is this another program's folder?") from None
     return workdir
 
 
@@ -85,12 +90,15 @@ def _check_same(workdir: pathlib.Path, before: dict, now: dict, extend: bool) ->
 class Metrics:
     """Appends scalars to metrics.jsonl, one JSON object per line with its step, and to TensorBoard events.
 
-    A resumed run drops lines from steps that it will do again, and a torn last line.
+    A resumed run drops lines from steps that it will do again, and a torn last line. What it measures again at the very step
+    of the checkpoint (the clusters of the epoch that starts there) is the same and is not written twice.
     """
 
     def __init__(self, workdir: pathlib.Path, writer: str, resume_step: int):
         self.path = workdir / "metrics.jsonl"
         kept = [line for line in self._lines() if line["step"] <= resume_step]
+        self._known = {frozenset(line) for line in kept if line["step"] == resume_step}
+        self._resume_step = resume_step
         temporary = self.path.with_suffix(".tmp")
         temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
         os.replace(temporary, self.path)
@@ -110,6 +118,8 @@ class Metrics:
     def write(self, step: int, values: dict[str, Any]) -> None:
         """Write scalars of one step; arrays of one element count as scalars."""
         numbers = {name: float(np.asarray(value)) for name, value in values.items()}
+        if step == self._resume_step and {"step", *numbers} in self._known:
+            return
         self._file.write(json.dumps({"step": step} | numbers) + "\n")
         self._board(step, numbers)
 

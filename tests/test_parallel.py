@@ -72,7 +72,12 @@ def test_sharing_saves_a_forward_and_a_backward():
     """Counted in the compiled step's floating-point operations."""
     flops = []
     for share in (True, False):
-        settings = {"precision": "float32", "views.attack_branch": "main", "views.share_gradient": share, "views.alpha2": 0.0}
+        settings = {
+            "precision": "float32",
+            "views.attack_branch": "main",
+            "views.share_gradient": share,
+            "views.alpha2": 0.0,
+        }
         run = SmallRun(small_config("deepcluster", **settings))
         with jax.set_mesh(run.trainer.mesh):
             lowered = run.steps.train.lower(run.state, next(run.batches()), None)

@@ -92,6 +92,7 @@ class HostSteps:
             element["key_row"] = np.argsort(slots).astype(np.int32)[rows]
         if self.source is None:
             element["valid"] = np.array([int(i) not in self.bad for i in element["index"]])
+            element["label"] = np.where(element["valid"], element["label"], -1)
             element["bad"] = np.empty(0, np.int32)
         else:
             element |= self._pixels(index, rows, shuffled, pass_number)

@@ -1,0 +1,178 @@
+"""Runs the command line in real processes, with the smallest network and data that still have every part.
+
+Compiling dominates: all runs of a kind share one config, so that each program is compiled once for all of them.
+"""
+
+import functools
+import json
+import os
+import pathlib
+import subprocess
+import sys
+import tempfile
+import types
+
+import cv2
+import numpy as np
+
+from hexa_jax.checkpoint import MANIFEST, Checkpoints
+
+REPOSITORY = pathlib.Path(__file__).resolve().parent.parent
+IMAGES, SIDE, BATCH = 70, 20, 16  # 4 steps an epoch; 6 images of an epoch are in no batch
+EPOCHS, STEPS = 6, 24
+CLASSES = ("disc", "bar", "cross")
+
+SMALL = {
+    "epochs": EPOCHS,
+    "batch_size": BATCH,
+    "bn_group_size": 8,
+    "cutmix_block": 8,
+    "shuffle_block": 16,
+    "model.backbone": "resnet10",
+    "model.base_channels": 4,
+    "model.stem": "cifar",
+    "model.head_dim": 16,
+    "model.head_hidden": 16,
+    "data.source": "shapes",
+    "data.eval_source": "",
+    "data.shapes_count": IMAGES,
+    "data.shapes_size": SIDE,
+    "data.crop_size": "(16,)",
+    "augment.blur_probability": "(0.0,)",
+    "knn.every_epochs": 2,
+    "knn.neighbours": 5,
+    "knn.resize": 16,
+    "knn.crop": 16,
+    "runtime.num_devices": 1,
+    "runtime.log_every": 1,
+    "runtime.checkpoint_every": 3,
+}
+DEEPCLUSTER = {**SMALL, "deepcluster.num_clusters": 8}
+MOCO = {**SMALL, "moco.queue_size": 32, "views.alpha2": 1.0}
+FILES = {"deepcluster": "quickstart.py", "moco": "hexa_moco.py"}
+KINDS = {"deepcluster": DEEPCLUSTER, "moco": MOCO}
+
+# Calls main as a program would, then tells what it left in the process.
+INSPECTED = """
+import json, sys
+from hexa_jax import main, train_step
+kept, compile = [], train_step.Trainer.compile
+train_step.Trainer.compile = lambda self: kept.append(compile(self)) or kept[-1]
+code = main.main(sys.argv)
+counts = {name: getattr(kept[0], name)._cache_size() for name in kept[0]._fields} if kept else {}
+print("INSPECTED " + json.dumps({"tensorflow": "tensorflow" in sys.modules, "traced": counts}))
+sys.exit(code)
+"""
+
+
+def arguments(kind, workdir, **overrides):
+    """Command line words; overrides by dotted key."""
+    settings = KINDS[kind] | overrides
+    words = [f"--config={REPOSITORY / 'configs' / FILES[kind]}", f"--workdir={workdir}"]
+    return words + [f"--config.{name}={value}" for name, value in settings.items()]
+
+
+def environment():
+    """Of a child process: one CPU device, the tests' compilation cache, nothing recompiled that takes time."""
+    env = {name: value for name, value in os.environ.items() if name != "PYTHONWARNINGS"}
+    env |= {"PYTHONPATH": str(REPOSITORY), "JAX_PLATFORMS": "cpu", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.05"}
+    return env
+
+
+def start(words, inspected=False, **options):
+    """A process of the command line, with text pipes."""
+    program = ["-c", INSPECTED] if inspected else ["-m", "hexa_jax.main"]
+    options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "env": environment()} | options
+    return subprocess.Popen([sys.executable, *program, *words], **options)
+
+
+def finish(process, timeout=300):
+    """Wait for a process; its exit code, stdout and stderr."""
+    try:
+        stdout, stderr = process.communicate(timeout=timeout)
+    finally:
+        process.kill()
+    return types.SimpleNamespace(code=process.returncode, stdout=stdout, stderr=stderr)
+
+
+def run(words, **options):
+    """Run the command line to its end."""
+    return finish(start(words, **options))
+
+
+def run_until(process, text):
+    """Read a process's output up to the first line that holds the text."""
+    seen = []
+    for line in process.stdout:
+        seen.append(line)
+        if text in line:
+            return
+    raise AssertionError(f"ended before {text!r}: {''.join(seen)}\n{process.communicate()[1]}")
+
+
+@functools.cache
+def _begun(kind):
+    """An uninterrupted run in the background, for all tests that need a finished one."""
+    workdir = pathlib.Path(tempfile.mkdtemp(prefix=f"hexa_{kind}_")) / "run"
+    output = open(workdir.parent / "output", "w+")  # noqa: SIM115
+    process = start(arguments(kind, workdir), inspected=True, stdout=output, stderr=subprocess.STDOUT)
+    return workdir, process
+
+
+def begin(*kinds):
+    """Start the uninterrupted runs side by side; `finished` waits for them."""
+    for kind in kinds:
+        _begun(kind)
+
+
+def finished(kind):
+    """The workdir of an uninterrupted run, to be read or copied but not written; and its output."""
+    workdir, process = _begun(kind)
+    code = process.wait(timeout=300)
+    output = (workdir.parent / "output").read_text()
+    assert code == 0, output
+    return workdir, output
+
+
+def lines(workdir):
+    """metrics.jsonl as a list of dicts; every line must be JSON with a step."""
+    parsed = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    assert all(isinstance(line["step"], int) for line in parsed)
+    return parsed
+
+
+def final_state(workdir):
+    """(step, {leaf: array}) of the newest checkpoint: parameters, statistics, optimiser and the method's state."""
+    folder = sorted(path for path in (workdir / "checkpoints").iterdir() if (path / MANIFEST).exists())[-1]
+    leaves = json.loads((folder / MANIFEST).read_text())["leaves"]
+    like = {name: np.zeros(leaf["shape"], leaf["dtype"]) for name, leaf in leaves.items()}
+    step, state, _ = Checkpoints(workdir / "checkpoints").restore_latest(like)
+    return step, state
+
+
+def picture(number, side=SIDE):
+    """uint8 [side, side, 3] and its class: a disc, a bar or a cross in random colours."""
+    rng, label = np.random.default_rng([7, number]), number % len(CLASSES)
+    back, front = (tuple(map(int, rng.integers(low, low + 100, 3))) for low in (0, 150))
+    image = np.full((side, side, 3), back, np.uint8)
+    middle = tuple(map(int, rng.integers(side // 3, 2 * side // 3, 2)))
+    if label == 0:
+        cv2.circle(image, middle, side // 4, front, -1)
+    else:
+        cv2.line(image, (0, middle[1]), (side, middle[1]), front, 3)
+    if label == 2:
+        cv2.line(image, (middle[0], 0), (middle[0], side), front, 3)
+    return image, label
+
+
+def image_folder(root, by_class=True, count=IMAGES):
+    """A folder of PNG and JPEG files, by class or flat; returns their paths."""
+    paths = []
+    for number in range(count):
+        image, label = picture(number, SIDE + number % 5)
+        suffix = "png" if number % 2 else "jpg"
+        path = root / (CLASSES[label] if by_class else "") / f"{number:03}.{suffix}"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        assert cv2.imwrite(str(path), image)
+        paths.append(path)
+    return paths

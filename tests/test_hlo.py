@@ -1,0 +1,142 @@
+"""What the compiled step sends between devices: no images, no bank, each gradient once."""
+
+import math
+import os
+import re
+import subprocess
+import sys
+
+import jax
+import pytest
+from small import small_config
+
+from hexa_jax.build import make_trainer
+
+COLLECTIVE = re.compile(r"= (.+?) (all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter)(?:-start)?\(")
+SHAPE = re.compile(r"(\w+)\[([\d,]*)\]")
+
+
+def collectives(hlo):
+    """[(kind, dtype, elements, in a loop)] for each operand of each collective."""
+    bodies = set(re.findall(r"(?:body|condition)=%?([\w.\-]+)", hlo))
+    found, computation = [], ""
+    for line in hlo.splitlines():
+        header = re.match(r"(?:ENTRY )?%?([\w.\-]+) \(.*\{$", line)
+        if header:
+            computation = header[1]
+        match = COLLECTIVE.search(line)
+        if match:
+            for dtype, shape in SHAPE.findall(match[1]):
+                elements = math.prod(int(size) for size in shape.split(",") if size)
+                found.append((match[2], dtype, elements, computation in bodies))
+    return found
+
+
+def compiled(trainer):
+    """HLO of the train step and of the refresh, compiled from shapes alone."""
+    with jax.set_mesh(trainer.mesh):
+        steps = trainer.compile()
+        state = trainer.state_shapes()
+        train = steps.train.lower(state, trainer.batch_shapes(), None).compile().as_text()
+        refresh = steps.refresh.lower(state, jax.ShapeDtypeStruct((), "int32")).compile().as_text()
+    return train, refresh
+
+
+def check_traffic(trainer, train, refresh):
+    """Asserts the promises on the step's HLO; returns the gradient reductions' dtypes."""
+    config_batch = trainer.spec.batch_size
+    found = collectives(train)
+    assert found, "a step over several devices must reduce something"
+    # Nothing as large as one device's images travels, and no bytes (images arrive as uint8) at all.
+    crops = trainer.batch_shapes().crops[0]
+    assert all(dtype not in ("u8", "s8") for _, dtype, _, _ in found)
+    embeddings = config_batch * trainer.spec.embedding_dim
+    for kind, _, elements, _ in found:
+        if kind != "all-reduce":
+            assert elements <= embeddings < crops.size // 3, (kind, elements)
+    assert not any(in_loop for kind, _, elements, in_loop in found if kind == "all-reduce" and elements > 64)
+    # Every gradient exactly once: what is reduced is the parameters, plus BatchNorm moments and a few scalars.
+    state = trainer.state_shapes()
+    num_params = sum(leaf.size for leaf in jax.tree.leaves(state.params))
+    passes = len(trainer.objective.views.weights)
+    num_moments = passes * sum(leaf.size for leaf in jax.tree.leaves(state.batch_stats["clean_batch_stats"]))
+    reduced = [(dtype, elements) for kind, dtype, elements, _ in found if kind == "all-reduce"]
+    total = sum(elements for _, elements in reduced)
+    assert num_params <= total <= num_params + num_moments + embeddings + 256, (total, num_params, num_moments)
+    # Between epochs: priorities and labels of the bank's rows, and centroids, never the bank itself.
+    if trainer.objective.method.needs_first_pass:
+        bank = state.method.bank.size
+        for kind, _, elements, _ in collectives(refresh):
+            assert elements < bank // 4, (kind, elements)
+    return {dtype for dtype, elements in reduced if elements > 256}
+
+
+def traffic_config(method, microbatches, precision="float32"):
+    """Groups that fit on a device, so that BatchNorm needs no reduction of its own."""
+    return small_config(
+        method,
+        **{
+            "precision": precision,
+            "batch_size": 128,
+            "shuffle_block": 128,
+            "bn_group_size": 4,
+            "cutmix_block": 4,
+            "moco.queue_size": 256,
+            "runtime.microbatches": microbatches,
+        },
+    )
+
+
+@pytest.mark.parametrize(("method", "microbatches"), [("moco", 1), ("deepcluster", 4)])
+def test_only_gradients_and_embeddings_travel(method, microbatches):
+    trainer = make_trainer(traffic_config(method, microbatches), 1024, jax.devices())
+    assert check_traffic(trainer, *compiled(trainer)) == {"f32"}
+
+
+def test_the_parser_sees_collectives():
+    hlo = """
+%body.1 (arg: f32[8]) -> f32[8] {
+  %x = f32[1024]{0} all-reduce(%arg), replica_groups={}
+}
+ENTRY %main (a: u8[2]) -> f32[8] {
+  %g = (u8[4,32,32,3]{0}, f32[]) all-gather-start(%a), dimensions={0}
+  %w = f32[8] while(%a), condition=%cond.2, body=%body.1
+}
+"""
+    assert collectives(hlo) == [
+        ("all-reduce", "f32", 1024, True),
+        ("all-gather", "u8", 12288, False),
+        ("all-gather", "f32", 1, False),
+    ]
+
+
+TPU_SCRIPT = """
+import sys
+import jax
+from jax.experimental import topologies
+from test_hlo import check_traffic, compiled, traffic_config
+from hexa_jax.build import make_trainer
+method, microbatches = sys.argv[1], int(sys.argv[2])
+devices = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x4").devices
+trainer = make_trainer(traffic_config(method, microbatches, "bfloat16"), 1024, list(devices))
+print("REDUCED", sorted(check_traffic(trainer, *compiled(trainer))))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["moco", "deepcluster"])
+@pytest.mark.parametrize("microbatches", [1, 4])
+def test_only_gradients_and_embeddings_travel_on_tpu(method, microbatches):
+    """The same promises in the TPU compiler's program, bfloat16 compute: gradients are still reduced in float32."""
+    pytest.importorskip("libtpu", reason="needs libtpu: `make test-slow` installs it")
+    here = os.path.dirname(__file__)
+    env = os.environ | {
+        "JAX_PLATFORMS": "cpu",
+        "TPU_SKIP_MDS_QUERY": "1",
+        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+        "PYTHONPATH": os.pathsep.join([here, os.path.dirname(here)]),
+    }
+    command = [sys.executable, "-c", TPU_SCRIPT, method, str(microbatches)]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=1800)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "REDUCED ['f32']" in done.stdout
