@@ -1,5 +1,6 @@
 """From a config to the objects of a run; every mistake that a config can hold is found here, before anything is compiled."""
 
+import operator
 import os
 
 import jax
@@ -202,6 +203,26 @@ def make_devices(config: ConfigDict) -> list[jax.Device]:
     return devices[:wanted] if wanted else devices
 
 
+POSITIVE = (
+    "batch_size epochs shuffle_block model.base_channels model.head_dim moco.queue_size moco.temperature "
+    "deepcluster.num_clusters deepcluster.num_heads deepcluster.assign_crops deepcluster.iterations "
+    "deepcluster.temperature knn.neighbours knn.temperature knn.resize knn.crop runtime.log_every"
+).split()
+NOT_NEGATIVE = (
+    "seed model.head_hidden data.limit data.max_bad_fraction knn.every_epochs knn.train_limit knn.test_limit "
+    "runtime.num_devices runtime.workers runtime.checkpoint_every runtime.keep_every"
+).split()
+
+
+def _check_ranges(config: ConfigDict) -> None:
+    for names, wanted, lowest in ((POSITIVE, "positive", 1e-12), (NOT_NEGATIVE, "0 or more", 0)):
+        for name in names:
+            if (value := operator.attrgetter(name)(config)) < lowest:
+                raise ConfigError(f"config.{name}={value} must be {wanted}")
+    if min(config.data.crop_size, default=1) < 1:
+        raise ConfigError(f"config.data.crop_size={tuple(config.data.crop_size)} must be positive")
+
+
 def make_trainer(config: ConfigDict, num_examples: int, devices: list[jax.Device] | None = None) -> Trainer:
     """Everything a pre-training run computes with.
 
@@ -213,8 +234,7 @@ def make_trainer(config: ConfigDict, num_examples: int, devices: list[jax.Device
     Raises:
         ConfigError: sizes or names that cannot work, in one line.
     """
-    if config.batch_size < 1 or config.epochs < 1:
-        raise ConfigError("batch_size and epochs must be at least 1")
+    _check_ranges(config)
     if config.batch_size > num_examples:
         raise ConfigError(f"batch_size={config.batch_size} is more than the {num_examples} images: use a smaller one")
     method = make_method(config)

@@ -221,7 +221,10 @@ class _Run:
     def _report(self, step: int, metrics: dict) -> None:
         """Check and log the numbers of a finished step."""
         loss = float(metrics["loss"])
-        if not math.isfinite(loss):
+        if not math.isfinite(loss) or not math.isfinite(
+            float(metrics["gradient_norm"])
+        ):  # else the parameters are lost
+            self.checkpoints.wait()  # the last good one may still be on its way to the disk
             saved = self.checkpoints.steps()
             last = (
                 f"the last good checkpoint is step {saved[-1]} in {self.checkpoints.directory}"
@@ -229,7 +232,7 @@ class _Run:
                 else "none was saved"
             )
             raise Diverged(
-                f"the loss is {loss} at step {step}; {last}; try a lower optimizer.learning_rate, a warm-up, "
+                f"the loss is {loss} and the gradient norm {float(metrics['gradient_norm'])} at step {step}; {last}; try a lower optimizer.learning_rate, a warm-up, "
                 "precision=float32, or weaker views (alpha1, epsilon)"
             )
         if step % self.config.runtime.log_every and step != self.total:

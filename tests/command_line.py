@@ -3,10 +3,12 @@
 Compiling dominates: all runs of a kind share one config, so that each program is compiled once for all of them.
 """
 
+import atexit
 import functools
 import json
 import os
 import pathlib
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -116,6 +118,12 @@ def _begun(kind):
     workdir = pathlib.Path(tempfile.mkdtemp(prefix=f"hexa_{kind}_")) / "run"
     output = open(workdir.parent / "output", "w+")  # noqa: SIM115
     process = start(arguments(kind, workdir), inspected=True, stdout=output, stderr=subprocess.STDOUT)
+
+    @atexit.register
+    def clean():
+        process.kill()
+        shutil.rmtree(workdir.parent, ignore_errors=True)
+
     return workdir, process
 
 

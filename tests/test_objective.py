@@ -1,5 +1,8 @@
 """Equation 10 on real crops: what each view adds, and which rows count."""
 
+import dataclasses
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -19,46 +22,43 @@ def run():
     return run
 
 
-def gradients(run, **replaced):
-    """The objective's result for the run's batch, with some of the view settings or rows replaced."""
-    import dataclasses
-
-    settings = {name: value for name, value in replaced.items() if name not in ("batch",)}
+@functools.cache
+def compiled(run, settings):
+    """The objective of the run's rows under other view settings, jitted."""
     objective = run.trainer.objective
-    objective = dataclasses.replace(objective, views=dataclasses.replace(objective.views, **settings))
+    objective = dataclasses.replace(objective, views=dataclasses.replace(objective.views, **dict(settings)))
     trainer = dataclasses.replace(run.trainer, objective=objective)
-    batch = replaced.get("batch", run.batch)
 
     def compute(state, batch):
         rows, clock, _ = trainer._rows(state, batch, None)
         return trainer._gradients(state.params, rows, clock, None)
 
-    with jax.set_mesh(trainer.mesh):
-        return jax.device_get(jax.jit(compute)(run.state, batch))
+    return jax.jit(compute)
 
 
-def add(*trees):
-    return jax.tree.map(lambda *leaves: sum(leaves), *trees)
+def gradients(run, alpha1, alpha2, batch=None, **settings):
+    """Result of the objective for the run's batch, on the host; the attack is strong enough to see."""
+    settings |= {"alpha1": alpha1, "alpha2": alpha2, "epsilon": 4 / 255, "step_size": 4 / 255}
+    with jax.set_mesh(run.trainer.mesh):
+        result = compiled(run, tuple(sorted(settings.items())))(run.state, run.batch if batch is None else batch)
+    return jax.device_get(result)
 
 
 def test_objective_is_the_weighted_sum_of_its_views(run, x64):
-    plain = gradients(run, alpha1=0.0, alpha2=0.0)
-    everything = gradients(run, alpha1=1.0, alpha2=1.0)
-    weighted = gradients(run, alpha1=0.5, alpha2=2.0)
-    adversarial = gradients(run, alpha1=1.0, alpha2=0.0)
-    d_adversarial = jax.tree.map(np.subtract, adversarial.params, plain.params)
-    d_cutmix = jax.tree.map(np.subtract, everything.params, adversarial.params)
-    expected = add(
-        plain.params, jax.tree.map(lambda g: 0.5 * g, d_adversarial), jax.tree.map(lambda g: 2 * g, d_cutmix)
-    )
-    assert largest_difference(weighted.params, expected) < 1e-12
-    assert largest_difference(d_cutmix, jax.tree.map(np.zeros_like, d_cutmix)) > 1e-4
-    assert weighted.losses == pytest.approx(everything.losses)  # reported without their weights
+    plain, adversarial, cutmix = (gradients(run, *alphas).params for alphas in ((0, 0), (1, 0), (0, 1)))
+    weighted = gradients(run, 0.5, 2.0)
+    combine = lambda p, a, c: p + 0.5 * (a - p) + 2 * (c - p)  # noqa: E731
+    assert largest_difference(weighted.params, jax.tree.map(combine, plain, adversarial, cutmix)) < 1e-12
+    assert largest_difference(adversarial, plain) > 1e-4
+    assert largest_difference(cutmix, plain) > 1e-4
+    # Losses are reported without their weights.
+    assert weighted.losses["adversarial"] == pytest.approx(gradients(run, 1, 0).losses["adversarial"])
+    assert weighted.losses["cutmix"] == pytest.approx(gradients(run, 0, 1).losses["cutmix"])
 
 
 def test_attack_raises_the_loss(run, x64):
     """The adversarial set starts as a copy of the clean one, so a larger loss is the attack's doing."""
-    losses = gradients(run, alpha1=1.0, alpha2=0.0, epsilon=4 / 255, step_size=4 / 255).losses
+    losses = gradients(run, 1, 0).losses
     assert losses["adversarial"] > losses["clean"] + 1e-3
 
 
@@ -67,13 +67,13 @@ def test_clean_gradients_leave_the_adversarial_set_alone(run, x64):
         paths = jax.tree_util.tree_leaves_with_path(params)
         return [leaf for path, leaf in paths if "adversarial" in jax.tree_util.keystr(path)]
 
-    assert all(np.all(leaf == 0) for leaf in adversarial_part(gradients(run, alpha1=0.0).params))
-    assert all(np.any(leaf != 0) for leaf in adversarial_part(gradients(run, alpha1=1.0).params))
+    assert all(np.all(leaf == 0) for leaf in adversarial_part(gradients(run, 0, 0).params))
+    assert all(np.any(leaf != 0) for leaf in adversarial_part(gradients(run, 1, 0).params))
 
 
 def test_cutmix_that_cuts_nothing_is_the_clean_loss(run, x64):
     """Beta(1e6, 1e-3) puts lambda0 at 1: the box is empty."""
-    result = gradients(run, alpha1=0.0, alpha2=1.0, cutmix_alpha=1e6, cutmix_beta=1e-3)
+    result = gradients(run, 0, 1, cutmix_alpha=1e6, cutmix_beta=1e-3)
     assert result.losses["cutmix"] == pytest.approx(result.losses["clean"], abs=1e-12)
 
 
@@ -81,7 +81,7 @@ def test_unreadable_rows_have_no_say_but_stay_in_batch_statistics(run, x64):
     valid = np.ones((1, 32), bool)
     valid[0, 5] = False
     dropped = run.batch._replace(valid=jax.device_put(valid, run.batch.valid.sharding))
-    whole, part = gradients(run, alpha1=0.0, alpha2=0.0), gradients(run, alpha1=0.0, alpha2=0.0, batch=dropped)
+    whole, part = gradients(run, 0, 0), gradients(run, 0, 0, batch=dropped)
     np.testing.assert_allclose(part.outputs, whole.outputs)  # BatchNorm saw the same rows
     assert part.losses["clean"] != pytest.approx(whole.losses["clean"], rel=1e-6)
     # The mean over 31 rows: what is missing is row 5's loss.

@@ -2,7 +2,9 @@
 
 import collections
 import dataclasses
+import functools
 import logging
+import re
 
 import jax
 import jax.numpy as jnp
@@ -221,7 +223,7 @@ def test_a_crop_depends_on_seed_pass_index_and_crop_only():
 
 
 def test_crops_differ_between_passes_seeds_and_crops():
-    source = random_source()
+    source = ArraySource(np.random.default_rng(1).integers(0, 256, (NUM, 60, 50, 3), np.uint8))
     resolutions = (Resolution(2, 8, (0.2, 0.5)),)
 
     def crops_of(seed, pass_number, index=11):
@@ -360,8 +362,11 @@ def test_threads_and_workers_give_the_same_elements():
 def test_a_data_error_reaches_the_loop_as_itself(workers):
     images = np.zeros((4, 4, 4, 3), np.uint8)
     steps = make_steps(Unreadable(images), batch_size=2, num_steps=4, max_failures=1)
-    with pytest.raises(DataError, match="2 images in a row cannot be read, the last is arrays, index 0: empty file"):
+    with pytest.raises(DataError) as caught:
         next(host_iterator(steps, 1, workers, threads=1, buffer=1))
+    assert re.fullmatch(
+        r"2 images in a row cannot be read, the last is arrays, index \d: empty file", str(caught.value)
+    )
 
 
 class Unreadable(ArraySource):
@@ -448,7 +453,10 @@ def test_spread_is_even_and_within_limits():
 PLAIN = Photometric(jitter_probability=0, gray_probability=0, blur_probability=0)
 GREY = dataclasses.replace(PLAIN, gray_probability=1.0)
 SOLARIZED = dataclasses.replace(PLAIN, solarize_probability=1.0)
-RANDOM = Photometric(blur_probability=0.5, solarize_probability=0.3, blur_sigma=(0.1, 0.5))
+# Only what compiles quickly: the operations have tests of their own.
+RANDOM = dataclasses.replace(
+    PLAIN, jitter_probability=0.9, contrast=0, saturation=0, hue=0, gray_probability=0.3, solarize_probability=0.5
+)
 DEVICE_SIZES = (Resolution(2, 8, (0.3, 1.0)), Resolution(1, 6, (0.1, 0.4)))
 
 
@@ -466,15 +474,15 @@ def example_keys(index, seed=0):
     return jax.vmap(lambda i: jax.random.fold_in(key, i))(index)
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def both_crops(crops, batch, data, seed):
+    online = crops.online(example_keys(batch.index, seed), batch, data)
+    return online, crops.target(example_keys(batch.key_index, seed), batch, data)
+
+
 def run_crops(crops, batch, data=None, seed=0):
     """(online crops per resolution, key crops) as NumPy arrays."""
-
-    @jax.jit
-    def both(batch, data):
-        online = crops.online(example_keys(batch.index, seed), batch, data)
-        return online, crops.target(example_keys(batch.key_index, seed), batch, data)
-
-    online, target = both(batch, data)
+    online, target = both_crops(crops, batch, data, seed)
     return [np.asarray(x) for x in online], np.asarray(target)
 
 
@@ -487,7 +495,7 @@ def test_device_crops_are_pixels_in_the_unit_interval(resident):
     for x in (*online, target):
         assert x.dtype == np.float32 and x.min() >= 0 and x.max() <= 1 and x.std() > 0.05
     # The same example makes the same crop in any place of any batch.
-    order = np.array([4, 1, 5, 0])
+    order = np.array([4, 1, 1, 5, 0, 4])
     part = jax.tree.map(lambda leaf: leaf[order], batch)
     moved, moved_target = run_crops(crops, part, data)
     for x, y in zip((*online, target), (*moved, moved_target), strict=True):

@@ -15,6 +15,7 @@ from typing import Any
 import grain
 import jax
 import numpy as np
+from absl import flags
 
 from hexa_jax.data.crops import Resolution
 from hexa_jax.data.decode import BadImage, crop_generator, decode, random_resized_crop
@@ -202,6 +203,8 @@ def host_iterator(steps: HostSteps, start: int, workers: int, threads: int, buff
         options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=1)
     iterable = dataset.to_iter_dataset(options)
     if workers:
+        if not flags.FLAGS.is_parsed():  # grain's workers read absl flags, which a notebook or a benchmark never parses
+            flags.FLAGS.mark_as_parsed()
         iterable = iterable.mp_prefetch(
             grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=buffer)
         )

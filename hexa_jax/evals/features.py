@@ -3,6 +3,7 @@
 import concurrent.futures
 import dataclasses
 import functools
+import logging
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -11,7 +12,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from hexa_jax.data.decode import decode, resize_center_crop
+from hexa_jax.data.decode import BadImage, decode, resize_center_crop
 from hexa_jax.data.sources import Source
 from hexa_jax.models.heads import Network
 from hexa_jax.models.norm import CLEAN, EVALUATION, stats_collection
@@ -26,21 +27,41 @@ class EvalImages:
         indices: which of them, in order.
         resize: short side in pixels.
         crop: side of the centre crop.
+        unreadable: examples that turned out to be so when their pixels were wanted; black stands in for them.
     """
 
     source: Source
     indices: np.ndarray
     resize: int
     crop: int
+    unreadable: set[int] = dataclasses.field(default_factory=set)
 
     @functools.cached_property
     def labels(self) -> np.ndarray:
-        """int32 [N] labels of the examples; the source must have them."""
-        return np.array([self.source[int(index)]["label"] for index in self.indices], np.int32)
+        """int32 [N] labels of the examples, -1 where an example is gone; the source must have them."""
+
+        def label(index: int) -> int:
+            try:
+                return self.source[index]["label"]
+            except BadImage:
+                return -1
+
+        return np.array([label(int(index)) for index in self.indices], np.int32)
+
+    @property
+    def known(self) -> np.ndarray:
+        """bool [N]: which examples have a label and could be read so far; the others are left out of every accuracy."""
+        return (self.labels >= 0) & ~np.isin(self.indices, list(self.unreadable))
 
     def image(self, index: int) -> np.ndarray:
         """uint8 [crop, crop, 3]."""
-        pixels = decode(self.source[int(index)]["image"], self.source.name(int(index)))
+        try:
+            pixels = decode(self.source[int(index)]["image"], self.source.name(int(index)))
+        except BadImage as error:
+            if int(index) not in self.unreadable:
+                logging.warning("left out of the evaluation: %s", error)
+            self.unreadable.add(int(index))
+            return np.zeros((self.crop, self.crop, 3), np.uint8)
         return resize_center_crop(pixels, self.resize, self.crop)
 
     def batches(self, batch_size: int, threads: int = 2) -> Iterator[tuple[np.ndarray, int]]:

@@ -45,23 +45,29 @@ class Probe:
     def knn(self, features: tuple[np.ndarray, np.ndarray]) -> float:
         """Accuracy in per cent."""
         knn = self.config.knn
+        bank, queries = self.bank.known, self.queries.known
         predictions = knn_predict(
-            features[0],
-            self.bank.labels,
-            features[1],
+            features[0][bank],
+            self.bank.labels[bank],
+            features[1][queries],
             neighbours=knn.neighbours,
             temperature=knn.temperature,
             leave_one_out=self.leave_one_out,
         )
-        return accuracy(predictions, self.queries.labels)
+        return accuracy(predictions, self.queries.labels[queries])
 
     def linear(self, features: tuple[np.ndarray, np.ndarray]) -> float | None:
         """Accuracy in per cent; None without held-out examples."""
         if self.leave_one_out:
             return None
-        regularization = self.config.linear.regularization
-        predictions = linear_probe(features[0], self.bank.labels, features[1], regularization=regularization)
-        return accuracy(predictions, self.queries.labels)
+        bank, queries = self.bank.known, self.queries.known
+        predictions = linear_probe(
+            features[0][bank],
+            self.bank.labels[bank],
+            features[1][queries],
+            regularization=self.config.linear.regularization,
+        )
+        return accuracy(predictions, self.queries.labels[queries])
 
 
 def make_probe(config: ConfigDict, source: Source, trainer: Trainer) -> Probe | None:
