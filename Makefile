@@ -32,8 +32,8 @@ test: .venv/.installed-dev  ## the whole suite
 	$(BIN)/python -m pytest
 
 test-slow: .venv/.installed-dev  ## the tests that take many minutes (TPU compiles)
-	$(BIN)/pip install --quiet libtpu==0.0.42
-	$(BIN)/python -m pytest -m slow --timeout=3600
+	$(BIN)/pip install --quiet --no-deps --target .cache/libtpu libtpu==0.0.42  # apart: jax would look for a TPU in every run
+	PYTHONPATH=.cache/libtpu $(BIN)/python -m pytest -m slow --timeout=3600
 
 lint: .venv/.installed-dev  ## format and lint check
 	$(BIN)/ruff format --check . && $(BIN)/ruff check .

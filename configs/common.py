@@ -9,7 +9,7 @@ import ml_collections
 def get_config() -> ml_collections.ConfigDict:
     """The defaults: plain 2-crop pre-training of a ResNet-50."""
     config = ml_collections.ConfigDict()
-    config.task = "pretrain"  # pretrain, knn or linear
+    config.task = "pretrain"  # what to do; pretrain is the only task so far
     config.method = "moco"  # moco or deepcluster
     config.seed = 0
     config.precision = "float32"  # bfloat16 (compute only; parameters and statistics stay float32), float32, float64
@@ -18,7 +18,6 @@ def get_config() -> ml_collections.ConfigDict:
     config.bn_group_size = 32  # consecutive rows that share BatchNorm statistics, wherever they are computed
     config.cutmix_block = 32  # CutMix partners are drawn among this many consecutive rows
     config.shuffle_block = 256  # MoCo's keys are shuffled among this many consecutive rows (shuffle-BN)
-    config.checkpoint = ""  # for evaluations: a workdir, or "random"
 
     config.model = model = ml_collections.ConfigDict()
     model.backbone = "resnet50"  # resnet18, 34, 50, 101, with an optional width such as resnet50w2

@@ -204,17 +204,19 @@ def make_devices(config: ConfigDict) -> list[jax.Device]:
 
 
 POSITIVE = (
-    "batch_size epochs shuffle_block model.base_channels model.head_dim moco.queue_size moco.temperature "
-    "deepcluster.num_clusters deepcluster.num_heads deepcluster.assign_crops deepcluster.iterations "
-    "deepcluster.temperature knn.neighbours knn.temperature knn.resize knn.crop runtime.log_every"
-).split()
+    "batch_size", "epochs", "shuffle_block", "model.base_channels", "model.head_dim", "moco.queue_size",
+    "moco.temperature", "deepcluster.num_clusters", "deepcluster.num_heads", "deepcluster.assign_crops",
+    "deepcluster.iterations", "deepcluster.temperature", "knn.neighbours", "knn.temperature", "knn.resize", "knn.crop",
+    "runtime.log_every",
+)  # fmt: skip
 NOT_NEGATIVE = (
-    "seed model.head_hidden data.limit data.max_bad_fraction knn.every_epochs knn.train_limit knn.test_limit "
-    "runtime.num_devices runtime.workers runtime.checkpoint_every runtime.keep_every"
-).split()
+    "seed", "model.head_hidden", "data.limit", "data.max_bad_fraction", "knn.every_epochs", "knn.train_limit",
+    "knn.test_limit", "runtime.num_devices", "runtime.workers", "runtime.checkpoint_every", "runtime.keep_every",
+)  # fmt: skip
 
 
 def _check_ranges(config: ConfigDict) -> None:
+    choose("runtime.writer", config.runtime.writer, dict.fromkeys(("clu", "tensorboardX")))
     for names, wanted, lowest in ((POSITIVE, "positive", 1e-12), (NOT_NEGATIVE, "0 or more", 0)):
         for name in names:
             if (value := operator.attrgetter(name)(config)) < lowest:

@@ -18,7 +18,7 @@ from hexa_jax.checkpoint import CheckpointError
 from hexa_jax.command import parse_command
 from hexa_jax.data.sources import DataError
 from hexa_jax.pretrain import Diverged, Terminated, pretrain
-from hexa_jax.workdir import WorkdirError, open_workdir
+from hexa_jax.workdir import WorkdirError, abandon, open_workdir
 
 USER_ERRORS = (ConfigError, DataError, WorkdirError, CheckpointError)
 TASKS = {"pretrain": pretrain}
@@ -37,7 +37,11 @@ def main(argv: list[str]) -> int:
         if config.precision == "float64":
             jax.config.update("jax_enable_x64", True)
         workdir = open_workdir(folder, config, extend=extend)
-        TASKS[config.task](config, workdir)
+        try:
+            TASKS[config.task](config, workdir)
+        except USER_ERRORS:
+            abandon(workdir)
+            raise
     except USER_ERRORS as error:
         return _stop(error, 2)
     except OSError as error:

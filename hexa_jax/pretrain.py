@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from clu import parameter_overview
 from ml_collections import ConfigDict
 from sklearn.metrics import normalized_mutual_info_score
 
@@ -127,6 +128,8 @@ class _Run:
 
     def run(self) -> dict[str, Any]:
         previous = signal.signal(signal.SIGTERM, self._on_sigterm)
+        millions = parameter_overview.count_parameters(self.state.params) / 1e6
+        _say(f"{len(self.input.source)} images, {millions:.1f} million parameters, {self.trainer.mesh.size} devices")
         try:
             if not self.metadata["first_pass"]:
                 self._first_pass()
@@ -232,8 +235,8 @@ class _Run:
                 else "none was saved"
             )
             raise Diverged(
-                f"the loss is {loss} and the gradient norm {float(metrics['gradient_norm'])} at step {step}; {last}; try a lower optimizer.learning_rate, a warm-up, "
-                "precision=float32, or weaker views (alpha1, epsilon)"
+                f"the loss is {loss} and the gradient norm {float(metrics['gradient_norm'])} at step {step}; {last}; "
+                "try a lower optimizer.learning_rate, a warm-up, precision=float32, or weaker views (alpha1, epsilon)"
             )
         if step % self.config.runtime.log_every and step != self.total:
             return

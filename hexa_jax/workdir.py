@@ -72,6 +72,14 @@ def open_workdir(path: str, config: ConfigDict, *, extend: bool = False) -> path
     return workdir
 
 
+def abandon(path: pathlib.Path) -> None:
+    """Undo `open_workdir` after a mistake, so that the corrected command may use the folder; a run that began stays."""
+    if not (path / "metrics.jsonl").exists() and not (path / "checkpoints").exists():
+        (path / "config.json").unlink(missing_ok=True)
+        if not any(path.iterdir()):
+            path.rmdir()
+
+
 def _check_same(workdir: pathlib.Path, before: dict, now: dict, extend: bool) -> None:
     differ = []
     for name in sorted(before.keys() | now.keys()):

@@ -73,3 +73,17 @@ def test_schedules_of_the_two_families():
     assert float(moco(5004)) < 0.03  # once per epoch
     assert float(deepcluster(0)) == pytest.approx(0.6)
     assert float(deepcluster(200 * 5004)) == pytest.approx(0.0006, rel=1e-3)
+
+
+@pytest.mark.parametrize(("counts", "sizes"), [((2, 4), (160, 96)), ((2, 6), (224, 96))])
+def test_multi_crop_is_a_matter_of_settings(counts, sizes):
+    config = load("hexa_dcluster")
+    config.data.num_crops, config.data.crop_size = counts, sizes
+    config.data.min_scale, config.data.max_scale = (0.14, 0.05), (1.0, 0.14)
+    trainer = make_trainer(config, IMAGENET, jax.devices()[:1])
+    with jax.set_mesh(trainer.mesh):
+        views = jax.eval_shape(trainer.view_step, trainer.state_shapes(), trainer.batch_shapes(), None)
+    for name in ("clean", "adversarial", "cutmix"):
+        shapes = [crops.shape for crops in views[name]]
+        assert shapes == [(1, 256, count, size, size, 3) for count, size in zip(counts, sizes, strict=True)]
+    assert views["lambda"].shape == (1, 256, sum(counts))

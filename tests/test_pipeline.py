@@ -384,8 +384,17 @@ def test_batches_reach_eight_devices():
     steps = make_steps(resolutions=TWO_SIZES, key_crops=1, block=8, rows=local_rows(mesh, layout), microbatches=2)
     labels, source = np.full(NUM, -1, np.int32), steps.source
     elements = [steps[number] for number in range(4)]
-    copies = [dict(element) for element in elements]
-    batches = list(device_batches(iter(copies), mesh, layout, BadImages(source, 0.0), labels))
+    taken = []
+
+    def take():
+        for element in elements:
+            taken.append(element)
+            yield dict(element)
+
+    stream = device_batches(take(), mesh, layout, BadImages(source, 0.0), labels)
+    batches = [next(stream)]
+    assert len(taken) == 3  # two are on their way while the first is used
+    batches += stream
     assert len(batches) == 4
     for batch, element in zip(batches, elements, strict=True):
         assert [x.shape for x in batch.crops] == [(2, 8, 2, 8, 8, 3), (2, 8, 3, 6, 6, 3)]

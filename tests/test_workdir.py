@@ -11,7 +11,7 @@ import pytest
 
 import configs.common
 from hexa_jax import workdir
-from hexa_jax.workdir import Metrics, WorkdirError, closest, flatten, open_workdir, write_json
+from hexa_jax.workdir import Metrics, WorkdirError, abandon, closest, flatten, open_workdir, write_json
 
 
 @pytest.fixture
@@ -91,6 +91,20 @@ def test_a_foreign_config_file_is_one_clear_line(tmp_path, config, content):
     saved.write_bytes(content if isinstance(content, bytes) else content.encode())
     before = saved.read_bytes()
     assert "config.json" in refused(tmp_path, config) and saved.read_bytes() == before
+
+
+def test_a_mistake_leaves_the_folder_free_for_the_corrected_command(tmp_path, config):
+    folder = open_workdir(str(tmp_path / "run"), config)
+    abandon(folder)
+    assert not folder.exists() and tmp_path.exists()
+    folder.mkdir()
+    (folder / "notes.txt").write_text("mine")
+    abandon(open_workdir(str(folder), config))
+    assert [entry.name for entry in folder.iterdir()] == ["notes.txt"]
+    open_workdir(str(folder), config)
+    Metrics(folder, "tensorboardX", 0).close()
+    abandon(folder)  # a run that began stays
+    assert (folder / "config.json").exists() and (folder / "metrics.jsonl").exists()
 
 
 def test_unwritable_folders(tmp_path, config, monkeypatch):
