@@ -22,6 +22,7 @@ from hexa_jax.build import make_schedule, make_trainer, open_training_source
 from hexa_jax.checkpoint import Checkpoints
 from hexa_jax.data.pipeline import BadImages, HostSteps, device_batches, host_iterator, resident_images
 from hexa_jax.data.sources import Source
+from hexa_jax.data.subset import labels_are_free
 from hexa_jax.evals.online import Probe, make_probe
 from hexa_jax.mesh import local_rows
 from hexa_jax.methods.base import Batch
@@ -57,8 +58,8 @@ class Input:
         bad_images, resident = BadImages(source, config.data.max_bad_fraction), None
         if config.data.on_device:
             resident = jax.device_put(resident_images(source, bad_images, cls._max_failures(config, source)))
-        known = source.labels() if resident is not None else None
-        labels = np.full(len(source), -1, np.int32) if known is None else known
+        known = source.labels() if resident is not None or labels_are_free(source) else None  # else as they pass by
+        labels = np.full(len(source), -1, np.int32) if known is None else np.array(known)
         return cls(config, source, trainer, bad_images, resident, labels)
 
     @staticmethod

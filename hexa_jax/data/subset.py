@@ -4,7 +4,7 @@ from typing import Any
 
 import numpy as np
 
-from hexa_jax.data.sources import Source
+from hexa_jax.data.sources import Source, TfdsSource
 
 
 class Subset:
@@ -34,3 +34,8 @@ def spread(num_examples: int, limit: int) -> np.ndarray:
     """int64 indices of at most `limit` examples (0: all), spread evenly, so that sorted classes are all there."""
     count = min(limit, num_examples) if limit else num_examples
     return np.arange(count) * num_examples // count
+
+
+def labels_are_free(source: Source) -> bool:
+    """Whether `labels()` costs nothing: tfds would read every record."""
+    return not isinstance(source.source if isinstance(source, Subset) else source, TfdsSource)

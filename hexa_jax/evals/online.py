@@ -15,7 +15,7 @@ from hexa_jax.evals.knn import accuracy, knn_predict
 from hexa_jax.evals.linear import linear_probe
 from hexa_jax.train_step import Trainer, TrainState
 
-BATCH = 256
+BATCH = 256  # images of a forward pass, about
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,6 +27,7 @@ class Probe:
     queries: EvalImages
     leave_one_out: bool
     extractor: Any
+    batch_size: int  # a multiple of the number of devices
 
     def features(self, state: TrainState) -> tuple[np.ndarray, np.ndarray]:
         """Features of bank and queries, by the clean BatchNorm's running statistics."""
@@ -34,8 +35,10 @@ class Probe:
         def forward(images: np.ndarray) -> jax.Array:
             return self.extractor(state.params, state.batch_stats, images)
 
-        bank = extract(forward, self.bank, BATCH)
-        return bank, bank[: len(self.queries.indices)] if self.leave_one_out else extract(forward, self.queries, BATCH)
+        bank = extract(forward, self.bank, self.batch_size)
+        if self.leave_one_out:
+            return bank, bank[: len(self.queries.indices)]
+        return bank, extract(forward, self.queries, self.batch_size)
 
     def pixels(self) -> tuple[np.ndarray, np.ndarray]:
         """Raw pixels of bank and queries."""
@@ -88,4 +91,5 @@ def make_probe(config: ConfigDict, source: Source, trainer: Trainer) -> Probe | 
         queries = EvalImages(held_out, spread(len(held_out), knn.test_limit), knn.resize, knn.crop)
         leave_one_out = False
     extractor = make_extractor(trainer.objective.network, trainer.mesh, trainer.dtype)
-    return Probe(config, bank, queries, leave_one_out, extractor)
+    batch_size = -(-BATCH // trainer.mesh.size) * trainer.mesh.size
+    return Probe(config, bank, queries, leave_one_out, extractor, batch_size)
