@@ -54,7 +54,7 @@ class Variant:
     def __init__(self, config: ConfigDict, views: dict[str, Any]):
         config = config.copy_and_resolve_references()
         config.views.update(views)
-        self.trainer = make_trainer(config, config.batch_size * 8)
+        self.trainer = make_trainer(config, 8 * config.batch_size + config.deepcluster.num_clusters)
         with jax.set_mesh(self.trainer.mesh):
             steps = self.trainer.compile()
             state, batch = steps.init(), random_batch(self.trainer)
@@ -92,7 +92,10 @@ def main(argv: list[str]) -> int:
         for variant in variants.values():
             variant.seconds.append(variant.run())
     device = jax.devices()[0]
-    print(f"{len(jax.devices())} x {device.device_kind}, jax {jax.__version__}, {config.method}, {config.model.backbone}, ", end="")
+    print(
+        f"{len(jax.devices())} x {device.device_kind}, jax {jax.__version__}, {config.method}, {config.model.backbone}, ",
+        end="",
+    )
     print(f"B = {config.batch_size}, crops {config.data.crop_size}, median of {options.repeats} turns")
     print(f"{'variant':38}{'images/s':>10}{'x plain':>9}{'MFLOP/image':>13}{'compile s':>11}")
     plain = statistics.median(variants["plain"].seconds)

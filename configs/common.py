@@ -12,7 +12,9 @@ def get_config() -> ml_collections.ConfigDict:
     config.task = "pretrain"  # what to do; pretrain is the only task so far
     config.method = "moco"  # moco or deepcluster
     config.seed = 0
-    config.precision = "float32"  # bfloat16 (compute only; parameters and statistics stay float32), float32, float64
+    # bfloat16 (compute only; parameters and statistics stay float32), float32 (accelerators may still round the factors of
+    # products: JAX_DEFAULT_MATMUL_PRECISION=highest forbids it) or float64 (for equality tests)
+    config.precision = "float32"
     config.epochs = 200
     config.batch_size = 256  # examples of a step on all devices together
     config.bn_group_size = 32  # consecutive rows that share BatchNorm statistics, wherever they are computed
@@ -70,7 +72,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.data = data = ml_collections.ConfigDict()
     data.source = "tfds:imagenet2012:train"  # tfds:NAME[/CONFIG][:SPLIT], folder:DIR, arrays:FILE.npz, shapes
     data.eval_source = ""  # held-out examples for the online kNN; empty: leave-one-out on the training images
-    data.limit = 0  # use the first so many examples; 0: all
+    data.limit = 0  # use so many examples, spread evenly over the data set; 0: all
     data.shapes_size = 32  # shapes: side in pixels
     data.shapes_count = 10_000  # shapes: number of images
     data.num_crops = (2,)  # per resolution; MoCo's key is the last crop of the first
@@ -111,8 +113,8 @@ def get_config() -> ml_collections.ConfigDict:
     runtime.num_devices = 0  # 0: all
     runtime.microbatches = 1  # sequential parts of a step: less memory, the same result
     runtime.workers = 0  # input worker processes; 0: threads of this process
-    runtime.threads = 2
-    runtime.prefetch = 4  # batches read ahead
+    runtime.threads = 2  # of this process, when workers is 0
+    runtime.prefetch = 4  # batches read ahead by all workers together
     runtime.data_dir = ""  # where tfds data sets are, and what relative paths start from
     runtime.log_every = 50  # steps
     runtime.checkpoint_every = 0  # steps; 0: once per epoch

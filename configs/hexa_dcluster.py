@@ -3,8 +3,8 @@
 Command:   python -m hexa_jax.main --config=configs/hexa_dcluster.py --workdir=DIR
            your own images: --config.data.source=folder:DIR --config.deepcluster.num_clusters=300
 Hardware:  as configs/deepcluster_v2.py.
-Time:      about 3 times the plain method's with the auxiliary attack, 2 times with --config.views.attack_branch=main, by
-           arithmetic (forward and backward passes); not measured at this size.
+Time:      about 2.7 times the plain method's with the auxiliary attack, 2 times with --config.views.attack_branch=main, by
+           arithmetic (8 or 6 forward-sized passes for 3); not measured at this size.
 Expected:  68.1 ImageNet linear top-1 (the paper, Table 1).
 """
 

@@ -3,7 +3,7 @@
 Command:   python -m hexa_jax.main --config=configs/hexa_moco.py --workdir=DIR
            (--config.views.attack_branch=main makes the attack with the main BatchNorm: one forward and backward fewer)
 Hardware:  as MoCo-v2.
-Time:      about 2.3 times MoCo-v2's with the auxiliary attack, by arithmetic: 5 passes of the query encoder for 2; not measured.
+Time:      about 2.25 times MoCo-v2's with the auxiliary attack, by arithmetic (9 forward-sized passes for 4); not measured.
 Expected:  68.9 ImageNet linear top-1 (the paper, Table 1).
 
 Key momentum 0.99 is Algorithm 1's; MoCo-v2 itself has 0.999, so compare with a plain control:

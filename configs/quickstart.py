@@ -24,7 +24,7 @@ def get_config():
     config.model.head_hidden = 256
     config.model.head_batch_norm = True
     config.deepcluster.num_clusters = 100
-    config.views.alpha1 = 1.0
+    common.hard_examples(config)
     config.views.attack_branch = "main"
     config.optimizer.learning_rate = 0.12
     config.optimizer.schedule = "cosine"

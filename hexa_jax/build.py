@@ -247,7 +247,7 @@ def make_trainer(config: ConfigDict, num_examples: int, devices: list[jax.Device
         microbatches=config.runtime.microbatches,
         num_devices=len(devices),
         bn_group_size=config.bn_group_size,
-        cutmix_block=config.cutmix_block,
+        cutmix_block=config.cutmix_block if config.views.alpha2 else 0,
         shuffle_block=config.shuffle_block if method.key_crops else 0,
     )
     spec = Spec(config.batch_size, num_examples // config.batch_size, num_examples, config.model.head_dim)

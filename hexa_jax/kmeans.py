@@ -8,6 +8,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+PRECISION = jax.lax.Precision.HIGHEST  # by default accelerators round the factors to bfloat16 or TF32
 CHUNK_SCORES = 1 << 24  # at most this many of the N x K scores exist at once
 
 
@@ -28,11 +29,6 @@ def _chunks(x: jax.Array, num_clusters: int) -> tuple[int, int]:
     rows = max(1, min(x.shape[0], CHUNK_SCORES // num_clusters))
     count = -(-x.shape[0] // rows)
     return count, -(-x.shape[0] // count)
-
-
-def choose_rows(priority: jax.Array, x: jax.Array, num_clusters: int) -> jax.Array:
-    """The K rows of x with the highest priority [N]: a random choice that does not depend on the order of the rows."""
-    return x[jax.lax.top_k(priority, num_clusters)[1]]
 
 
 def spherical_kmeans(
@@ -73,7 +69,8 @@ def spherical_kmeans(
         raise ValueError(f"{num_clusters} clusters need at least as many rows, there are {num_rows}")
     mask = jnp.ones(num_rows, bool) if mask is None else mask
     if init is None:
-        init = choose_rows(jnp.where(mask, jax.random.uniform(key, (num_rows,)), -1), x, num_clusters)
+        priority = jnp.where(mask, jax.random.uniform(key, (num_rows,)), -1)
+        init = x[jax.lax.top_k(priority, num_clusters)[1]]
     count, rows = _chunks(x, num_clusters)
     padding = count * rows - num_rows
     x_chunks = jnp.pad(x, ((0, padding), (0, 0))).reshape(count, rows, dim)
@@ -83,7 +80,7 @@ def spherical_kmeans(
         return jax.lax.psum(value, axis_name) if axis_name else value
 
     def assign(centroids: jax.Array, x: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array]:
-        scores = x @ centroids.T  # [rows, K]
+        scores = jnp.matmul(x, centroids.T, precision=PRECISION)  # [rows, K]
         label = jnp.where(mask, jnp.argmax(scores, axis=1), -1).astype(jnp.int32)
         return label, jnp.sum(jnp.where(mask, jnp.max(scores, axis=1), 0))
 
@@ -93,7 +90,8 @@ def spherical_kmeans(
             # The column of ones makes the same product count the rows: counting separately doubles the time.
             ones = jnp.ones((rows, 1), x.dtype)
             one_hot = jax.nn.one_hot(label, num_clusters, dtype=x.dtype)  # label -1 gives a row of zeros
-            return totals + one_hot.T @ jnp.concatenate([chunk[0], ones], axis=1), None
+            sums = jnp.matmul(one_hot.T, jnp.concatenate([chunk[0], ones], axis=1), precision=PRECISION)
+            return totals + sums, None
 
         totals = jax.lax.scan(add, jnp.zeros((num_clusters, dim + 1), x.dtype), (x_chunks, mask_chunks))[0]
         totals = reduce(totals)

@@ -20,7 +20,7 @@ def info_nce(query: jax.Array, positive: jax.Array, negatives: jax.Array, temper
         [N] losses: minus the log-probability of the positive among K + 1 candidates.
     """
     own = jnp.sum(query * positive, axis=-1) / temperature  # [N]
-    others = query @ negatives.T / temperature  # [N, K]
+    others = jnp.matmul(query, negatives.T, precision="highest") / temperature  # [N, K]
     return jnp.logaddexp(own, jax.nn.logsumexp(others, axis=-1)) - own
 
 
@@ -58,7 +58,7 @@ def prototype_cross_entropy(z: jax.Array, prototypes: jax.Array, labels: jax.Arr
     Returns:
         [N] losses; exactly 0 where the label is -1, and the caller leaves those rows out of its mean.
     """
-    scores = z @ prototypes.T / temperature  # [N, K]
+    scores = jnp.matmul(z, prototypes.T, precision="highest") / temperature  # [N, K]
     own = jnp.take_along_axis(scores, jnp.maximum(labels, 0)[:, None], axis=-1)[:, 0]
     return jnp.where(labels >= 0, jax.nn.logsumexp(scores, axis=-1) - own, 0)
 

@@ -27,7 +27,7 @@ class Layout:
         microbatches: M, sequential parts of a step.
         num_devices: devices of the mesh.
         bn_group_size: consecutive rows that share BatchNorm statistics.
-        cutmix_block: consecutive rows among which CutMix partners are drawn.
+        cutmix_block: consecutive rows among which CutMix partners are drawn; 0 without cut-mixed views.
         shuffle_block: consecutive rows among which MoCo's keys are shuffled; 0 for methods without keys.
     """
 
@@ -60,7 +60,7 @@ class Layout:
                 f"({micro} rows a microbatch): use {_nearest(self.bn_group_size, whole)}, or other runtime.microbatches"
             )
         blocks = [c for c in range(1, self.rows + 1) if self.rows % c == 0]
-        if self.cutmix_block not in blocks:
+        if self.cutmix_block and self.cutmix_block not in blocks:
             raise ValueError(
                 f"cutmix_block={self.cutmix_block} does not divide the {self.rows} rows a device and microbatch: "
                 f"use {_nearest(self.cutmix_block, blocks)}, or other runtime.microbatches"
@@ -84,7 +84,7 @@ class Layout:
 
         def suits(size: int) -> bool:
             other = dataclasses.replace(self, batch_size=size)
-            blocks = (other.rows, self.cutmix_block), (size, self.shuffle_block or 1)
+            blocks = (other.rows, self.cutmix_block or 1), (size, self.shuffle_block or 1)
             return other._group_fits(self.bn_group_size) and all(
                 block > 0 and rows % block == 0 for rows, block in blocks
             )

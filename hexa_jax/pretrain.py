@@ -1,13 +1,11 @@
 """The pre-training loop: refresh, next batch, step, report, evaluate, save."""
 
-import dataclasses
 import itertools
 import logging
 import math
 import pathlib
 import signal
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -20,12 +18,10 @@ from sklearn.metrics import normalized_mutual_info_score
 from hexa_jax import report
 from hexa_jax.build import make_schedule, make_trainer, open_training_source
 from hexa_jax.checkpoint import Checkpoints
-from hexa_jax.data.pipeline import BadImages, HostSteps, device_batches, host_iterator, resident_images
 from hexa_jax.data.sources import Source
-from hexa_jax.data.subset import labels_are_free
 from hexa_jax.evals.online import Probe, make_probe
-from hexa_jax.mesh import local_rows
-from hexa_jax.methods.base import Batch
+from hexa_jax.inputs import Input
+from hexa_jax.progress import Clock, say
 from hexa_jax.train_step import Steps, Trainer, TrainState
 from hexa_jax.workdir import Metrics, write_json
 
@@ -39,52 +35,6 @@ class Diverged(RuntimeError):
 
 class Terminated(Exception):
     """SIGTERM arrived and the state is on disk."""
-
-
-@dataclasses.dataclass
-class Input:
-    """The data of a run: its source, the batches of any step, and the resident images if there are any."""
-
-    config: ConfigDict
-    source: Source
-    trainer: Trainer
-    bad_images: BadImages
-    resident: jax.Array | None
-    labels: np.ndarray  # int32 [num_examples], -1 where none is known yet
-
-    @classmethod
-    def open(cls, config: ConfigDict, source: Source, trainer: Trainer) -> "Input":
-        """Read what must be in memory: labels, and all images when they live on the device."""
-        bad_images, resident = BadImages(source, config.data.max_bad_fraction), None
-        if config.data.on_device:
-            resident = jax.device_put(resident_images(source, bad_images, cls._max_failures(config, source)))
-        known = source.labels() if resident is not None or labels_are_free(source) else None  # else as they pass by
-        labels = np.full(len(source), -1, np.int32) if known is None else np.array(known)
-        return cls(config, source, trainer, bad_images, resident, labels)
-
-    @staticmethod
-    def _max_failures(config: ConfigDict, source: Source) -> int:
-        return int(config.data.max_bad_fraction * len(source))
-
-    def batches(self, start: int) -> Iterator[Batch]:
-        """Batches from step `start` on, where the first pass is steps 0 to steps_per_epoch - 1 and training follows."""
-        objective, spec, runtime = self.trainer.objective, self.trainer.spec, self.config.runtime
-        on_device = self.resident is not None
-        steps = HostSteps(
-            source=None if on_device else self.source,
-            num_examples=spec.num_examples,
-            labels=self.labels if on_device else None,
-            resolutions=tuple(objective.crops.resolutions),
-            key_crops=objective.method.key_crops,
-            layout=objective.layout,
-            rows=local_rows(self.trainer.mesh, objective.layout),
-            seed=self.config.seed,
-            num_steps=(1 + self.config.epochs) * spec.steps_per_epoch,
-            max_failures=self._max_failures(self.config, self.source),
-            bad=frozenset(self.bad_images.seen) if on_device else frozenset(),
-        )
-        elements = host_iterator(steps, start, runtime.workers, runtime.threads, runtime.prefetch)
-        return device_batches(elements, self.trainer.mesh, objective.layout, self.bad_images, self.labels)
 
 
 def pretrain(config: ConfigDict, workdir: pathlib.Path) -> dict[str, Any]:
@@ -115,7 +65,7 @@ class _Run:
         self.input = Input.open(config, source, trainer)
         self.probe: Probe | None = make_probe(config, source, trainer)
         self.metrics = Metrics(workdir, runtime.writer, self.step)
-        self.clock = _Clock(config.batch_size, self.total)
+        self.clock = Clock(config.batch_size, self.total)
         self.stopping = False
         self.schedule: Callable = make_schedule(config, self.steps_per_epoch)
 
@@ -124,13 +74,13 @@ class _Run:
         if restored is None:
             return self.steps.init(), 0, {"first_pass": False}
         step, state, metadata = restored
-        _say(f"resuming at step {step} from {self.checkpoints.directory}")
+        say(f"resuming at step {step} from {self.checkpoints.directory}")
         return state, step, metadata
 
     def run(self) -> dict[str, Any]:
         previous = signal.signal(signal.SIGTERM, self._on_sigterm)
         millions = parameter_overview.count_parameters(self.state.params) / 1e6
-        _say(f"{len(self.input.source)} images, {millions:.1f} million parameters, {self.trainer.mesh.size} devices")
+        say(f"{len(self.input.source)} images, {millions:.1f} million parameters, {self.trainer.mesh.size} devices")
         try:
             if not self.metadata["first_pass"]:
                 self._first_pass()
@@ -160,10 +110,13 @@ class _Run:
             self.step += 1
             pending = (self.step, metrics)
             if self.step % self.steps_per_epoch == 0 and self._due(self.step // self.steps_per_epoch):
+                self._report(*pending)
+                pending = None
                 with self.clock.paused():
                     self._evaluate(self.step // self.steps_per_epoch)
             if self.step % every == 0 or self.step == self.total or self.stopping:
-                self._report(*pending)  # also the check that what is saved is finite
+                if pending:
+                    self._report(*pending)  # also the check that what is saved is finite
                 pending = None
                 self._save()
             if self.stopping and self.step < self.total:
@@ -174,7 +127,7 @@ class _Run:
         """Fill the bank, save, and measure the untrained network."""
         needed = self.trainer.objective.method.needs_first_pass
         if needed:
-            _say(f"first pass: {self.steps_per_epoch} forward steps fill the bank")
+            say(f"first pass: {self.steps_per_epoch} forward steps fill the bank")
             for batch in itertools.islice(self.input.batches(0), self.steps_per_epoch):
                 self.state = self.steps.observe(self.state, batch, self.input.resident)
                 if self.stopping:
@@ -194,11 +147,14 @@ class _Run:
         results = self._probe_results(state)
         self.metadata |= {f"random_{name}": value for name, value in results.items()}
         self.metrics.write(0, {"knn_accuracy": results["knn_accuracy"]})
-        _say(f"random initialisation: kNN {results['knn_accuracy']:.1f} %")
+        say(f"random initialisation: kNN {results['knn_accuracy']:.1f} %")
 
     def _probe_results(self, state: TrainState) -> dict[str, float]:
         assert self.probe is not None
-        features = self.probe.features(state)
+        return self._accuracies(self.probe.features(state))
+
+    def _accuracies(self, features: tuple[np.ndarray, np.ndarray]) -> dict[str, float]:
+        assert self.probe is not None
         results = {"knn_accuracy": self.probe.knn(features)}
         linear = self.probe.linear(features) if self.config.linear.at_end else None
         return results | ({} if linear is None else {"linear_accuracy": linear})
@@ -206,11 +162,16 @@ class _Run:
     def _refresh(self, epoch: int) -> None:
         self.state, scalars = self.steps.refresh(self.state, jnp.int32(epoch))
         values = {name: float(value) for name, value in scalars.items()}
-        if self.assignments is not None and (self.input.labels >= 0).any():
+        if self.assignments is not None and self._labels_complete():
             values["nmi"] = _nmi(self.assignments, self.input.labels)
         if values:
             self.metrics.write(self.step, {"epoch": epoch} | values)
-            _say(f"epoch {epoch}: " + ", ".join(f"{name} {value:.4g}" for name, value in values.items()))
+            say(f"epoch {epoch}: " + ", ".join(f"{name} {value:.4g}" for name, value in values.items()))
+
+    def _labels_complete(self) -> bool:
+        """Whether every clustered example has a label: after a resume, those of a tfds source are gathered anew."""
+        assert self.assignments is not None
+        return bool((self.input.labels[(self.assignments >= 0).all(axis=0)] >= 0).all())
 
     def _due(self, epoch: int) -> bool:
         every = self.config.knn.every_epochs
@@ -220,14 +181,13 @@ class _Run:
         assert self.probe is not None
         knn = self.probe.knn(self.probe.features(self.state))
         self.metrics.write(self.step, {"epoch": epoch, "knn_accuracy": knn})
-        _say(f"epoch {epoch}: kNN accuracy {knn:.1f} %")
+        say(f"epoch {epoch}: kNN accuracy {knn:.1f} %")
 
     def _report(self, step: int, metrics: dict) -> None:
         """Check and log the numbers of a finished step."""
         loss = float(metrics["loss"])
-        if not math.isfinite(loss) or not math.isfinite(
-            float(metrics["gradient_norm"])
-        ):  # else the parameters are lost
+        norms = {name: float(metrics[name]) for name in ("gradient_norm", "parameter_norm")}
+        if not all(math.isfinite(value) for value in (loss, *norms.values())):
             self.checkpoints.wait()  # the last good one may still be on its way to the disk
             saved = self.checkpoints.steps()
             last = (
@@ -236,7 +196,8 @@ class _Run:
                 else "none was saved"
             )
             raise Diverged(
-                f"the loss is {loss} and the gradient norm {float(metrics['gradient_norm'])} at step {step}; {last}; "
+                f"the loss is {loss}, the norm of gradients {norms['gradient_norm']} and of parameters "
+                f"{norms['parameter_norm']} at step {step}; {last}; "
                 "try a lower optimizer.learning_rate, a warm-up, precision=float32, or weaker views (alpha1, epsilon)"
             )
         if step % self.config.runtime.log_every and step != self.total:
@@ -247,7 +208,7 @@ class _Run:
         values["unreadable_images"] = len(self.input.bad_images.seen)
         values["images_per_second"], left = self.clock.read(step)
         self.metrics.write(step, values)
-        _say(
+        say(
             f"step {step}/{self.total}  epoch {values['epoch']:.2f}/{self.config.epochs}  loss {loss:.4f}  "
             f"{values['images_per_second']:.0f} images/s  ETA {left}"
         )
@@ -269,12 +230,11 @@ class _Run:
         if self.probe:
             results |= self._probe_results(self.state)
             pixels = self.probe.pixels()
-            results["pixels_knn_accuracy"] = self.probe.knn(pixels)
-            linear = self.probe.linear(pixels) if self.config.linear.at_end else None
-            results |= {} if linear is None else {"pixels_linear_accuracy": linear}
-        path = report.write_report(self.workdir, self.config, self, results)
+            if pixels is not None:
+                results |= {f"pixels_{name}": value for name, value in self._accuracies(pixels).items()}
         write_json(self.workdir / "result.json", results)
-        _say(report.table(results) + f"\nreport: {path}")
+        path = report.write_report(self.workdir, self.config, self, results)
+        say(report.table(results) + f"\nreport: {path}")
         return results
 
     # ---- What the report shows ----------------------------------------------------------------------------------------
@@ -295,42 +255,7 @@ class _Run:
         return self.steps.views(self.state, next(self.input.batches(0)), self.input.resident)
 
 
-class _Clock:
-    """Images per second since the last reading and time left, evaluations not counted."""
-
-    def __init__(self, batch_size: int, total: int):
-        self.batch_size, self.total = batch_size, total
-        self.start(0)
-
-    def start(self, step: int) -> None:
-        self.last_step, self.last_time, self.rate = step, time.monotonic(), 0.0
-
-    def paused(self) -> "_Clock":
-        return self
-
-    def __enter__(self) -> None:
-        self._paused_at = time.monotonic()
-
-    def __exit__(self, *_: Any) -> None:
-        self.last_time += time.monotonic() - self._paused_at
-
-    def read(self, step: int) -> tuple[float, str]:
-        """(images per second since the last call, time left as h:mm:ss)."""
-        now = time.monotonic()
-        done, elapsed = step - self.last_step, max(now - self.last_time, 1e-9)
-        if done:
-            self.rate, self.last_step, self.last_time = done * self.batch_size / elapsed, step, now
-        left = int((self.total - step) * self.batch_size / self.rate) if self.rate else 0
-        return self.rate, f"{left // 3600}:{left // 60 % 60:02d}:{left % 60:02d}"
-
-
 def _nmi(assignments: np.ndarray, labels: np.ndarray) -> float:
     """Normalised mutual information between clusters [H, N] and labels [N], mean over heads; unseen examples left out."""
     seen = (labels >= 0) & (assignments >= 0).all(axis=0)
     return float(np.mean([normalized_mutual_info_score(labels[seen], head[seen]) for head in assignments]))
-
-
-def _say(text: str) -> None:
-    """A line for the person at the terminal."""
-    if jax.process_index() == 0:
-        print(text, flush=True)

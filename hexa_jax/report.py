@@ -45,9 +45,9 @@ def write_report(workdir: pathlib.Path, config: ConfigDict, run: Any, results: d
     """
     folder = workdir / "report"
     folder.mkdir(exist_ok=True)
-    pictures = {"curves.png": "Loss and accuracy", "hard_examples.png": "Hard examples"}
+    pictures = {"curves.png": "Loss and accuracy", "hard_examples.png": "What the network learns from"}
     _curves(workdir / "metrics.jsonl", folder / "curves.png")
-    _hard_examples(run.views(), config, folder / "hard_examples.png")
+    _hard_examples(run.views(), folder / "hard_examples.png")
     if run.assignments is not None:
         pictures["clusters.png"] = "Clusters of the first head: each row shows members of one cluster"
         _clusters(run.source, run.assignments[0], folder / "clusters.png")
@@ -84,17 +84,18 @@ def _curves(metrics: pathlib.Path, path: pathlib.Path) -> None:
     _save(figure, path)
 
 
-def _hard_examples(views: dict[str, Any], config: ConfigDict, path: pathlib.Path, count: int = 8) -> None:
+def _hard_examples(views: dict[str, Any], path: pathlib.Path, count: int = 8) -> None:
     """Rows: clean crop, perturbation (zero is grey, the attack's radius is full scale), adversarial and cut-mixed views."""
     flat = {name: _flat(value[0])[:count, 0] for name, value in views.items() if name != "lambda"}
-    lam = _flat(views["lambda"])[:count, 0]
-    radius = max(float(np.abs(flat["adversarial"] - flat["clean"]).max()), 1e-9)
-    attacked = bool(config.views.alpha1)
     rows = [("clean", flat["clean"])]
-    if attacked:
+    if "adversarial" in flat:
+        radius = max(float(np.abs(flat["adversarial"] - flat["clean"]).max()), 1e-9)
         delta = 0.5 + 0.5 * (flat["adversarial"] - flat["clean"]) / radius
         rows += [(f"perturbation\n(±{255 * radius:.1f} of 255)", delta), ("adversarial", flat["adversarial"])]
-    rows += [("cut-mixed", flat["cutmix"])]
+    if "cutmix" in flat:
+        rows += [("cut-mixed", flat["cutmix"])]
+        lam = _flat(views["lambda"])[:count, 0]
+    count = len(flat["clean"])
     figure, axes = plt.subplots(len(rows), count, figsize=(1.3 * count + 1.2, 1.4 * len(rows)), squeeze=False)
     for axis_row, (title, images) in zip(axes, rows, strict=True):
         for column, (axis, image) in enumerate(zip(axis_row, images, strict=True)):

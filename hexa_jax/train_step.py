@@ -21,6 +21,8 @@ from hexa_jax.methods.base import Batch, Spec, Targets
 from hexa_jax.models.norm import CLEAN, EVALUATION, blend, stats_collection
 from hexa_jax.objective import INIT_DRAWS, REFRESH_DRAWS, Clock, Gradients, Objective, Rows, norm_branch
 
+PICTURES = 8  # rows of `view_step`
+
 
 class TrainState(NamedTuple):
     """Everything that a resumed run needs.
@@ -115,6 +117,7 @@ class Trainer:
         metrics["loss"] = sum(self.objective.views.weights[view] * loss for view, loss in result.losses.items())
         metrics["embedding_std"] = embedding_std(result.outputs)
         metrics["gradient_norm"] = optax.tree.norm(result.params)
+        metrics["parameter_norm"] = optax.tree.norm(params)
         metrics["invalid"] = jnp.sum(~batch.valid)
         return new_state, {name: jnp.asarray(value, jnp.float32) for name, value in metrics.items()}
 
@@ -212,14 +215,22 @@ class Trainer:
         return Rows(batch, targets.y, weight, targets.dictionary), clock, targets
 
     def view_step(self, state: TrainState, batch: Batch, data: jax.Array | None = None) -> dict[str, Any]:
-        """The views that the next step would learn from, for pictures: crops [M, n, V, S, S, 3] per resolution, lambda."""
+        """Some of the views that the next step would learn from, for pictures.
+
+        Returns:
+            "clean" and, where the objective has them, "adversarial" and "cutmix": per resolution [M, rows, V, S, S, 3], with at
+            most PICTURES rows a device; "lambda" [M, rows, V] of the cut-mixed ones.
+        """
 
         def local(params: Any, rows: Rows, clock: Clock, data: jax.Array | None) -> dict[str, Any]:
             def one(rows: Rows) -> tuple[Any, dict[str, Any]]:
                 x = self.objective.online_crops(rows.batch, clock.epoch, data)
-                mixed, (lam, _) = self.objective.mix(x, rows, clock)
-                adversarial = self.objective.attack(params, x, rows, clock) if self.objective.views.alpha1 else x
-                return (), {"clean": x, "adversarial": adversarial, "cutmix": mixed, "lambda": lam}
+                views = {"clean": x}
+                if self.objective.views.alpha1:
+                    views["adversarial"] = self.objective.attack(params, x, rows, clock)
+                if self.objective.views.alpha2:
+                    views["cutmix"], (views["lambda"], _) = self.objective.mix(x, rows, clock)
+                return (), jax.tree.map(lambda leaf: leaf[:PICTURES], views)
 
             return self._per_microbatch(one, rows)[1]
 

@@ -16,6 +16,7 @@ LEVELS = {
     "models": 0,
     "data": 0,  # sources, decoding, augmentation
     "workdir": 0,
+    "progress": 0,
     "checkpoint": 0,
     "mesh": 1,
     "optim": 1,
@@ -29,6 +30,7 @@ LEVELS = {
     "command": 5,
     "export": 5,
     "report": 5,
+    "inputs": 5,
     "evals": 5,
     "pretrain": 6,
     "main": 7,

@@ -100,7 +100,12 @@ def test_state_keeps_its_types_and_the_step_is_traced_once(x64):
 
 def test_multi_crop_run_is_the_same_on_8_devices(x64):
     """Two resolutions: each has its own BatchNorm statistics and boxes, one head call, one partner for all crops."""
-    crops = {"data.num_crops": (2, 2), "data.crop_size": (16, 8), "data.min_scale": (0.3, 0.1), "data.max_scale": (1.0, 0.3)}
+    crops = {
+        "data.num_crops": (2, 2),
+        "data.crop_size": (16, 8),
+        "data.min_scale": (0.3, 0.1),
+        "data.max_scale": (1.0, 0.3),
+    }
     states = [SmallRun(small_config("deepcluster", **crops), devices).train(1) for devices in (1, 8)]
     assert largest_difference(states[0].params, states[1].params) < 1e-9
     assert largest_difference(states[0].batch_stats, states[1].batch_stats) < 1e-9

@@ -206,7 +206,7 @@ def host_iterator(steps: HostSteps, start: int, workers: int, threads: int, buff
         if not flags.FLAGS.is_parsed():  # grain's workers read absl flags, which a notebook or a benchmark never parses
             flags.FLAGS.mark_as_parsed()
         iterable = iterable.mp_prefetch(
-            grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=buffer)
+            grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=max(1, buffer // workers))
         )
     return iter(iterable)
 

@@ -15,6 +15,7 @@ from hexa_jax.evals.knn import accuracy, knn_predict
 from hexa_jax.evals.linear import linear_probe
 from hexa_jax.train_step import Trainer, TrainState
 
+PIXEL_BYTES = 2 << 30
 BATCH = 256  # images of a forward pass, about
 
 
@@ -40,8 +41,10 @@ class Probe:
             return bank, bank[: len(self.queries.indices)]
         return bank, extract(forward, self.queries, self.batch_size)
 
-    def pixels(self) -> tuple[np.ndarray, np.ndarray]:
-        """Raw pixels of bank and queries."""
+    def pixels(self) -> tuple[np.ndarray, np.ndarray] | None:
+        """Raw pixels of bank and queries; None where they would not fit in PIXEL_BYTES."""
+        if 4 * 3 * self.bank.crop**2 * (len(self.bank.indices) + len(self.queries.indices)) > PIXEL_BYTES:
+            return None
         bank = raw_pixels(self.bank)
         return bank, bank[: len(self.queries.indices)] if self.leave_one_out else raw_pixels(self.queries)
 
@@ -82,12 +85,19 @@ def make_probe(config: ConfigDict, source: Source, trainer: Trainer) -> Probe | 
     if source.num_classes is None:
         return None
     knn = config.knn
-    bank = EvalImages(source, spread(len(source), knn.train_limit), knn.resize, knn.crop)
+    # In random order: without held-out examples the first of the bank are the queries, and folders are sorted by class.
+    order = np.random.default_rng(0).permutation(spread(len(source), knn.train_limit))
+    bank = EvalImages(source, order, knn.resize, knn.crop)
     queries, leave_one_out = dataclasses.replace(bank, indices=bank.indices[: knn.test_limit or None]), True
     if config.data.eval_source:
         held_out = open_source(config, config.data.eval_source)
         if held_out.num_classes is None:
             raise DataError(f"data.eval_source={config.data.eval_source} has no labels to evaluate with")
+        if held_out.num_classes != source.num_classes:
+            raise DataError(
+                f"data.eval_source={config.data.eval_source} has {held_out.num_classes} classes, data.source has "
+                f"{source.num_classes}: are they the same data set?"
+            )
         queries = EvalImages(held_out, spread(len(held_out), knn.test_limit), knn.resize, knn.crop)
         leave_one_out = False
     extractor = make_extractor(trainer.objective.network, trainer.mesh, trainer.dtype)

@@ -78,8 +78,8 @@ class BatchNorm(nn.Module):
             shape = (1,) * (x.ndim - 1) + (channels,)
             return (x.astype(wide) * factor.reshape(shape) + shift.reshape(shape)).astype(self.dtype)
 
-        # Per example first, then per group: XLA's CPU back end is ten times slower over [G, n, C] when G is small, and
-        # accelerators are indifferent (docs/performance.md).
+        # Per example first, then per group: XLA's CPU back end is several times slower over [G, n, C] when G is small, and
+        # accelerators are indifferent.
         values = x.reshape(x.shape[0], -1, channels).astype(wide)  # [N, H * W, C]
         count = values.shape[0] // mode.groups * values.shape[1]
 

@@ -1,0 +1,41 @@
+"""What a person at the terminal sees of a run: lines, speed and the time left."""
+
+import contextlib
+import time
+from collections.abc import Iterator
+
+import jax
+
+
+class Clock:
+    """Images per second since the last reading and time left, evaluations not counted."""
+
+    def __init__(self, batch_size: int, total: int):
+        self.batch_size, self.total = batch_size, total
+        self.start(0)
+
+    def start(self, step: int) -> None:
+        """Begin to count at a step."""
+        self.last_step, self.last_time, self.rate = step, time.monotonic(), 0.0
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leaves the time inside out of account."""
+        begin = time.monotonic()
+        yield
+        self.last_time += time.monotonic() - begin
+
+    def read(self, step: int) -> tuple[float, str]:
+        """(images per second since the last call, time left as h:mm:ss)."""
+        now = time.monotonic()
+        done, elapsed = step - self.last_step, max(now - self.last_time, 1e-9)
+        if done:
+            self.rate, self.last_step, self.last_time = done * self.batch_size / elapsed, step, now
+        left = int((self.total - step) * self.batch_size / self.rate) if self.rate else 0
+        return self.rate, f"{left // 3600}:{left // 60 % 60:02d}:{left % 60:02d}"
+
+
+def say(text: str) -> None:
+    """A line for the person at the terminal."""
+    if jax.process_index() == 0:
+        print(text, flush=True)
