@@ -58,7 +58,6 @@ def test_layouts_that_fit(layout):
         (layout_of(256, 8, 8, 64, 4), "bn_group_size", [32]),  # more than a microbatch
         (layout_of(256, 1, 8, 32, 24), "cutmix_block", [16, 32]),
         (layout_of(256, 1, 8, 32, 64), "cutmix_block", [32]),
-        (layout_of(256, 1, 8, 32, 0), "cutmix_block", [1]),
         (layout_of(256, 1, 8, 32, 32, 100), "shuffle_block", [64, 128]),
         (layout_of(256, 1, 8, 32, 32, 512), "shuffle_block", [256]),
     ],

@@ -141,9 +141,9 @@ class DeepCluster:
 
     def _first_centroids(self, key: jax.Array, x: jax.Array, index: jax.Array) -> jax.Array:
         """K random examples' embeddings, chosen by example and not by position: the bank's order depends on the devices."""
-        draw = lambda i: jax.random.bits(jax.random.fold_in(key, i)) >> 1  # noqa: E731
+        draw = lambda i: jax.random.bits(jax.random.fold_in(key, i), dtype=jnp.uint32) >> 1  # noqa: E731
         priority = jax.vmap(jax.vmap(draw))(jnp.maximum(index, 0))  # [T, B]
-        priority = jnp.where(index >= 0, priority, jnp.iinfo(jnp.uint32).max)
+        priority = jnp.where(index >= 0, priority, jnp.uint32(2**32 - 1))
         # Numbers travel, embeddings do not. Ties go to the lower index: 2^31 values do collide among a million rows.
         flat = [jax.lax.with_sharding_constraint(leaf, P()).reshape(-1) for leaf in (priority, index)]
         place = jnp.arange(index.size, dtype=jnp.int32)
