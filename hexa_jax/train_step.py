@@ -264,4 +264,5 @@ def embedding_std(outputs: jax.Array) -> jax.Array:
     About 1 for unit vectors spread over the sphere, 0 when all embeddings are the same (collapse).
     """
     dim = outputs.shape[-1]
-    return jnp.mean(jnp.std(outputs.reshape(-1, dim), axis=0)) * dim**0.5
+    # Without joining the axes first: that would gather every embedding on every device.
+    return jnp.mean(jnp.std(outputs, axis=tuple(range(outputs.ndim - 1)))) * dim**0.5

@@ -65,7 +65,7 @@ def test_missing_data_in_a_process(tmp_path):
 def test_devices_in_a_process(tmp_path):
     words = arguments("deepcluster", tmp_path / "run", batch_size=20, **{"runtime.num_devices": 0})
     line = one_line(run(words, env=environment() | {"JAX_NUM_CPU_DEVICES": "8"}))
-    assert line.startswith("batch_size=20 is not divisible by 8 devices x 1 microbatches: use 64")  # CutMix blocks of 8
+    assert line.startswith("batch_size=20 is not divisible by 8 devices x 1 microbatches: use 16 or 32")
 
 
 def test_too_many_unreadable_images_in_a_process(tmp_path):
