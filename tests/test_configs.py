@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import pytest
 
 from hexa_jax.build import make_schedule, make_trainer
+from hexa_jax.train_step import PICTURES
 
 NAMES = sorted(path.stem for path in pathlib.Path("configs").glob("*.py") if path.stem not in ("common", "__init__"))
 IMAGENET = 1_281_167
@@ -80,10 +81,11 @@ def test_multi_crop_is_a_matter_of_settings(counts, sizes):
     config = load("hexa_dcluster")
     config.data.num_crops, config.data.crop_size = counts, sizes
     config.data.min_scale, config.data.max_scale = (0.14, 0.05), (1.0, 0.14)
+    config.views.alpha2 = 1.0
     trainer = make_trainer(config, IMAGENET, jax.devices()[:1])
     with jax.set_mesh(trainer.mesh):
         views = jax.eval_shape(trainer.view_step, trainer.state_shapes(), trainer.batch_shapes(), None)
     for name in ("clean", "adversarial", "cutmix"):
         shapes = [crops.shape for crops in views[name]]
-        assert shapes == [(1, 256, count, size, size, 3) for count, size in zip(counts, sizes, strict=True)]
-    assert views["lambda"].shape == (1, 256, sum(counts))
+        assert shapes == [(1, PICTURES, count, size, size, 3) for count, size in zip(counts, sizes, strict=True)]
+    assert views["lambda"].shape == (1, PICTURES, sum(counts))

@@ -7,7 +7,7 @@ import pytest
 from small import SmallRun, largest_difference, small_config
 
 METHODS = ("moco", "deepcluster")
-LAYOUTS = {"8 devices": (8, 1), "4 microbatches": (1, 4), "2 devices, 2 microbatches": (2, 2)}
+LAYOUTS = {"8 devices": (8, 1), "4 microbatches": (1, 4)}
 
 
 @pytest.fixture(scope="module")
@@ -48,14 +48,13 @@ def test_the_reference_run_learns_and_uses_its_views(reference):
 def test_first_gradients_agree_in_float32_given_the_same_adversarial_input(method):
     """A last-bit difference flips the attack's signs in float32, so alpha1 is 0 and the attack is compared in float64."""
     gradients = []
-    for devices, microbatches in ((1, 1), (8, 1), (1, 4)):
+    for devices, microbatches in ((1, 1), (4, 2)):
         settings = {"precision": "float32", "views.alpha1": 0.0, "runtime.microbatches": microbatches}
         run = SmallRun(small_config(method, **settings), devices)
         # The first momentum buffer is the first gradient plus weight decay, which is the same everywhere.
         state = run.train(1)
         gradients.append(np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(state.opt_state) if leaf.ndim]))
-    for other in gradients[1:]:
-        np.testing.assert_allclose(other, gradients[0], rtol=0, atol=1e-5 * np.abs(gradients[0]).max())
+    np.testing.assert_allclose(gradients[1], gradients[0], rtol=0, atol=1e-5 * np.abs(gradients[0]).max())
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -69,19 +68,14 @@ def test_sharing_the_clean_backward_gives_the_same_gradients(method, x64):
 
 
 def test_sharing_saves_a_forward_and_a_backward():
-    """Counted in the compiled step's floating-point operations."""
+    """Floating-point operations of the compiled step; an attack through the auxiliary set cannot be shared."""
     flops = []
-    for share in (True, False):
-        settings = {
-            "precision": "float32",
-            "views.attack_branch": "main",
-            "views.share_gradient": share,
-            "views.alpha2": 0.0,
-        }
+    for branch in ("main", "auxiliary"):
+        settings = {"precision": "float32", "views.attack_branch": branch, "views.alpha2": 0.0}
         run = SmallRun(small_config("deepcluster", **settings))
         with jax.set_mesh(run.trainer.mesh):
-            lowered = run.steps.train.lower(run.state, next(run.batches()), None)
-        flops.append(lowered.compile().cost_analysis()["flops"])
+            shapes = run.trainer.state_shapes(), run.trainer.batch_shapes(), None
+            flops.append(run.steps.train.lower(*shapes).compile().cost_analysis()["flops"])
     # Clean, attack and adversarial passes cost 3 + 2 + 3 forwards (the attack needs no weight gradients); 2 are saved.
     assert 0.65 < flops[0] / flops[1] < 0.85
 
@@ -98,6 +92,7 @@ def test_state_keeps_its_types_and_the_step_is_traced_once(x64):
     assert run.state.step == jnp.int32(3)
 
 
+@pytest.mark.slow
 def test_multi_crop_run_is_the_same_on_8_devices(x64):
     """Two resolutions: each has its own BatchNorm statistics and boxes, one head call, one partner for all crops."""
     crops = {
