@@ -46,6 +46,7 @@ SMALL = {
     "knn.resize": 16,
     "knn.crop": 16,
     "runtime.num_devices": 1,
+    "runtime.workers": 0,  # the ImageNet recipe starts eight processes
     "runtime.log_every": 1,
     "runtime.checkpoint_every": 3,
 }
