@@ -40,7 +40,8 @@ def problem(layout):
     ],
 )
 def test_layouts_that_fit(layout):
-    layout.check()
+    layout.check()  # raises if it does not
+    assert layout.rows * layout.num_devices * layout.microbatches == layout.batch_size
 
 
 @pytest.mark.parametrize(
