@@ -10,7 +10,10 @@ def get_config() -> ml_collections.ConfigDict:
     """The defaults: plain 2-crop pre-training of a ResNet-50."""
     config = ml_collections.ConfigDict()
     config.task = "pretrain"  # what to do; pretrain is the only task so far
-    config.method = "moco"  # moco or deepcluster
+    config.method = "moco"  # moco, simclr, deepcluster, swav or rotation
+    # Which terms of equation 10 there are, by the names of Fig. 2: std, std+adv, std+cmx, std+adv+cmx, std+adv+cmxA, all.
+    # Terms whose weight is 0 below then count 1. Empty: the weights alone decide.
+    config.scheme = ""
     config.seed = 0
     # bfloat16 (compute only; parameters and statistics stay float32), float32 (accelerators may still round the factors of
     # products: JAX_DEFAULT_MATMUL_PRECISION=highest forbids it) or float64 (for equality tests)
@@ -42,9 +45,23 @@ def get_config() -> ml_collections.ConfigDict:
     deepcluster.iterations = 10
     deepcluster.temperature = 0.1
 
+    config.simclr = simclr = ml_collections.ConfigDict()
+    simclr.temperature = 0.1
+
+    config.swav = swav = ml_collections.ConfigDict()
+    swav.num_prototypes = 3000
+    swav.assign_crops = 2
+    swav.temperature = 0.1
+    swav.epsilon = 0.05  # of Sinkhorn-Knopp
+    swav.iterations = 3
+    swav.queue_length = 0  # older embeddings that take part in Sinkhorn-Knopp, a multiple of the batch size; 0: none
+    swav.queue_start_epoch = 0  # from 0
+    swav.freeze_steps = 0  # steps in which the prototypes stay as they are
+
     config.views = views = ml_collections.ConfigDict()
     views.alpha1 = 0.0  # weight of the adversarial loss (equation 10)
     views.alpha2 = 0.0  # weight of the cut-mixed loss
+    views.alpha3 = 0.0  # weight of the loss of cut-mixed adversarial views (Fig. 2's "CmxA")
     views.epsilon = 1.0  # radius of the attack, in grey levels of 255
     views.step_size = 1.0  # eta of equation 6, in grey levels
     views.steps = 1

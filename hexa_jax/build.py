@@ -17,6 +17,9 @@ from hexa_jax.mesh import Layout, make_mesh
 from hexa_jax.methods.base import Method, Spec
 from hexa_jax.methods.deepcluster import DeepCluster
 from hexa_jax.methods.moco import MoCo
+from hexa_jax.methods.rotation import Rotation
+from hexa_jax.methods.simclr import SimCLR
+from hexa_jax.methods.swav import SwAV
 from hexa_jax.models.heads import Network, ProjectionHead
 from hexa_jax.models.resnet import make_resnet
 from hexa_jax.objective import Objective, ViewSettings
@@ -63,23 +66,40 @@ def open_training_source(config: ConfigDict) -> Source:
 
 def make_method(config: ConfigDict) -> Method:
     """The method that `config.method` names."""
-    moco, deepcluster = config.moco, config.deepcluster
 
-    def make_moco() -> MoCo:
-        return MoCo(moco.queue_size, moco.momentum, moco.temperature)
+    def moco() -> Method:
+        c = config.moco
+        return MoCo(c.queue_size, c.momentum, c.temperature)
 
-    def make_deepcluster() -> DeepCluster:
-        d = deepcluster
-        return DeepCluster(d.num_clusters, d.num_heads, d.assign_crops, d.iterations, d.temperature)
+    def simclr() -> Method:
+        return SimCLR(config.simclr.temperature)
 
-    return choose("method", config.method, {"moco": make_moco, "deepcluster": make_deepcluster})()
+    def deepcluster() -> Method:
+        c = config.deepcluster
+        return DeepCluster(c.num_clusters, c.num_heads, c.assign_crops, c.iterations, c.temperature)
+
+    def swav() -> Method:
+        c = config.swav
+        return SwAV(
+            num_prototypes=c.num_prototypes,
+            assign_crops=c.assign_crops,
+            temperature=c.temperature,
+            epsilon=c.epsilon,
+            iterations=c.iterations,
+            queue_length=c.queue_length,
+            queue_start_epoch=c.queue_start_epoch,
+            freeze_steps=c.freeze_steps,
+        )
+
+    methods = {"moco": moco, "simclr": simclr, "deepcluster": deepcluster, "swav": swav, "rotation": Rotation}
+    return choose("method", config.method, methods)()
 
 
-def make_network(config: ConfigDict) -> Network:
-    """Backbone and head; the adversarial BatchNorm set exists only where the objective uses it."""
+def make_network(config: ConfigDict, method: Method) -> Network:
+    """Backbone, and head if the method wants one; the adversarial BatchNorm set exists only where the objective uses it."""
     compute_dtype, _ = choose("precision", config.precision, PRECISIONS)
     model = config.model
-    auxiliary = bool(config.views.alpha1)
+    auxiliary = make_views(config).attacks
     backbone = make_resnet(
         model.backbone,
         model.base_channels,
@@ -88,9 +108,12 @@ def make_network(config: ConfigDict) -> Network:
         auxiliary_norm=auxiliary,
         zero_init_residual=model.zero_init_residual,
     )
+    pixels = tuple(config.data.pixel_mean), tuple(config.data.pixel_std)
+    if not method.has_head:
+        return Network(backbone, None, *pixels, normalize=False)
     hidden = model.head_hidden or backbone.feature_dim
     head = ProjectionHead(hidden, model.head_dim, model.head_batch_norm, compute_dtype, auxiliary)
-    return Network(backbone, head, tuple(config.data.pixel_mean), tuple(config.data.pixel_std))
+    return Network(backbone, head, *pixels)
 
 
 def make_resolutions(config: ConfigDict, key_crops: int) -> tuple[Resolution, ...]:
@@ -103,8 +126,6 @@ def make_resolutions(config: ConfigDict, key_crops: int) -> tuple[Resolution, ..
             + ", ".join(str(len(column)) for column in columns)
         )
     counts = (data.num_crops[0] - key_crops, *data.num_crops[1:])
-    if key_crops and counts != (1,):
-        raise ConfigError(f"{config.method} takes two crops of one size, a query and a key: data.num_crops=(2,)")
     if min(counts) < 1:
         raise ConfigError(f"data.num_crops={tuple(data.num_crops)} leaves no crop to learn from")
     for low, high in zip(data.min_scale, data.max_scale, strict=True):
@@ -170,18 +191,20 @@ def make_optimizer(config: ConfigDict, steps_per_epoch: int) -> optax.GradientTr
 
 def make_views(config: ConfigDict) -> ViewSettings:
     """Equation 10's settings, grey levels turned into pixels of [0, 1]."""
-    v = config.views
+    v, weights = config.views, _view_weights(config)
     for name, value, known in (
         ("norm", v.norm, ("linf", "l2")),
         ("attack_branch", v.attack_branch, ("auxiliary", "main")),
     ):
         if value not in known:
             raise ConfigError(f"config.views.{name}={value!r} is not known: use one of {', '.join(known)}")
-    if v.steps < 1 or v.epsilon <= 0 or v.step_size <= 0 or v.alpha1 < 0 or v.alpha2 < 0:
-        raise ConfigError("views.steps, epsilon and step_size must be positive, alpha1 and alpha2 not negative")
+    if v.steps < 1 or v.epsilon <= 0 or v.step_size <= 0 or min(weights) < 0:
+        raise ConfigError("views.steps, epsilon and step_size must be positive, alpha1 to alpha3 not negative")
+    alpha1, alpha2, alpha3 = weights
     return ViewSettings(
-        alpha1=v.alpha1,
-        alpha2=v.alpha2,
+        alpha1=alpha1,
+        alpha2=alpha2,
+        alpha3=alpha3,
         epsilon=v.epsilon / 255,
         step_size=v.step_size / 255,
         steps=v.steps,
@@ -195,6 +218,26 @@ def make_views(config: ConfigDict) -> ViewSettings:
     )
 
 
+# Terms of equation 10 besides the clean one, by the scheme names of Fig. 2.
+SCHEMES = {
+    "std": (),
+    "std+adv": ("alpha1",),
+    "std+cmx": ("alpha2",),
+    "std+adv+cmx": ("alpha1", "alpha2"),
+    "std+adv+cmxA": ("alpha1", "alpha3"),
+    "all": ("alpha1", "alpha2", "alpha3"),
+}
+
+
+def _view_weights(config: ConfigDict) -> tuple[float, ...]:
+    """alpha1 to alpha3. A scheme says which terms there are, the config's own weights (or 1) how much each counts."""
+    weights = {name: config.views[name] for name in ("alpha1", "alpha2", "alpha3")}
+    if config.scheme:
+        terms = choose("scheme", config.scheme, SCHEMES)
+        weights = {name: (weight or 1.0) if name in terms else 0.0 for name, weight in weights.items()}
+    return tuple(weights.values())
+
+
 def make_devices(config: ConfigDict) -> list[jax.Device]:
     """The devices to run on: all, or the first `runtime.num_devices`."""
     devices, wanted = jax.devices(), config.runtime.num_devices
@@ -206,11 +249,13 @@ def make_devices(config: ConfigDict) -> list[jax.Device]:
 POSITIVE = (
     "batch_size", "epochs", "shuffle_block", "model.base_channels", "model.head_dim", "moco.queue_size",
     "moco.temperature", "deepcluster.num_clusters", "deepcluster.num_heads", "deepcluster.assign_crops",
-    "deepcluster.iterations", "deepcluster.temperature", "knn.neighbours", "knn.temperature", "knn.resize", "knn.crop",
+    "deepcluster.iterations", "deepcluster.temperature", "simclr.temperature", "swav.num_prototypes", "swav.assign_crops",
+    "swav.temperature", "swav.epsilon", "swav.iterations", "knn.neighbours", "knn.temperature", "knn.resize", "knn.crop",
     "runtime.log_every",
 )  # fmt: skip
 NOT_NEGATIVE = (
-    "seed", "model.head_hidden", "data.limit", "data.max_bad_fraction", "knn.every_epochs", "knn.train_limit",
+    "seed", "model.head_hidden", "swav.queue_length", "swav.queue_start_epoch", "swav.freeze_steps",
+    "data.limit", "data.max_bad_fraction", "knn.every_epochs", "knn.train_limit",
     "knn.test_limit", "runtime.num_devices", "runtime.workers", "runtime.checkpoint_every", "runtime.keep_every",
 )  # fmt: skip
 
@@ -242,28 +287,31 @@ def make_trainer(config: ConfigDict, num_examples: int, devices: list[jax.Device
     method = make_method(config)
     resolutions = make_resolutions(config, method.key_crops)
     devices = make_devices(config) if devices is None else devices
+    views = make_views(config)
     layout = Layout(
         batch_size=config.batch_size,
         microbatches=config.runtime.microbatches,
         num_devices=len(devices),
         bn_group_size=config.bn_group_size,
-        cutmix_block=config.cutmix_block if config.views.alpha2 else 0,
+        cutmix_block=config.cutmix_block if views.alpha2 or views.alpha3 else 0,
         shuffle_block=config.shuffle_block if method.key_crops else 0,
     )
-    spec = Spec(config.batch_size, num_examples // config.batch_size, num_examples, config.model.head_dim)
     _, param_dtype = choose("precision", config.precision, PRECISIONS)
     try:
-        layout.check()
+        network, photometric = make_network(config, method), make_photometric(config)
+        spec = Spec(
+            batch_size=config.batch_size,
+            steps_per_epoch=num_examples // config.batch_size,
+            num_examples=num_examples,
+            embedding_dim=config.model.head_dim if network.head else network.backbone.feature_dim,
+            num_crops=tuple(resolution.count for resolution in resolutions),
+        )
         method.check(spec)
-        network, views, photometric = make_network(config), make_views(config), make_photometric(config)
+        layout.check()
     except ConfigError:
         raise
     except ValueError as error:
         raise ConfigError(str(error)) from None
-    if config.method == "deepcluster" and config.deepcluster.assign_crops > resolutions[0].count:
-        raise ConfigError(
-            f"deepcluster.assign_crops={config.deepcluster.assign_crops} is more than the {resolutions[0].count} large crops"
-        )
     crops = DeviceCrops(resolutions, method.key_crops, photometric, param_dtype)
     objective = Objective(network, method, views, layout, crops, config.seed)
     optimizer = make_optimizer(config, spec.steps_per_epoch)

@@ -63,20 +63,46 @@ def prototype_cross_entropy(z: jax.Array, prototypes: jax.Array, labels: jax.Arr
     return jnp.where(labels >= 0, jax.nn.logsumexp(scores, axis=-1) - own, 0)
 
 
-def sinkhorn(scores: jax.Array, epsilon: float, iterations: int) -> jax.Array:
+def sinkhorn(
+    scores: jax.Array,
+    epsilon: float,
+    iterations: int,
+    *,
+    mask: jax.Array | None = None,
+    axis_name: str | None = None,
+) -> jax.Array:
     """Soft assignments that share the batch out equally among the prototypes (SwAV, facebookresearch/swav main_swav.py).
 
     Args:
         scores: [N, K] cosine scores of examples against prototypes.
         epsilon: entropy weight; 0.05 in SwAV.
         iterations: rounds of column and row normalisation; 3 in SwAV.
+        mask: bool [N], rows that take part; all of them by default.
+        axis_name: mesh axis that the rows are split over; prototypes are then shared out among the rows of all devices, with
+            one reduction of [K] numbers per iteration.
 
     Returns:
-        [N, K] codes; each row sums to 1.
+        [N, K] codes; each row sums to 1, rows that take no part to 0.
     """
+
+    def over_rows(log_codes: jax.Array) -> jax.Array:  # logsumexp over the rows of all devices, [1, K]
+        top = jnp.max(log_codes, axis=0, keepdims=True)
+        if axis_name is not None:
+            top = jax.lax.pmax(top, axis_name)
+        total = jnp.sum(jnp.exp(log_codes - top), axis=0, keepdims=True)
+        if axis_name is not None:
+            total = jax.lax.psum(total, axis_name)
+        return top + jnp.log(total)
+
     # In log space: a row or column scaled by a constant does not change the result, and nothing overflows.
     log_codes = scores / epsilon
+    absent = None if mask is None else ~mask[:, None]
     for _ in range(iterations):
-        log_codes = log_codes - jax.nn.logsumexp(log_codes, axis=0, keepdims=True)  # each prototype gets an equal share
+        if absent is not None:
+            log_codes = jnp.where(absent, -jnp.inf, log_codes)
+        log_codes = log_codes - over_rows(log_codes)  # each prototype gets an equal share
+        if absent is not None:
+            log_codes = jnp.where(absent, 0, log_codes)
         log_codes = log_codes - jax.nn.logsumexp(log_codes, axis=1, keepdims=True)  # each example gives one unit
-    return jnp.exp(log_codes)
+    codes = jnp.exp(log_codes)
+    return codes if absent is None else jnp.where(absent, 0, codes)

@@ -1,4 +1,6 @@
-"""Equation 10 on the rows of one device: `L = L_clean + alpha1 L_adversarial + alpha2 L_cutmix`, with its gradients.
+"""Equation 10 on the rows of one device, with its gradients.
+
+    L = L_clean + alpha1 L_adversarial + alpha2 L_cutmix (+ alpha3 L_cutmix of adversarial views, Fig. 2's "CmxA")
 
 Nothing in here communicates, except BatchNorm groups that span devices: an image never leaves its device.
 
@@ -6,7 +8,7 @@ Legend: N rows of one device and microbatch, V crops, H W C image, D embedding.
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -18,9 +20,12 @@ from hexa_jax.methods.base import Batch, Method
 from hexa_jax.models.heads import Network
 from hexa_jax.models.norm import ADVERSARIAL, CLEAN
 
-CUTMIX = "cutmix"
+CUTMIX, CUTMIX_ADVERSARIAL = "cutmix", "cutmix_adversarial"
+PICTURES = 8  # rows of `Objective.views_of`
 # Purposes of random draws: one number each, folded into the seed's key.
-AUGMENT_DRAWS, ATTACK_DRAWS, CUTMIX_DRAWS, PARTNER_DRAWS, INIT_DRAWS, REFRESH_DRAWS = range(6)
+AUGMENT_DRAWS, ATTACK_DRAWS, CUTMIX_DRAWS, PARTNER_DRAWS, INIT_DRAWS, REFRESH_DRAWS, TASK_DRAWS, SECOND_CUTMIX_DRAWS = (
+    range(8)
+)
 
 
 class Crops(Protocol):
@@ -43,6 +48,7 @@ class ViewSettings:
 
     alpha1: float = 0.0
     alpha2: float = 0.0
+    alpha3: float = 0.0
     epsilon: float = 1 / 255
     step_size: float = 1 / 255
     steps: int = 1
@@ -55,20 +61,35 @@ class ViewSettings:
     one_box: bool = False
 
     @property
+    def attacks(self) -> bool:
+        """Whether any term needs adversarial views."""
+        return bool(self.alpha1 or self.alpha3)
+
+    @property
+    def ball(self) -> views.Ball:
+        """Where the attack may go."""
+        return views.Ball(self.epsilon, self.step_size, self.norm)
+
+    @property
     def shared_gradient(self) -> bool:
         """Whether the clean pass's own backward also gives the attack's first gradient."""
-        return bool(self.alpha1) and self.attack_branch == "main" and not self.random_start and self.share_gradient
+        return self.attacks and self.attack_branch == "main" and not self.random_start and self.share_gradient
 
     @property
     def weights(self) -> dict[str, float]:
         """Weight of each training pass, in order; equation 10."""
-        weights = {CLEAN: 1.0, ADVERSARIAL: self.alpha1, CUTMIX: self.alpha2}
+        weights = {CLEAN: 1.0, ADVERSARIAL: self.alpha1, CUTMIX: self.alpha2, CUTMIX_ADVERSARIAL: self.alpha3}
         return {name: weight for name, weight in weights.items() if weight}
 
 
 def norm_branch(view: str) -> str:
-    """BatchNorm set of a training pass: cut-mixed views share the clean one."""
-    return ADVERSARIAL if view == ADVERSARIAL else CLEAN
+    """BatchNorm set of a training pass: whatever was attacked uses the adversarial one."""
+    return ADVERSARIAL if view in (ADVERSARIAL, CUTMIX_ADVERSARIAL) else CLEAN
+
+
+def own_params(params: Any) -> dict:
+    """The method's own part of all parameters."""
+    return params.get("method", {})
 
 
 class Rows(NamedTuple):
@@ -124,12 +145,14 @@ class Objective:
     def forward(self, params: Any, crops: tuple[jax.Array, ...], view: str = CLEAN) -> tuple[jax.Array, Any]:
         """Training-mode outputs [N, V, D] and the pass's BatchNorm moments."""
         mode = self.layout.norm_mode(norm_branch(view))
-        outputs, sown = self.network.apply({"params": params}, crops, mode, mutable=["moments"])
+        network = {name: part for name, part in params.items() if name != "method"}
+        outputs, sown = self.network.apply({"params": network}, crops, mode, mutable=["moments"])
         return outputs, sown["moments"]
 
     def online_crops(self, batch: Batch, epoch: jax.Array, data: jax.Array | None) -> tuple[jax.Array, ...]:
         """Augmented crops that the network learns from."""
-        return self.crops.online(self.example_keys(AUGMENT_DRAWS, epoch, batch.index), batch, data)
+        crops = self.crops.online(self.example_keys(AUGMENT_DRAWS, epoch, batch.index), batch, data)
+        return self.method.prepare(self.example_keys(TASK_DRAWS, epoch, batch.index), crops)
 
     def encode_keys(self, params: Any, batch: Batch, epoch: jax.Array, data: jax.Array | None) -> jax.Array:
         """Embeddings [N, 1, D] of the key crops."""
@@ -139,16 +162,17 @@ class Objective:
     def row_losses(self, params: Any, x: Any, rows: Rows, view: str, mix: Any = None) -> tuple[jax.Array, Any]:
         """Weighted losses [N, V] of a view, summing to its part of the objective; and (moments, outputs) of the pass."""
         outputs, moments = self.forward(params, x, view)
-        losses = self.method.loss(outputs, rows.y, rows.dictionary)
+        losses = self.method.loss(own_params(params), outputs, rows.y, rows.dictionary)
         if mix is not None:
             lam, y_partner = mix
-            losses = lam * losses + (1 - lam) * self.method.loss(outputs, y_partner, rows.dictionary)
+            partner_losses = self.method.loss(own_params(params), outputs, y_partner, rows.dictionary)
+            losses = lam * losses + (1 - lam) * partner_losses
         return losses * rows.weight[:, None] / losses.shape[1], (moments, outputs)
 
     def attack(self, params: Any, x: Any, rows: Rows, clock: Clock, gradient: Any = None) -> Any:
         """Adversarial views of the crops x against their own pseudo-labels; statistics of BatchNorm are not written."""
         settings = self.views
-        view = ADVERSARIAL if settings.attack_branch == "auxiliary" else CLEAN
+        view = self.attack_view
         return views.adversarial(
             self.example_keys(ATTACK_DRAWS, clock.epoch, rows.batch.index),
             x,
@@ -161,12 +185,17 @@ class Objective:
             gradient=gradient,
         )
 
-    def mix(self, x: Any, rows: Rows, clock: Clock) -> tuple[Any, tuple[jax.Array, Any]]:
+    @property
+    def attack_view(self) -> str:
+        """The view whose BatchNorm set is used while making the attack."""
+        return ADVERSARIAL if self.views.attack_branch == "auxiliary" else CLEAN
+
+    def mix(self, x: Any, rows: Rows, clock: Clock, draws: int = CUTMIX_DRAWS) -> tuple[Any, tuple[jax.Array, Any]]:
         """Cut-mixed views of the crops x, and (lambda [N, V], the partners' pseudo-labels)."""
         settings = self.views
         partner = self._partners(clock.step, rows.batch.row)
         mixed, lam, _ = views.cutmix(
-            self.example_keys(CUTMIX_DRAWS, clock.epoch, rows.batch.index),
+            self.example_keys(draws, clock.epoch, rows.batch.index),
             x,
             alpha=settings.cutmix_alpha,
             beta=settings.cutmix_beta,
@@ -177,31 +206,55 @@ class Objective:
         return mixed, (jnp.concatenate(lam, axis=1), y_partner)
 
     def gradients(self, params: Any, rows: Rows, clock: Clock, data: jax.Array | None) -> Gradients:
-        """Gradients of equation 10 for N rows."""
-        settings = self.views
+        """Gradients of equation 10 for N rows whose pseudo-labels are known."""
         x = self.online_crops(rows.batch, clock.epoch, data)
 
-        def weighted(params: Any, x: Any, view: str, mix: Any = None) -> tuple[jax.Array, Any]:
-            losses, (moments, outputs) = self.row_losses(params, x, rows, view, mix)
+        def clean(params: Any, x: Any) -> tuple[jax.Array, Any]:
+            losses, (moments, outputs) = self.row_losses(params, x, rows, CLEAN)
             loss = jnp.sum(losses)
-            return settings.weights[view] * loss, (loss, moments, outputs)
+            return loss, (loss, moments, outputs)
 
-        # Clean; where the attack shares this pass, one backward gives both gradients
-        shared = settings.shared_gradient
-        slopes, (loss, moments, outputs) = jax.grad(weighted, (0, 1) if shared else 0, has_aux=True)(params, x, CLEAN)
+        # Where the attack shares this pass, one backward gives both gradients.
+        shared = self.views.shared_gradient
+        slopes, (loss, moments, outputs) = jax.grad(clean, (0, 1) if shared else 0, has_aux=True)(params, x)
         grads, x_slope = slopes if shared else (slopes, None)
-        all_moments, losses = {CLEAN: moments}, {CLEAN: loss}
+        attacked = self.attack(params, x, rows, clock, x_slope) if self.views.attacks else None
+        plain = Gradients(grads, {CLEAN: moments}, {CLEAN: loss}, outputs)
+        return self.add_hard_views(plain, params, x, attacked, rows, clock)
 
-        def add(view: str, x: Any, mix: Any = None) -> None:
-            nonlocal grads
-            more, (losses[view], all_moments[view], _) = jax.grad(weighted, has_aux=True)(params, x, view, mix)
+    def add_hard_views(
+        self, plain: Gradients, params: Any, x: Any, attacked: Any, rows: Rows, clock: Clock
+    ) -> Gradients:
+        """The clean part's gradients plus those of the hard views of the crops x; `attacked` are their adversarial views."""
+        grads, all_moments, losses = plain.params, dict(plain.moments), dict(plain.losses)
+        inputs: dict[str, Callable[[], tuple]] = {
+            ADVERSARIAL: lambda: (attacked, None),
+            CUTMIX: lambda: self.mix(x, rows, clock),
+            CUTMIX_ADVERSARIAL: lambda: self.mix(attacked, rows, clock, SECOND_CUTMIX_DRAWS),
+        }
+        for view, weight in self.views.weights.items():
+            if view == CLEAN:
+                continue
+
+            def weighted(params: Any, x: Any, mix: Any, view: str = view, weight: float = weight) -> tuple:
+                row_losses, (moments, _) = self.row_losses(params, x, rows, view, mix)
+                loss = jnp.sum(row_losses)
+                return weight * loss, (loss, moments)
+
+            more, (losses[view], all_moments[view]) = jax.grad(weighted, has_aux=True)(params, *inputs[view]())
             grads = jax.tree.map(jnp.add, grads, more)
+        return Gradients(grads, all_moments, losses, plain.outputs)
 
-        if settings.alpha1:
-            add(ADVERSARIAL, self.attack(params, x, rows, clock, x_slope))
-        if settings.alpha2:
-            add(CUTMIX, *self.mix(x, rows, clock))
-        return Gradients(grads, all_moments, losses, outputs)
+    def views_of(self, x: Any, attacked: Any, rows: Rows, clock: Clock) -> dict[str, Any]:
+        """PICTURES rows of what a step learns from: each view like x, and "lambda" of the cut-mixed ones."""
+        views = {CLEAN: x}
+        if self.views.alpha1:
+            views[ADVERSARIAL] = attacked
+        if self.views.alpha2:
+            views[CUTMIX], (views["lambda"], _) = self.mix(x, rows, clock)
+        if self.views.alpha3:
+            views[CUTMIX_ADVERSARIAL], _ = self.mix(attacked, rows, clock, SECOND_CUTMIX_DRAWS)
+        return jax.tree.map(lambda leaf: leaf[:PICTURES], views)
 
     def example_keys(self, purpose: int, epoch: jax.Array, index: jax.Array) -> jax.Array:
         """[N] keys, each a function of (seed, purpose, epoch, example) only: the batch's layout cannot matter."""

@@ -18,10 +18,10 @@ from jax.sharding import PartitionSpec as P
 
 from hexa_jax.mesh import ROWS
 from hexa_jax.methods.base import Batch, Spec, Targets
+from hexa_jax.microbatch import accumulate
 from hexa_jax.models.norm import CLEAN, EVALUATION, blend, stats_collection
-from hexa_jax.objective import INIT_DRAWS, REFRESH_DRAWS, Clock, Gradients, Objective, Rows, norm_branch
-
-PICTURES = 8  # rows of `view_step`
+from hexa_jax.objective import INIT_DRAWS, REFRESH_DRAWS, TASK_DRAWS, Clock, Gradients, Objective, Rows, norm_branch
+from hexa_jax.whole_step import WholeStep
 
 
 class TrainState(NamedTuple):
@@ -60,6 +60,9 @@ class Trainer:
         variables = self.objective.network.init(network_key, crops, EVALUATION)
         variables = jax.tree.map(lambda x: x.astype(self.dtype), variables)
         params = variables.pop("params")
+        own = self.objective.method.init_params(jax.random.fold_in(method_key, 1), self.spec)
+        if own:
+            params = params | {"method": jax.tree.map(lambda x: x.astype(self.dtype), own)}
         method = self.objective.method.init(method_key, params, self.spec)
         return TrainState(jnp.zeros([], jnp.int32), params, variables, self.optimizer.init(params), method)
 
@@ -101,11 +104,14 @@ class Trainer:
     def train_step(self, state: TrainState, batch: Batch, data: jax.Array | None = None) -> tuple[TrainState, dict]:
         """One optimiser step on leaves [M, n, ...]; returns the new state and scalar metrics."""
         method = self.objective.method
-        rows, clock, targets = self._rows(state, batch, data)
-        result = self._gradients(state.params, rows, clock, data)
-
-        updates, opt_state = self.optimizer.update(result.params, state.opt_state, state.params)
+        targets, result = self._gradients(state, batch, data)
+        grads = result.params
+        if "method" in grads:
+            grads = grads | {"method": method.freeze(grads["method"], state.step)}
+        updates, opt_state = self.optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
+        if "method" in params:
+            params = params | {"method": method.project(params["method"])}
         new_state = TrainState(
             step=state.step + 1,
             params=params,
@@ -116,7 +122,7 @@ class Trainer:
         metrics = {f"loss_{view}": loss for view, loss in result.losses.items()}
         metrics["loss"] = sum(self.objective.views.weights[view] * loss for view, loss in result.losses.items())
         metrics["embedding_std"] = embedding_std(result.outputs)
-        metrics["gradient_norm"] = optax.tree.norm(result.params)
+        metrics["gradient_norm"] = optax.tree.norm(grads)
         metrics["parameter_norm"] = optax.tree.norm(params)
         metrics["invalid"] = jnp.sum(~batch.valid)
         return new_state, {name: jnp.asarray(value, jnp.float32) for name, value in metrics.items()}
@@ -170,71 +176,77 @@ class Trainer:
 
         return self._per_device(local, (P(), ROWS, P(), P()), ROWS)(params, batch, epoch, data)
 
-    def _per_microbatch(self, function: Callable, rows: Rows) -> Any:
-        """function(rows of one microbatch) -> (totals, stacked), totals added up and the rest stacked over microbatches."""
-        split, dictionary = rows[:3], rows.dictionary
+    def _gradients(self, state: TrainState, batch: Batch, data: jax.Array | None) -> tuple[Targets | None, Gradients]:
+        """The objective over all microbatches and devices, one reduction of gradients; and targets known before the step."""
+        method, clock = self.objective.method, self._clock(state)
 
-        def one(split: Any) -> tuple[Any, Any]:
-            batch, y, weight = split
-            return function(Rows(batch, y, weight, dictionary))
-
-        if len(rows.weight) == 1:  # no loop around a single microbatch
-            totals, stacked = one(jax.tree.map(lambda leaf: leaf[0], split))
-            return totals, jax.tree.map(lambda leaf: leaf[None], stacked)
-
-        def accumulate(totals: Any, split: Any) -> tuple[Any, Any]:
-            more, stacked = one(split)
-            return jax.tree.map(jnp.add, totals, more), stacked
-
-        shapes = jax.eval_shape(lambda: one(jax.tree.map(lambda leaf: leaf[0], split))[0])
-        zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
-        return jax.lax.scan(accumulate, zeros, split)
-
-    def _gradients(self, params: Any, rows: Rows, clock: Clock, data: jax.Array | None) -> Gradients:
-        """The objective over all microbatches and devices: one reduction of gradients."""
-
-        def local(params: Any, rows: Rows, clock: Clock, data: jax.Array | None) -> Gradients:
-            def one(rows: Rows) -> tuple[Any, jax.Array]:
-                result = self.objective.gradients(params, rows, clock, data)
-                return result[:3], result.outputs
-
-            (grads, moments, losses), outputs = self._per_microbatch(one, rows)
-            moments = jax.tree.map(lambda m: jax.lax.pmean(m, "data") / len(rows.weight), moments)
+        def reduce(grads: Any, moments: Any, losses: Any, outputs: jax.Array) -> Gradients:
+            moments = jax.tree.map(lambda m: jax.lax.pmean(m, "data"), moments)
             return Gradients(jax.lax.psum(grads, "data"), moments, jax.lax.psum(losses, "data"), outputs)
 
-        specs = (P(), Rows(ROWS, ROWS, ROWS, P()), P(), P())
-        return self._per_device(local, specs, Gradients(P(), P(), P(), ROWS))(params, rows, clock, data)
+        def local(params: Any, rows: Rows, clock: Clock, data: jax.Array | None) -> Gradients:
+            def one(leaves: Any) -> tuple[Any, jax.Array]:
+                batch, y, weight = leaves
+                result = self.objective.gradients(params, Rows(batch, y, weight, rows.dictionary), clock, data)
+                return result[:3], result.outputs
 
-    def _rows(self, state: TrainState, batch: Batch, data: jax.Array | None) -> tuple[Rows, Clock, Targets]:
-        """Pseudo-labels and weights of a step's rows."""
-        clock = Clock(epoch=1 + state.step // self.spec.steps_per_epoch, step=state.step)
+            (grads, moments, losses), outputs = accumulate(one, rows[:3])
+            moments = jax.tree.map(lambda m: m / len(rows.weight), moments)
+            return reduce(grads, moments, losses, outputs)
+
+        def local_whole(*args: Any) -> Gradients:
+            return reduce(*WholeStep(self.objective, *args).gradients())
+
+        out_specs = Gradients(P(), P(), P(), ROWS)
+        if method.needs_outputs:
+            whole, specs = self._whole_step(state, batch, clock, data)
+            return None, self._per_device(local_whole, specs, out_specs)(*whole)
+        rows, targets = self._rows(state, batch, clock, data)
+        specs = (P(), Rows(ROWS, ROWS, ROWS, P()), P(), P())
+        return targets, self._per_device(local, specs, out_specs)(state.params, rows, clock, data)
+
+    def _clock(self, state: TrainState) -> Clock:
+        return Clock(epoch=1 + state.step // self.spec.steps_per_epoch, step=state.step)
+
+    def _rows(self, state: TrainState, batch: Batch, clock: Clock, data: jax.Array | None) -> tuple[Rows, Targets]:
+        """Pseudo-labels and weights of a step's rows, for a method that knows them before the step."""
         encode_keys = lambda params: self._encode_keys(params, batch, clock.epoch, data)  # noqa: E731
-        targets = self.objective.method.targets(encode_keys, state.method, batch)
-        weight = (batch.valid & targets.known).astype(self.dtype)
-        weight = weight / jnp.maximum(jnp.sum(weight), 1)
-        return Rows(batch, targets.y, weight, targets.dictionary), clock, targets
+        keys = self.objective.example_keys(TASK_DRAWS, clock.epoch, batch.index.reshape(-1)).reshape(batch.index.shape)
+        targets = self.objective.method.targets(encode_keys, state.method, batch, keys)
+        return Rows(batch, targets.y, self._weight(batch.valid & targets.known), targets.dictionary), targets
+
+    def _weight(self, counted: jax.Array) -> jax.Array:
+        weight = counted.astype(self.dtype)
+        return weight / jnp.maximum(jnp.sum(weight), 1)
+
+    def _whole_step(self, state: TrainState, batch: Batch, clock: Clock, data: jax.Array | None) -> tuple[tuple, tuple]:
+        """Arguments of WholeStep after the objective, and how they are split over devices."""
+        arguments = (state.params, state.method, batch, self._weight(batch.valid), clock, data)
+        return arguments, (P(), self.objective.method.state_spec(self.spec), ROWS, ROWS, P(), P())
 
     def view_step(self, state: TrainState, batch: Batch, data: jax.Array | None = None) -> dict[str, Any]:
         """Some of the views that the next step would learn from, for pictures.
 
         Returns:
-            "clean" and, where the objective has them, "adversarial" and "cutmix": per resolution [M, rows, V, S, S, 3], with at
-            most PICTURES rows a device; "lambda" [M, rows, V] of the cut-mixed ones.
+            "clean" and, where the objective has them, "adversarial", "cutmix" and "cutmix_adversarial": per resolution
+            [M, rows, V, S, S, 3], with at most objective.PICTURES rows a device; "lambda" [M, rows, V] of the cut-mixed ones.
         """
+        objective, clock = self.objective, self._clock(state)
 
         def local(params: Any, rows: Rows, clock: Clock, data: jax.Array | None) -> dict[str, Any]:
-            def one(rows: Rows) -> tuple[Any, dict[str, Any]]:
-                x = self.objective.online_crops(rows.batch, clock.epoch, data)
-                views = {"clean": x}
-                if self.objective.views.alpha1:
-                    views["adversarial"] = self.objective.attack(params, x, rows, clock)
-                if self.objective.views.alpha2:
-                    views["cutmix"], (views["lambda"], _) = self.objective.mix(x, rows, clock)
-                return (), jax.tree.map(lambda leaf: leaf[:PICTURES], views)
+            def one(leaves: Any) -> tuple[Any, dict[str, Any]]:
+                batch, y, weight = leaves
+                rows_here = Rows(batch, y, weight, rows.dictionary)
+                x = objective.online_crops(rows_here.batch, clock.epoch, data)
+                attacked = objective.attack(params, x, rows_here, clock) if objective.views.attacks else None
+                return (), objective.views_of(x, attacked, rows_here, clock)
 
-            return self._per_microbatch(one, rows)[1]
+            return accumulate(one, rows[:3])[1]
 
-        rows, clock, _ = self._rows(state, batch, data)
+        if objective.method.needs_outputs:
+            whole, specs = self._whole_step(state, batch, clock, data)
+            return self._per_device(lambda *args: WholeStep(objective, *args).views(), specs, ROWS)(*whole)
+        rows, _ = self._rows(state, batch, clock, data)
         specs = (P(), Rows(ROWS, ROWS, ROWS, P()), P(), P())
         return self._per_device(local, specs, ROWS)(state.params, rows, clock, data)
 

@@ -4,6 +4,7 @@ A view knows images and per-example objectives only; it never sees a queue, a cl
 Legend: N examples, V crops, H W C image. Pixels are in [0, 1]; epsilon and step sizes are in the same unit (1 grey level = 1/255).
 """
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -30,14 +31,64 @@ def _norm(x: jax.Array) -> jax.Array:
     return jnp.maximum(jnp.sqrt(jnp.sum(jnp.square(x), axis=IMAGE, keepdims=True)), jnp.finfo(x.dtype).tiny)
 
 
-def _project(candidate: jax.Array, centre: jax.Array, epsilon: float, norm: str) -> jax.Array:
-    """Back into the ball around the clean image, then into the pixel range (which never leaves the ball: both are convex)."""
-    delta = candidate - centre
-    if norm == "linf":
-        delta = jnp.clip(delta, -epsilon, epsilon)
-    else:
-        delta = delta * jnp.minimum(1.0, epsilon / _norm(delta))
-    return jnp.clip(centre + delta, 0.0, 1.0)
+@dataclasses.dataclass(frozen=True)
+class Ball:
+    """Where an attack may go: within epsilon of each crop image and within [0, 1], by steps of step_size (pixel units).
+
+    Attributes:
+        epsilon: radius of the ball around each crop image; 1/255 is one grey level.
+        step_size: eta of equation 6, same unit.
+        norm: "linf" (a step moves every pixel by step_size) or "l2" (a step has length step_size per crop image).
+
+    Raises:
+        ValueError: unknown norm.
+    """
+
+    epsilon: float
+    step_size: float
+    norm: str = "linf"
+
+    def __post_init__(self) -> None:
+        if self.norm not in ("linf", "l2"):
+            raise ValueError(f"norm must be 'linf' or 'l2', not {self.norm!r}")
+
+    def ascend(self, centre: Any, point: Any, slope: Any) -> Any:
+        """One step of equation 6 from `point`, around the clean images `centre`, along `slope`: trees of [..., H, W, C]."""
+
+        def move(centre: jax.Array, point: jax.Array, slope: jax.Array) -> jax.Array:
+            direction = jnp.sign(slope) if self.norm == "linf" else slope / _norm(slope)
+            return self._project(point + self.step_size * direction, centre)
+
+        return jax.tree.map(move, centre, point, slope)
+
+    def random_point(self, key: jax.Array, centre: Any) -> Any:
+        """A uniform point of the ball around each crop image [N, (V,) H, W, C]; key: one, or [N]."""
+        leaves, treedef = jax.tree.flatten(centre)
+        keys = _per_example(key, leaves[0].shape[0])
+
+        def start(position: int, centre: jax.Array) -> jax.Array:
+            def draw(key: jax.Array) -> jax.Array:
+                direction_key, radius_key = jax.random.split(key)
+                if self.norm == "linf":
+                    bounds = -self.epsilon, self.epsilon
+                    return jax.random.uniform(direction_key, centre.shape[1:], centre.dtype, *bounds)
+                direction = jax.random.normal(direction_key, centre.shape[1:], centre.dtype)
+                radius = jax.random.uniform(radius_key, (*centre.shape[1:-3], 1, 1, 1), centre.dtype)
+                # The radius of a uniform point of the d-ball is U^(1/d), with d = H * W * C.
+                return self.epsilon * radius ** (1 / np.prod(centre.shape[-3:])) * direction / _norm(direction)
+
+            return self._project(centre + jax.vmap(draw)(_fold_leaf(keys, position)), centre)
+
+        return treedef.unflatten([start(position, leaf) for position, leaf in enumerate(leaves)])
+
+    def _project(self, candidate: jax.Array, centre: jax.Array) -> jax.Array:
+        """Back into the ball, then into the pixel range (which never leaves the ball: both are convex)."""
+        delta = candidate - centre
+        if self.norm == "linf":
+            delta = jnp.clip(delta, -self.epsilon, self.epsilon)
+        else:
+            delta = delta * jnp.minimum(1.0, self.epsilon / _norm(delta))
+        return jnp.clip(centre + delta, 0.0, 1.0)
 
 
 def adversarial(
@@ -71,47 +122,17 @@ def adversarial(
     Raises:
         ValueError: unknown norm, no step, or a gradient together with a random start.
     """
-    if norm not in ("linf", "l2"):
-        raise ValueError(f"norm must be 'linf' or 'l2', not {norm!r}")
+    ball = Ball(epsilon, step_size, norm)
     if steps < 1:
         raise ValueError(f"an attack needs at least one step, not {steps}")
     if gradient is not None and random_start:
         raise ValueError("the clean gradient cannot serve a random start: it was taken at another point")
-
-    def ascend(current: Any, slope: Any) -> Any:
-        def move(centre: jax.Array, point: jax.Array, slope: jax.Array) -> jax.Array:
-            direction = jnp.sign(slope) if norm == "linf" else slope / _norm(slope)
-            return _project(point + step_size * direction, centre, epsilon, norm)
-
-        return jax.tree.map(move, x, current, slope)
-
-    current = x
-    if random_start:
-        current = _random_start(key, x, epsilon, norm)
+    current = ball.random_point(key, x) if random_start else x
     slope_of = jax.grad(lambda point: jnp.sum(objective(point)))
     for step in range(steps):
         slope = gradient if step == 0 and gradient is not None else slope_of(current)
-        current = ascend(current, slope)
+        current = ball.ascend(x, current, slope)
     return jax.lax.stop_gradient(current)
-
-
-def _random_start(key: jax.Array, x: Any, epsilon: float, norm: str) -> Any:
-    leaves, treedef = jax.tree.flatten(x)
-    keys = _per_example(key, leaves[0].shape[0])
-
-    def start(position: int, centre: jax.Array) -> jax.Array:
-        def draw(key: jax.Array) -> jax.Array:
-            direction_key, radius_key = jax.random.split(key)
-            if norm == "linf":
-                return jax.random.uniform(direction_key, centre.shape[1:], centre.dtype, -epsilon, epsilon)
-            direction = jax.random.normal(direction_key, centre.shape[1:], centre.dtype)
-            radius = jax.random.uniform(radius_key, (*centre.shape[1:-3], 1, 1, 1), centre.dtype)
-            # The radius of a uniform point of the d-ball is U^(1/d), with d = H * W * C.
-            return epsilon * radius ** (1 / np.prod(centre.shape[-3:])) * direction / _norm(direction)
-
-        return _project(centre + jax.vmap(draw)(_fold_leaf(keys, position)), centre, epsilon, norm)
-
-    return treedef.unflatten([start(position, leaf) for position, leaf in enumerate(leaves)])
 
 
 def sample_beta(uniform: jax.Array, alpha: float, beta: float) -> jax.Array:

@@ -20,9 +20,10 @@ def small_config(method="deepcluster", **overrides):
     config.cutmix_block, config.shuffle_block = 4, 16
     config.model.backbone, config.model.stem, config.model.base_channels = "resnet10", "cifar", 4
     config.model.head_dim, config.model.head_hidden = 8, 16
-    config.model.head_batch_norm = method == "deepcluster"
+    config.model.head_batch_norm = method in ("simclr", "deepcluster", "swav")
     config.moco.queue_size = 64
     config.deepcluster.num_clusters, config.deepcluster.num_heads = 7, 2
+    config.swav.num_prototypes, config.swav.queue_length = 7, 64
     config.data.source, config.data.shapes_count, config.data.crop_size = "shapes", 70, (16,)
     config.augment.blur_probability = (0.0,)
     config.views.alpha1 = config.views.alpha2 = 1.0

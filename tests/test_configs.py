@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import pytest
 
 from hexa_jax.build import make_schedule, make_trainer
-from hexa_jax.train_step import PICTURES
+from hexa_jax.objective import PICTURES
 
 NAMES = sorted(path.stem for path in pathlib.Path("configs").glob("*.py") if path.stem not in ("common", "__init__"))
 IMAGENET = 1_281_167

@@ -30,8 +30,7 @@ def compiled(run, settings):
     trainer = dataclasses.replace(run.trainer, objective=objective)
 
     def compute(state, batch):
-        rows, clock, _ = trainer._rows(state, batch, None)
-        return trainer._gradients(state.params, rows, clock, None)
+        return trainer._gradients(state, batch, None)[1]
 
     return jax.jit(compute)
 
@@ -87,7 +86,7 @@ def test_unreadable_rows_have_no_say_but_stay_in_batch_statistics(run, x64):
     # The mean over 31 rows: what is missing is row 5's loss.
     method, state = run.trainer.objective.method, run.state.method
     labels = np.moveaxis(np.asarray(state.assignments)[:, np.asarray(run.batch.index)[0]], 0, -1)
-    row_losses = np.asarray(method.loss(jnp.asarray(whole.outputs[0]), labels, state.prototypes)).mean(axis=1)
+    row_losses = np.asarray(method.loss({}, jnp.asarray(whole.outputs[0]), labels, state.prototypes)).mean(axis=1)
     assert whole.losses["clean"] == pytest.approx(row_losses.mean())
     assert part.losses["clean"] == pytest.approx(np.delete(row_losses, 5).mean())
 

@@ -7,9 +7,10 @@ Legend: M microbatches, n rows of a microbatch, V crops, D embedding. Whole-step
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import jax
+from jax.sharding import PartitionSpec as P
 
 EncodeKeys = Callable[[Any], jax.Array]
 
@@ -53,44 +54,85 @@ class Targets(NamedTuple):
 
 
 class Spec(NamedTuple):
-    """Sizes that a method's state depends on."""
+    """Sizes that a method's state depends on; `num_crops` per resolution, without the crops of a target encoder."""
 
     batch_size: int
     steps_per_epoch: int
     num_examples: int
     embedding_dim: int
+    num_crops: tuple[int, ...] = (2,)
 
 
-class Method(Protocol):
-    """What the train step asks of a method."""
+class Method:
+    """What the train step asks of a method; what most methods do alike is done here.
 
-    key_crops: int  # views per example that only a target encoder sees
-    needs_first_pass: bool  # whether an epoch of forward passes comes before the first step
+    A method either knows its pseudo-labels before the step (`targets`) or makes them from the step's own clean outputs
+    (`needs_outputs`, `targets_from_outputs`). Its own trainable parameters, if it has any, are `params["method"]`.
+    """
+
+    key_crops = 0  # views per example that only a target encoder sees
+    needs_first_pass = False  # whether an epoch of forward passes comes before the first step
+    needs_outputs = False  # whether pseudo-labels depend on the step's clean outputs
+    live_dictionary = False  # whether the clean loss, and the attack on it, differentiate through the dictionary
+    has_head = True  # whether outputs are unit vectors from a projection head; else pooled features
 
     def check(self, spec: Spec) -> None:
         """Raises ValueError, one line, if the sizes do not fit together."""
 
+    def prepare(self, keys: jax.Array, crops: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        """The network's input, where the task is a change of the input; crops as in `Batch`, keys [N] of the examples."""
+        return crops
+
+    def init_params(self, key: jax.Array, spec: Spec) -> dict[str, jax.Array]:
+        """The method's own trainable parameters; empty if there are none."""
+        return {}
+
     def init(self, key: jax.Array, params: Any, spec: Spec) -> Any:
         """The method's state before the first step."""
+        return ()
 
     def state_spec(self, spec: Spec) -> Any:
         """PartitionSpecs: a tree prefix of the state."""
+        return P()
 
-    def targets(self, encode_keys: EncodeKeys, state: Any, batch: Batch) -> Targets:
-        """Pseudo-labels of the whole step.
+    def targets(self, encode_keys: EncodeKeys, state: Any, batch: Batch, keys: jax.Array) -> Targets:
+        """Pseudo-labels of the whole step, from whole arrays.
 
         `encode_keys(params)` gives embeddings [M, n, key_crops, D] of the batch's key crops, in their shuffled order: a
-        training-mode forward pass that writes nothing and takes no gradient.
+        training-mode forward pass that writes nothing and takes no gradient. `keys` [M, n] are those that `prepare` gets.
         """
+        raise NotImplementedError(f"{type(self).__name__} makes its pseudo-labels from outputs")
 
-    def loss(self, outputs: jax.Array, y: Any, dictionary: Any) -> jax.Array:
+    def targets_from_outputs(self, params: dict, state: Any, batch: Batch, outputs: jax.Array) -> Targets:
+        """Pseudo-labels of the whole step from its clean outputs [M, n, V, D].
+
+        Runs on one device's rows; what needs all rows communicates over the mesh axis "data". `params` are the method's own.
+        """
+        raise NotImplementedError(f"{type(self).__name__} knows its pseudo-labels before the step")
+
+    def loss(self, params: dict, outputs: jax.Array, y: Any, dictionary: Any) -> jax.Array:
         """Losses [N, V] of outputs [N, V, D]; the objective is the mean over V, then over valid N."""
+        raise NotImplementedError
+
+    def freeze(self, gradients: dict, step: jax.Array) -> dict:
+        """Gradients of the method's own parameters as the optimiser shall see them at step `step` (from 0)."""
+        return gradients
+
+    def project(self, params: dict) -> dict:
+        """The method's own parameters after the optimiser's step, put back where they have to be."""
+        return params
 
     def update(self, state: Any, params: Any, batch: Batch, outputs: jax.Array, targets: Targets | None) -> Any:
-        """The state after a step, from the new parameters and the clean outputs [M, n, V, D]; targets None: first pass."""
+        """The state after a step, from all new parameters and the clean outputs [M, n, V, D].
+
+        `targets` is None in the first pass, and for methods that make them from outputs.
+        """
+        return state
 
     def refresh(self, key: jax.Array, state: Any) -> Any:
         """The state at the start of an epoch."""
+        return state
 
     def describe(self, before: Any, after: Any) -> dict[str, jax.Array]:
         """Scalars about a refresh, for the log."""
+        return {}

@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec as P
 
 from hexa_jax.kmeans import spherical_kmeans
 from hexa_jax.losses import prototype_cross_entropy
-from hexa_jax.methods.base import Batch, EncodeKeys, Spec, Targets
+from hexa_jax.methods.base import Batch, EncodeKeys, Method, Spec, Targets
 
 
 class DeepClusterState(NamedTuple):
@@ -36,7 +36,7 @@ class DeepClusterState(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class DeepCluster:
+class DeepCluster(Method):
     """DeepCluster-v2 (facebookresearch/swav main_deepclusterv2.py).
 
     Prototypes are the centroids and get no gradient: in the reference they are frozen for longer than any run lasts.
@@ -55,10 +55,13 @@ class DeepCluster:
     iterations: int
     temperature: float
 
-    key_crops = 0
     needs_first_pass = True
 
     def check(self, spec: Spec) -> None:
+        if self.assign_crops > spec.num_crops[0]:
+            raise ValueError(
+                f"deepcluster.assign_crops={self.assign_crops} is more than the {spec.num_crops[0]} large crops"
+            )
         seen = spec.batch_size * spec.steps_per_epoch
         if self.num_clusters > seen:
             raise ValueError(
@@ -79,11 +82,11 @@ class DeepCluster:
     def state_spec(self, spec: Spec) -> Any:
         return DeepClusterState(P(), P(), P(), P(None, "data"), P(None, "data"), P())
 
-    def targets(self, encode_keys: EncodeKeys, state: DeepClusterState, batch: Batch) -> Targets:
+    def targets(self, encode_keys: EncodeKeys, state: DeepClusterState, batch: Batch, keys: jax.Array) -> Targets:
         labels = jnp.moveaxis(state.assignments[:, batch.index], 0, -1)  # [M, n, H]
         return Targets(y=labels, dictionary=state.prototypes, known=labels[..., 0] >= 0)
 
-    def loss(self, outputs: jax.Array, y: jax.Array, dictionary: jax.Array) -> jax.Array:
+    def loss(self, params: dict, outputs: jax.Array, y: jax.Array, dictionary: jax.Array) -> jax.Array:
         def one_head(prototypes: jax.Array, labels: jax.Array) -> jax.Array:
             score = lambda z: prototype_cross_entropy(z, prototypes, labels, self.temperature)  # noqa: E731
             return jax.vmap(score, in_axes=1, out_axes=1)(outputs)  # [N, V]

@@ -5,10 +5,9 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec as P
 
 from hexa_jax.losses import info_nce
-from hexa_jax.methods.base import Batch, EncodeKeys, Spec, Targets
+from hexa_jax.methods.base import Batch, EncodeKeys, Method, Spec, Targets
 
 
 class MoCoState(NamedTuple):
@@ -20,7 +19,7 @@ class MoCoState(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class MoCo:
+class MoCo(Method):
     """MoCo-v2 (facebookresearch/moco).
 
     Attributes:
@@ -34,9 +33,13 @@ class MoCo:
     temperature: float
 
     key_crops = 1
-    needs_first_pass = False
 
     def check(self, spec: Spec) -> None:
+        if spec.num_crops != (1,):
+            raise ValueError(
+                "moco takes two crops of one size, a query and a key: data.num_crops=(2,) with one data.crop_size; "
+                "deepcluster and swav take more"
+            )
         if self.queue_size % spec.batch_size:
             below = self.queue_size // spec.batch_size * spec.batch_size
             near = ", ".join(str(size) for size in (below, below + spec.batch_size) if size)
@@ -49,18 +52,15 @@ class MoCo:
         queue = queue / jnp.linalg.norm(queue, axis=1, keepdims=True)
         return MoCoState(jax.tree.map(jnp.copy, params), queue, jnp.zeros([], jnp.int32))
 
-    def state_spec(self, spec: Spec) -> Any:
-        return P()
-
-    def targets(self, encode_keys: EncodeKeys, state: MoCoState, batch: Batch) -> Targets:
-        keys = encode_keys(state.key_params)  # [M, n, 1, D], rows in shuffled order
-        shape = keys.shape[:2]
+    def targets(self, encode_keys: EncodeKeys, state: MoCoState, batch: Batch, keys: jax.Array) -> Targets:
+        encoded = encode_keys(state.key_params)  # [M, n, 1, D], rows in shuffled order
+        shape = encoded.shape[:2]
         assert batch.key_row is not None
         # Only embeddings travel back to their rows; the images were shuffled by the input (shuffle-BN).
-        keys = keys.reshape(-1, keys.shape[-1])[batch.key_row.reshape(-1)].reshape(*shape, -1)
-        return Targets(y=keys, dictionary=state.queue, known=jnp.ones(shape, bool))
+        positives = encoded.reshape(-1, encoded.shape[-1])[batch.key_row.reshape(-1)].reshape(*shape, -1)
+        return Targets(y=positives, dictionary=state.queue, known=jnp.ones(shape, bool))
 
-    def loss(self, outputs: jax.Array, y: jax.Array, dictionary: jax.Array) -> jax.Array:
+    def loss(self, params: dict, outputs: jax.Array, y: jax.Array, dictionary: jax.Array) -> jax.Array:
         score = lambda query: info_nce(query, y, dictionary, self.temperature)  # noqa: E731
         return jax.vmap(score, in_axes=1, out_axes=1)(outputs)
 
@@ -74,9 +74,3 @@ class MoCo:
         keys = targets.y.reshape(-1, targets.y.shape[-1]).astype(state.queue.dtype)
         queue = jax.lax.dynamic_update_slice_in_dim(state.queue, keys, state.position, axis=0)
         return MoCoState(key_params, queue, (state.position + len(keys)) % self.queue_size)
-
-    def refresh(self, key: jax.Array, state: MoCoState) -> MoCoState:
-        return state
-
-    def describe(self, before: MoCoState, after: MoCoState) -> dict[str, jax.Array]:
-        return {}

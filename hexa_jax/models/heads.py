@@ -52,14 +52,14 @@ class Network(nn.Module):
 
     Attributes:
         backbone: the ResNet.
-        head: the projection head.
+        head: the projection head; None: outputs are the pooled features.
         pixel_mean: per-channel mean of the pixels in [0, 1].
         pixel_std: per-channel standard deviation.
         normalize: whether the outputs have unit length.
     """
 
     backbone: ResNet
-    head: ProjectionHead
+    head: ProjectionHead | None
     pixel_mean: tuple[float, float, float]
     pixel_std: tuple[float, float, float]
     normalize: bool = True
@@ -72,7 +72,9 @@ class Network(nn.Module):
             features = self.features(x.reshape(-1, *x.shape[2:]), mode)
             pooled.append(features.reshape(num, x.shape[1], -1))
         stacked = jnp.concatenate(pooled, axis=1)  # [N, V, F]
-        z = self.head(stacked.reshape(-1, stacked.shape[-1]), mode)
+        z = stacked.reshape(-1, stacked.shape[-1])
+        if self.head is not None:
+            z = self.head(z, mode)
         z = z.astype(jnp.promote_types(jnp.float32, z.dtype))
         if self.normalize:
             z = z / jnp.maximum(jnp.linalg.norm(z, axis=-1, keepdims=True), 1e-12)
