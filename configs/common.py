@@ -3,6 +3,9 @@
 Values in `config.runtime` say how to run, not what to compute: they may change when a run is resumed. All others may not.
 """
 
+import types
+from typing import Any
+
 import ml_collections
 
 
@@ -74,17 +77,21 @@ def get_config() -> ml_collections.ConfigDict:
     views.cutmix_one_box = False  # one box for the whole batch instead of one per crop
 
     config.optimizer = optimizer = ml_collections.ConfigDict()
-    optimizer.name = "sgd"  # sgd or larc
+    optimizer.name = "sgd"  # sgd, larc, lars or adam
     optimizer.learning_rate = 0.03
     optimizer.momentum = 0.9
-    optimizer.weight_decay = 1e-4  # on all parameters, BatchNorm and biases included
-    optimizer.trust_coefficient = 0.001  # larc
-    optimizer.schedule = (
-        "epoch_cosine"  # epoch_cosine: changes once per epoch, no warm-up; cosine: per step, with warm-up
-    )
+    optimizer.weight_decay = 1e-4  # on all parameters; lars: not on BatchNorm and biases
+    optimizer.trust_coefficient = 0.001  # larc and lars
+    # epoch_cosine: changes once per epoch, no warm-up; cosine: per step, with warm-up; steps: at `milestones`
+    optimizer.schedule = "epoch_cosine"
     optimizer.final_learning_rate = 0.0  # cosine
     optimizer.warmup_epochs = 0  # cosine
     optimizer.warmup_start = 0.0  # cosine
+    optimizer.milestones = (
+        120,
+        160,
+    )  # steps: epochs (from 0) at whose start the learning rate is multiplied by `decay`
+    optimizer.decay = 0.1  # steps
 
     config.data = data = ml_collections.ConfigDict()
     data.source = "tfds:imagenet2012:train"  # tfds:NAME[/CONFIG][:SPLIT], folder:DIR, arrays:FILE.npz, shapes
@@ -123,6 +130,7 @@ def get_config() -> ml_collections.ConfigDict:
     knn.crop = 224  # centre crop
 
     config.linear = linear = ml_collections.ConfigDict()
+    linear.every_epochs = 0  # as knn.every_epochs
     linear.at_end = False  # fit a linear probe on the kNN's examples when pre-training ends
     linear.regularization = 1e-4  # of multinomial logistic regression on standardised features
 
@@ -149,21 +157,109 @@ def hard_examples(
     return config
 
 
-def deepcluster(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
-    """DeepCluster-v2's recipe at B = 256: head, augmentation, BatchNorm and LARC of facebookresearch/swav."""
-    config.method = "deepcluster"
-    config.bn_group_size = 256  # min(512, batch_size)
+def arguments(text: str | None, **defaults: Any) -> Any:
+    """What follows the colon in `--config=configs/NAME.py:epochs=800,crops=8`, as attributes; others keep their defaults.
+
+    Raises:
+        ValueError: unknown name, or a value of another type than the default's.
+    """
+    values = dict(defaults)
+    for word in filter(None, (text or "").split(",")):
+        name, equals, value = word.partition("=")
+        if name not in defaults or not equals:
+            known = ", ".join(f"{key}={default}" for key, default in defaults.items())
+            raise ValueError(f"config argument {word!r} is not known: after the colon come {known}")
+        kind = type(defaults[name])
+        try:
+            values[name] = kind(value)
+        except ValueError:
+            raise ValueError(f"config argument {name}={value!r} must be of type {kind.__name__}") from None
+    return types.SimpleNamespace(**values)
+
+
+# Crops of the reference scripts: count, side, smallest and largest share of the image's area, per resolution.
+CROPS = {
+    2: ((2,), (224,), (0.08,), (1.0,)),
+    6: ((2, 4), (160, 96), (0.08, 0.05), (1.0, 0.14)),
+    8: ((2, 6), (224, 96), (0.14, 0.05), (1.0, 0.14)),
+}
+
+
+def multi_crop(config: ml_collections.ConfigDict, crops: int) -> ml_collections.ConfigDict:
+    """2, 6 or 8 crops as facebookresearch/swav's scripts cut them."""
+    if crops not in CROPS:
+        raise ValueError(f"crops={crops} is not known: use one of {', '.join(map(str, CROPS))}")
+    data = config.data
+    data.num_crops, data.crop_size, data.min_scale, data.max_scale = CROPS[crops]
+    return config
+
+
+def larc_batch(config: ml_collections.ConfigDict, batch: int) -> ml_collections.ConfigDict:
+    """LARC at the two batch sizes of facebookresearch/swav's scripts: 256 on one machine, 4096 on eight."""
+    config.batch_size = batch
+    config.bn_group_size = min(512, batch)  # 8 GPUs of 64 share statistics
+    o = config.optimizer
+    if batch == 256:
+        o.learning_rate, o.final_learning_rate = 0.6, 0.0006
+    elif batch == 4096:
+        o.learning_rate, o.final_learning_rate = 4.8, 0.0048
+        o.warmup_epochs, o.warmup_start = 10, 0.3
+    else:
+        raise ValueError(f"batch={batch} has no recipe: use 256 or 4096")
+    return config
+
+
+def on_imagenet(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
+    """How the ImageNet recipes run: bfloat16 is ours, the references compute in float32 or float16."""
+    config.precision = "bfloat16"
+    config.runtime.workers = 8  # one decodes and cuts a few hundred images a second
+    return config
+
+
+def swav_family(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
+    """What DeepCluster-v2 and SwAV share: head, augmentation and LARC of facebookresearch/swav."""
     config.model.head_hidden = 2048
     config.model.head_batch_norm = True
-    config.data.min_scale = (0.08,)
     config.data.pixel_std = (0.228, 0.224, 0.225)  # sic: not .229
-    config.augment.brightness = config.augment.contrast = config.augment.saturation = 0.8
-    config.augment.hue = 0.2
+    strong_jitter(config)
     config.optimizer.name = "larc"
-    config.optimizer.learning_rate = 0.6
-    config.optimizer.final_learning_rate = 0.0006
     config.optimizer.weight_decay = 1e-6
     config.optimizer.schedule = "cosine"
+    return config
+
+
+def strong_jitter(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
+    """SimCLR's colour distortion at strength 1, which the SwAV family uses, too; crops from 8 % of the image."""
+    config.data.min_scale = (0.08,)
+    config.augment.brightness = config.augment.contrast = config.augment.saturation = 0.8
+    config.augment.hue = 0.2
+    return config
+
+
+def deepcluster(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
+    """DeepCluster-v2's recipe at B = 256."""
+    config.method = "deepcluster"
+    return larc_batch(swav_family(config), 256)
+
+
+def swav(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
+    """SwAV's recipe at B = 256, without its queue."""
+    config.method = "swav"
+    return larc_batch(swav_family(config), 256)
+
+
+def simclr(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
+    """SimCLR's head, augmentation and temperature; one BatchNorm group has to be set to the batch."""
+    config.method = "simclr"
+    config.model.head_batch_norm = True
+    return strong_jitter(config)
+
+
+def rotation(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
+    """Rotation prediction: one crop, seen in four orientations, flipped but not distorted."""
+    config.method = "rotation"
+    config.data.num_crops, config.data.min_scale = (1,), (0.08,)
+    config.augment.jitter_probability = config.augment.gray_probability = config.augment.blur_probability = (0.0,)
     return config
 
 
@@ -184,4 +280,31 @@ def small_images(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict
     config.knn.train_limit = 0
     config.knn.test_limit = 0
     config.linear.at_end = True
+    return config
+
+
+def imagenette(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
+    """Imagenette at 160 pixels, and other small sets of photographs: ResNet-18, crops of 128 pixels.
+
+    As in the benchmark of lightly-ai/lightly on Imagenette: B = 256, kNN with k = 200 and temperature 0.1 at 128 pixels.
+    """
+    config.model.backbone = "resnet18"
+    config.epochs = 200
+    config.batch_size = 256
+    config.data.source = "tfds:imagenette/160px-v2:train"
+    config.data.eval_source = "tfds:imagenette/160px-v2:validation"
+    config.data.crop_size = (128,)
+    config.knn.resize = config.knn.crop = 128
+    config.knn.neighbours = 200
+    config.knn.temperature = 0.1
+    config.knn.train_limit = 0
+    config.knn.test_limit = 0
+    config.linear.at_end = True
+    return config
+
+
+def benchmark_sgd(config: ml_collections.ConfigDict, learning_rate: float) -> ml_collections.ConfigDict:
+    """SGD with weight decay 5e-4 and a cosine per epoch, as the small-image benchmarks of lightly-ai/lightly train."""
+    o = config.optimizer
+    o.name, o.learning_rate, o.weight_decay, o.schedule = "sgd", learning_rate, 5e-4, "epoch_cosine"
     return config

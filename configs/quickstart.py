@@ -1,6 +1,7 @@
 """HEXA_DCluster on the embedded data set `shapes`, small enough for two CPU cores; what `make quickstart` runs.
 
 Command:   python -m hexa_jax.main --config=configs/quickstart.py --workdir=runs/quickstart
+Arguments: epochs=6
 Hardware:  two CPU cores.
 Time:      under 5 minutes.
 Expected:  kNN accuracy at least 10 points above raw pixels and above random initialisation (docs/results.md has the figures).
@@ -12,11 +13,11 @@ BatchNorm, so that it shares the clean pass's backward.
 from configs import common
 
 
-def get_config():
+def get_config(text=None):
     """The recipe."""
     config = common.get_config()
     config.method = "deepcluster"
-    config.epochs = 6
+    config.epochs = common.arguments(text, epochs=6).epochs
     config.batch_size = 128
     config.bn_group_size = 128
     config.model.backbone = "resnet10"

@@ -166,10 +166,11 @@ def make_photometric(config: ConfigDict) -> tuple[Photometric, ...]:
 def make_schedule(config: ConfigDict, steps_per_epoch: int) -> optim.Schedule:
     """Learning rate as a function of the step."""
     o, epochs = config.optimizer, config.epochs
+    choose("optimizer.schedule", o.schedule, dict.fromkeys(("epoch_cosine", "cosine", "steps")))
     if o.schedule == "epoch_cosine":
         return optim.epoch_cosine(o.learning_rate, epochs, steps_per_epoch)
-    if o.schedule != "cosine":
-        raise ConfigError(f"config.optimizer.schedule={o.schedule!r} is not known: use one of cosine, epoch_cosine")
+    if o.schedule == "steps":
+        return optim.epoch_steps(o.learning_rate, o.milestones, o.decay, steps_per_epoch)
     return optim.warmup_cosine(
         o.learning_rate,
         o.final_learning_rate,
@@ -180,13 +181,15 @@ def make_schedule(config: ConfigDict, steps_per_epoch: int) -> optim.Schedule:
 
 
 def make_optimizer(config: ConfigDict, steps_per_epoch: int) -> optax.GradientTransformation:
-    """SGD or LARC with the config's schedule."""
+    """The optimiser that `optimizer.name` says, with the config's schedule."""
     o, schedule = config.optimizer, make_schedule(config, steps_per_epoch)
-    if o.name == "sgd":
-        return optim.sgd(schedule, o.momentum, o.weight_decay)
-    if o.name == "larc":
-        return optim.larc(schedule, o.momentum, o.weight_decay, o.trust_coefficient)
-    raise ConfigError(f"config.optimizer.name={o.name!r} is not known: use one of larc, sgd")
+    makers = {
+        "sgd": lambda: optim.sgd(schedule, o.momentum, o.weight_decay),
+        "larc": lambda: optim.larc(schedule, o.momentum, o.weight_decay, o.trust_coefficient),
+        "lars": lambda: optim.lars(schedule, o.momentum, o.weight_decay, o.trust_coefficient),
+        "adam": lambda: optim.adam(schedule, o.weight_decay),
+    }
+    return choose("optimizer.name", o.name, makers)()
 
 
 def make_views(config: ConfigDict) -> ViewSettings:
@@ -255,7 +258,7 @@ POSITIVE = (
 )  # fmt: skip
 NOT_NEGATIVE = (
     "seed", "model.head_hidden", "swav.queue_length", "swav.queue_start_epoch", "swav.freeze_steps",
-    "data.limit", "data.max_bad_fraction", "knn.every_epochs", "knn.train_limit",
+    "data.limit", "data.max_bad_fraction", "knn.every_epochs", "linear.every_epochs", "knn.train_limit",
     "knn.test_limit", "runtime.num_devices", "runtime.workers", "runtime.checkpoint_every", "runtime.keep_every",
 )  # fmt: skip
 

@@ -70,7 +70,9 @@ def _load_config(argv: list[str]) -> ConfigDict:
         if not isinstance(config, ConfigDict) and config is not None:
             config.to_dict()  # raises what was wrong with the file
     except flags.Error as error:
-        raise ConfigError(_one_line(error)) from None
+        *above, last = str(error).strip().splitlines()
+        # A ValueError of the file's own comes with its traceback.
+        raise ConfigError(last.removeprefix("ValueError: ") if above else _one_line(error)) from None
     except OSError as error:
         missing = "No such file" in str(error) or not _config_path(argv)
         reason = "does not exist" if missing else f"cannot be read: {_one_line(error).split('to load: ')[-1]}"
@@ -88,7 +90,8 @@ def _config_path(argv: list[str]) -> str:
     """What --config names."""
     for argument, following in zip(argv, [*argv[1:], ""], strict=True):
         if match := re.fullmatch(r"--?config(?:=(.*))?", argument):
-            return following if match[1] is None else match[1]
+            path = following if match[1] is None else match[1]
+            return re.sub(r"(\.py):.*", r"\1", path)  # without arguments after the colon
     return ""
 
 

@@ -8,7 +8,7 @@ Legend: N rows of one device and microbatch, V crops, H W C image, D embedding.
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -131,6 +131,30 @@ class Gradients(NamedTuple):
     outputs: jax.Array
 
 
+class Shown(NamedTuple):
+    """Views to look at; leaves [N, ...], images at most PICTURES rows.
+
+    Attributes:
+        images: per view, per resolution [N, V, S, S, 3].
+        mask: per resolution bool [N, V, S, S, 1], where the cut-mixed view shows the partner; () without such views.
+        lam: per cut-mixed view [N, V], the share of the image itself.
+        row: int32 position in the step's batch.
+        partner: int32, that of the CutMix partner; its own without such views.
+        index: int32 example.
+        outputs: per view [N, V, D].
+        y: pseudo-labels.
+    """
+
+    images: dict[str, Any]
+    mask: Any
+    lam: dict[str, jax.Array]
+    row: jax.Array
+    partner: jax.Array
+    index: jax.Array
+    outputs: dict[str, jax.Array]
+    y: Any
+
+
 @dataclasses.dataclass(frozen=True)
 class Objective:
     """The objective as a function of parameters and rows."""
@@ -227,11 +251,7 @@ class Objective:
     ) -> Gradients:
         """The clean part's gradients plus those of the hard views of the crops x; `attacked` are their adversarial views."""
         grads, all_moments, losses = plain.params, dict(plain.moments), dict(plain.losses)
-        inputs: dict[str, Callable[[], tuple]] = {
-            ADVERSARIAL: lambda: (attacked, None),
-            CUTMIX: lambda: self.mix(x, rows, clock),
-            CUTMIX_ADVERSARIAL: lambda: self.mix(attacked, rows, clock, SECOND_CUTMIX_DRAWS),
-        }
+        inputs = self._hard_inputs(x, attacked, rows, clock)
         for view, weight in self.views.weights.items():
             if view == CLEAN:
                 continue
@@ -241,20 +261,44 @@ class Objective:
                 loss = jnp.sum(row_losses)
                 return weight * loss, (loss, moments)
 
-            more, (losses[view], all_moments[view]) = jax.grad(weighted, has_aux=True)(params, *inputs[view]())
+            more, (losses[view], all_moments[view]) = jax.grad(weighted, has_aux=True)(params, *inputs[view])
             grads = jax.tree.map(jnp.add, grads, more)
         return Gradients(grads, all_moments, losses, plain.outputs)
 
-    def views_of(self, x: Any, attacked: Any, rows: Rows, clock: Clock) -> dict[str, Any]:
-        """PICTURES rows of what a step learns from: each view like x, and "lambda" of the cut-mixed ones."""
-        views = {CLEAN: x}
-        if self.views.alpha1:
-            views[ADVERSARIAL] = attacked
-        if self.views.alpha2:
-            views[CUTMIX], (views["lambda"], _) = self.mix(x, rows, clock)
-        if self.views.alpha3:
-            views[CUTMIX_ADVERSARIAL], _ = self.mix(attacked, rows, clock, SECOND_CUTMIX_DRAWS)
-        return jax.tree.map(lambda leaf: leaf[:PICTURES], views)
+    def _hard_inputs(self, x: Any, attacked: Any, rows: Rows, clock: Clock) -> dict[str, tuple[Any, Any]]:
+        """Per hard view of the objective: its images, and how its pseudo-labels are mixed (None: not at all)."""
+        weights = self.views.weights
+        inputs: dict[str, tuple[Any, Any]] = {}
+        if ADVERSARIAL in weights:
+            inputs[ADVERSARIAL] = (attacked, None)
+        if CUTMIX in weights:
+            inputs[CUTMIX] = self.mix(x, rows, clock)
+        if CUTMIX_ADVERSARIAL in weights:
+            inputs[CUTMIX_ADVERSARIAL] = self.mix(attacked, rows, clock, SECOND_CUTMIX_DRAWS)
+        return inputs
+
+    def views_of(self, params: Any, x: Any, attacked: Any, rows: Rows, clock: Clock) -> "Shown":
+        """What a step learns from, to look at: PICTURES rows of images, all rows of outputs."""
+        inputs = self._hard_inputs(x, attacked, rows, clock)
+        lam = {view: mix[0] for view, (_, mix) in inputs.items() if mix is not None}
+        images = {CLEAN: x} | {view: view_inputs[0] for view, view_inputs in inputs.items()}
+        outputs = {view: self.forward(params, crops, view)[0] for view, crops in images.items()}
+        row = rows.batch.row
+        partner, mask = self._cut(x, rows, clock) if CUTMIX in inputs else (jnp.arange(len(row)), ())
+        cut = lambda tree: jax.tree.map(lambda leaf: leaf[:PICTURES], tree)  # noqa: E731
+        return Shown(cut(images), cut(mask), lam, row, row[partner], rows.batch.index, outputs, rows.y)
+
+    def _cut(self, x: Any, rows: Rows, clock: Clock) -> tuple[jax.Array, Any]:
+        """Partners [N], and where the cut-mixed crops show them: bool like x with one channel. Found by mixing numbers."""
+        number = jnp.arange(x[0].shape[0], dtype=x[0].dtype)
+
+        def numbers(crops: jax.Array) -> jax.Array:
+            return jnp.broadcast_to(number.reshape(-1, 1, 1, 1, 1), (*crops.shape[:-1], 1))
+
+        own = tuple(numbers(crops) for crops in x)
+        mixed, _ = self.mix(own, rows, clock)
+        mask = jax.tree.map(lambda a, b: a != b, mixed, own)
+        return self._partners(clock.step, rows.batch.row), mask
 
     def example_keys(self, purpose: int, epoch: jax.Array, index: jax.Array) -> jax.Array:
         """[N] keys, each a function of (seed, purpose, epoch, example) only: the batch's layout cannot matter."""

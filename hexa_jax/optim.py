@@ -1,6 +1,6 @@
 """Optimisers and learning-rate schedules of the reference recipes."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -39,6 +39,32 @@ def epoch_cosine(base: float, epochs: int, steps_per_epoch: int) -> Schedule:
         return base * 0.5 * (1 + jnp.cos(jnp.pi * epoch / epochs))
 
     return schedule
+
+
+def epoch_steps(base: float, milestones: Sequence[int], decay: float, steps_per_epoch: int) -> Schedule:
+    """`base` times `decay` to the number of milestones (epochs, from 0) that the step's epoch has reached."""
+
+    def schedule(step: jax.Array) -> jax.Array:
+        passed = sum(jnp.asarray(step) >= epoch * steps_per_epoch for epoch in milestones)
+        return base * decay ** jnp.asarray(passed, jnp.result_type(float))
+
+    return schedule
+
+
+def adam(learning_rate: float | Schedule, weight_decay: float) -> optax.GradientTransformation:
+    """torch's Adam: weight decay as part of the gradient."""
+    return optax.chain(optax.add_decayed_weights(weight_decay), optax.adam(learning_rate))
+
+
+def lars(
+    learning_rate: float | Schedule, momentum: float, weight_decay: float, trust_coefficient: float
+) -> optax.GradientTransformation:
+    """SimCLR's LARS: vectors (BatchNorm and biases) are neither decayed nor adapted (google-research/simclr lars_optimizer.py)."""
+
+    def matrices(params: optax.Params) -> optax.Params:
+        return jax.tree.map(lambda leaf: leaf.ndim > 1, params)
+
+    return optax.lars(learning_rate, weight_decay, matrices, trust_coefficient, 0.0, matrices, momentum)
 
 
 def sgd(learning_rate: float | Schedule, momentum: float, weight_decay: float) -> optax.GradientTransformation:

@@ -21,6 +21,7 @@ from hexa_jax.checkpoint import Checkpoints
 from hexa_jax.data.sources import Source
 from hexa_jax.evals.online import Probe, make_probe
 from hexa_jax.inputs import Input
+from hexa_jax.objective import Shown
 from hexa_jax.progress import Clock, say
 from hexa_jax.train_step import Steps, Trainer, TrainState
 from hexa_jax.workdir import Metrics, write_json
@@ -109,11 +110,11 @@ class _Run:
                 self._report(*pending)  # of the step before: reading this one's numbers would wait for it
             self.step += 1
             pending = (self.step, metrics)
-            if self.step % self.steps_per_epoch == 0 and self._due(self.step // self.steps_per_epoch):
+            if self.step % self.steps_per_epoch == 0 and (due := self._due(self.step // self.steps_per_epoch)):
                 self._report(*pending)
                 pending = None
                 with self.clock.paused():
-                    self._evaluate(self.step // self.steps_per_epoch)
+                    self._evaluate(self.step // self.steps_per_epoch, due)
             if self.step % every == 0 or self.step == self.total or self.stopping:
                 if pending:
                     self._report(*pending)  # also the check that what is saved is finite
@@ -173,15 +174,19 @@ class _Run:
         assert self.assignments is not None
         return bool((self.input.labels[(self.assignments >= 0).all(axis=0)] >= 0).all())
 
-    def _due(self, epoch: int) -> bool:
-        every = self.config.knn.every_epochs
-        return bool(self.probe and every and (epoch % every == 0))
+    def _due(self, epoch: int) -> list[str]:
+        """Accuracies to measure after this epoch."""
+        every = {"knn": self.config.knn.every_epochs, "linear": self.config.linear.every_epochs}
+        return [name for name, epochs in every.items() if self.probe and epochs and epoch % epochs == 0]
 
-    def _evaluate(self, epoch: int) -> None:
+    def _evaluate(self, epoch: int, due: list[str]) -> None:
         assert self.probe is not None
-        knn = self.probe.knn(self.probe.features(self.state))
-        self.metrics.write(self.step, {"epoch": epoch, "knn_accuracy": knn})
-        say(f"epoch {epoch}: kNN accuracy {knn:.1f} %")
+        features = self.probe.features(self.state)
+        accuracies = {f"{name}_accuracy": getattr(self.probe, name)(features) for name in due}
+        values = {name: value for name, value in accuracies.items() if value is not None}
+        self.metrics.write(self.step, {"epoch": epoch, **values})
+        for name, value in values.items():
+            say(f"epoch {epoch}: {'kNN' if name == 'knn_accuracy' else 'linear probe'} accuracy {value:.1f} %")
 
     def _report(self, step: int, metrics: dict) -> None:
         """Check and log the numbers of a finished step."""
@@ -250,7 +255,7 @@ class _Run:
         assignments = getattr(self.state.method, "assignments", None)
         return None if assignments is None else np.asarray(assignments)
 
-    def views(self) -> dict[str, Any]:
+    def views(self) -> Shown:
         """The views of the first batch."""
         return self.steps.views(self.state, next(self.input.batches(0)), self.input.resident)
 

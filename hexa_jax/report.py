@@ -14,6 +14,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from hexa_jax.data.decode import decode, resize_center_crop
+from hexa_jax.objective import Shown
 
 ROWS = [("raw pixels", "pixels_"), ("random initialisation", "random_"), ("pre-trained", "")]
 COLUMNS = [("kNN", "knn_accuracy"), ("linear probe", "linear_accuracy")]
@@ -37,7 +38,7 @@ def write_report(workdir: pathlib.Path, config: ConfigDict, run: Any, results: d
     Args:
         workdir: of the run; its metrics.jsonl is read.
         config: of the run.
-        run: gives `views()`, the dict of the trainer's view_step as NumPy arrays, `source`, and `assignments` or None.
+        run: gives `views()`, the result of the trainer's view_step, `source`, and `assignments` or None.
         results: for the table.
 
     Returns:
@@ -84,27 +85,31 @@ def _curves(metrics: pathlib.Path, path: pathlib.Path) -> None:
     _save(figure, path)
 
 
-def _hard_examples(views: dict[str, Any], path: pathlib.Path, count: int = 8) -> None:
+def _hard_examples(shown: Shown, path: pathlib.Path, count: int = 8) -> None:
     """Rows: clean crop, perturbation (zero is grey, the attack's radius is full scale), adversarial and cut-mixed views."""
-    flat = {name: _flat(value[0])[:count, 0] for name, value in views.items() if name != "lambda"}
-    rows = [("clean", flat["clean"])]
-    if "adversarial" in flat:
-        radius = max(float(np.abs(flat["adversarial"] - flat["clean"]).max()), 1e-9)
-        delta = 0.5 + 0.5 * (flat["adversarial"] - flat["clean"]) / radius
-        rows += [(f"perturbation\n(±{255 * radius:.1f} of 255)", delta), ("adversarial", flat["adversarial"])]
-    if "cutmix" in flat:
-        rows += [("cut-mixed", flat["cutmix"])]
-        lam = _flat(views["lambda"])[:count, 0]
-    count = len(flat["clean"])
+    images = {view: _flat(crops[0])[:count, 0] for view, crops in shown.images.items()}
+    rows = [("clean", images["clean"])]
+    if "adversarial" in images:
+        delta, radius = perturbation(images["clean"], images["adversarial"])
+        rows += [(f"perturbation\n(±{255 * radius:.1f} of 255)", delta), ("adversarial", images["adversarial"])]
+    rows += [(view.replace("_", "\n"), images[view]) for view in shown.lam]
+    count = len(images["clean"])
     figure, axes = plt.subplots(len(rows), count, figsize=(1.3 * count + 1.2, 1.4 * len(rows)), squeeze=False)
-    for axis_row, (title, images) in zip(axes, rows, strict=True):
-        for column, (axis, image) in enumerate(zip(axis_row, images, strict=True)):
+    for axis_row, (title, pictures) in zip(axes, rows, strict=True):
+        lam = shown.lam.get(title.replace("\n", "_"))
+        for column, (axis, image) in enumerate(zip(axis_row, pictures, strict=True)):
             axis.imshow(np.clip(image, 0, 1), interpolation="nearest")
             axis.set(xticks=[], yticks=[])
-            if title == "cut-mixed":
-                axis.set_xlabel(f"λ {lam[column]:.2f}", fontsize=8)
+            if lam is not None:
+                axis.set_xlabel(f"λ {_flat(lam)[column, 0]:.2f}", fontsize=8)
         axis_row[0].set_ylabel(title, fontsize=8)
     _save(figure, path)
+
+
+def perturbation(clean: np.ndarray, adversarial: np.ndarray) -> tuple[np.ndarray, float]:
+    """The difference on a symmetric scale, zero in the middle of [0, 1], and the largest one in pixels of [0, 1]."""
+    radius = max(float(np.abs(adversarial - clean).max()), 1e-9)
+    return 0.5 + 0.5 * (adversarial - clean) / radius, radius
 
 
 def _clusters(source: Any, assignments: np.ndarray, path: pathlib.Path, rows: int = 10, columns: int = 12) -> None:

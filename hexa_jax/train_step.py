@@ -20,7 +20,17 @@ from hexa_jax.mesh import ROWS
 from hexa_jax.methods.base import Batch, Spec, Targets
 from hexa_jax.microbatch import accumulate
 from hexa_jax.models.norm import CLEAN, EVALUATION, blend, stats_collection
-from hexa_jax.objective import INIT_DRAWS, REFRESH_DRAWS, TASK_DRAWS, Clock, Gradients, Objective, Rows, norm_branch
+from hexa_jax.objective import (
+    INIT_DRAWS,
+    REFRESH_DRAWS,
+    TASK_DRAWS,
+    Clock,
+    Gradients,
+    Objective,
+    Rows,
+    Shown,
+    norm_branch,
+)
 from hexa_jax.whole_step import WholeStep
 
 
@@ -224,22 +234,17 @@ class Trainer:
         arguments = (state.params, state.method, batch, self._weight(batch.valid), clock, data)
         return arguments, (P(), self.objective.method.state_spec(self.spec), ROWS, ROWS, P(), P())
 
-    def view_step(self, state: TrainState, batch: Batch, data: jax.Array | None = None) -> dict[str, Any]:
-        """Some of the views that the next step would learn from, for pictures.
-
-        Returns:
-            "clean" and, where the objective has them, "adversarial", "cutmix" and "cutmix_adversarial": per resolution
-            [M, rows, V, S, S, 3], with at most objective.PICTURES rows a device; "lambda" [M, rows, V] of the cut-mixed ones.
-        """
+    def view_step(self, state: TrainState, batch: Batch, data: jax.Array | None = None) -> Shown:
+        """What the next step would learn from, to look at: leaves [M, rows, ...], PICTURES rows of images a device."""
         objective, clock = self.objective, self._clock(state)
 
-        def local(params: Any, rows: Rows, clock: Clock, data: jax.Array | None) -> dict[str, Any]:
-            def one(leaves: Any) -> tuple[Any, dict[str, Any]]:
+        def local(params: Any, rows: Rows, clock: Clock, data: jax.Array | None) -> Shown:
+            def one(leaves: Any) -> tuple[Any, Shown]:
                 batch, y, weight = leaves
                 rows_here = Rows(batch, y, weight, rows.dictionary)
-                x = objective.online_crops(rows_here.batch, clock.epoch, data)
+                x = objective.online_crops(batch, clock.epoch, data)
                 attacked = objective.attack(params, x, rows_here, clock) if objective.views.attacks else None
-                return (), objective.views_of(x, attacked, rows_here, clock)
+                return (), objective.views_of(params, x, attacked, rows_here, clock)
 
             return accumulate(one, rows[:3])[1]
 

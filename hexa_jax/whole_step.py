@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from hexa_jax.methods.base import Batch, Targets
 from hexa_jax.microbatch import accumulate, twice
 from hexa_jax.models.norm import CLEAN
-from hexa_jax.objective import ATTACK_DRAWS, Clock, Gradients, Objective, Rows, own_params
+from hexa_jax.objective import ATTACK_DRAWS, Clock, Gradients, Objective, Rows, Shown, own_params
 
 
 class Known(NamedTuple):
@@ -85,15 +85,15 @@ class WholeStep:
         moments = jax.tree.map(lambda m: m / len(self.weight), moments)
         return Gradients(grads, moments, {CLEAN: known.loss} | losses, known.outputs)
 
-    def views(self) -> dict[str, Any]:
-        """Clean crops, hard views and their labels, as `Objective.views_of` gives them, for each microbatch."""
+    def views(self) -> Shown:
+        """`Objective.views_of` for each microbatch."""
         known, clean_again, attack_again = self._know()
 
-        def one(leaves: Any) -> tuple[Any, dict[str, Any]]:
+        def one(leaves: Any) -> tuple[Any, Shown]:
             rows, slope, attack = self._rows(leaves, known)
             _, (x, pull, _) = clean_again(rows.batch)
             attacked = self._attacked(x, rows, pull(slope)[1], attack, attack_again)
-            return (), self.objective.views_of(x, attacked, rows, self.clock)
+            return (), self.objective.views_of(self.params, x, attacked, rows, self.clock)
 
         return accumulate(one, self._leaves(known))[1]
 

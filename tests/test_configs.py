@@ -5,33 +5,106 @@ import pathlib
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
+from ml_collections import ConfigDict
+from small import SmallRun, small_config
 
 from hexa_jax.build import make_schedule, make_trainer
 from hexa_jax.objective import PICTURES
 
 NAMES = sorted(path.stem for path in pathlib.Path("configs").glob("*.py") if path.stem not in ("common", "__init__"))
 IMAGENET = 1_281_167
-# From the papers and reference code (see the docstrings in configs/): method, batch, epochs, lr, weight decay, optimizer,
-# temperature, crops, alpha1, key momentum or clusters.
+# From the papers and the reference code (see the docstrings in configs/): method, batch, epochs, learning rate, weight decay,
+# optimizer, temperature, crops, their sides, alpha1, alpha2, key momentum (MoCo) or clusters or prototypes.
 TABLE = {
-    "moco_v2": ("moco", 256, 200, 0.03, 1e-4, "sgd", 0.2, (2,), 0, 0.999),
-    "hexa_moco": ("moco", 256, 200, 0.03, 1e-4, "sgd", 0.2, (2,), 1, 0.99),
-    "deepcluster_v2": ("deepcluster", 256, 200, 0.6, 1e-6, "larc", 0.1, (2,), 0, 3000),
-    "hexa_dcluster": ("deepcluster", 256, 200, 0.6, 1e-6, "larc", 0.1, (2,), 1, 3000),
+    "moco_v2": ("moco", 256, 200, 0.03, 1e-4, "sgd", 0.2, (2,), (224,), 0, 0, 0.999),
+    "moco_v2:epochs=800": ("moco", 256, 800, 0.03, 1e-4, "sgd", 0.2, (2,), (224,), 0, 0, 0.999),
+    "hexa_moco": ("moco", 256, 200, 0.03, 1e-4, "sgd", 0.2, (2,), (224,), 1, 0, 0.99),
+    "hexa_moco:epochs=800": ("moco", 256, 800, 0.03, 1e-4, "sgd", 0.2, (2,), (224,), 1, 0, 0.99),
+    "deepcluster_v2": ("deepcluster", 256, 200, 0.6, 1e-6, "larc", 0.1, (2,), (224,), 0, 0, 3000),
+    "deepcluster_v2:batch=4096,epochs=400": (
+        "deepcluster",
+        4096,
+        400,
+        4.8,
+        1e-6,
+        "larc",
+        0.1,
+        (2,),
+        (224,),
+        0,
+        0,
+        3000,
+    ),
+    "deepcluster_v2:crops=6,epochs=400": (
+        "deepcluster",
+        4096,
+        400,
+        4.8,
+        1e-6,
+        "larc",
+        0.1,
+        (2, 4),
+        (160, 96),
+        0,
+        0,
+        3000,
+    ),
+    "deepcluster_v2:crops=8,epochs=800": (
+        "deepcluster",
+        4096,
+        800,
+        4.8,
+        1e-6,
+        "larc",
+        0.1,
+        (2, 6),
+        (224, 96),
+        0,
+        0,
+        3000,
+    ),
+    "hexa_dcluster": ("deepcluster", 256, 200, 0.6, 1e-6, "larc", 0.1, (2,), (224,), 1, 0, 3000),
+    "hexa_dcluster_8crop": ("deepcluster", 4096, 200, 4.8, 1e-6, "larc", 0.1, (2, 6), (224, 96), 1, 0, 3000),
+    "hexa_plus_dcluster_8crop:epochs=800": (
+        "deepcluster",
+        4096,
+        800,
+        4.8,
+        1e-6,
+        "larc",
+        0.1,
+        (2, 6),
+        (224, 96),
+        1,
+        1,
+        3000,
+    ),
+    "swav": ("swav", 4096, 200, 4.8, 1e-6, "larc", 0.1, (2, 6), (224, 96), 0, 0, 3000),
+    "swav:batch=256": ("swav", 256, 200, 0.6, 1e-6, "larc", 0.1, (2, 6), (224, 96), 0, 0, 3000),
+    "hexa_swav": ("swav", 4096, 200, 4.8, 1e-6, "larc", 0.1, (2, 6), (224, 96), 1, 0, 3000),
+    "simclr": ("simclr", 4096, 100, 4.8, 1e-6, "lars", 0.1, (2,), (224,), 0, 0, None),
+    "hexa_simclr": ("simclr", 4096, 100, 4.8, 1e-6, "lars", 0.1, (2,), (224,), 1, 0, None),
+    "rotation": ("rotation", 256, 105, 0.1, 1e-4, "sgd", None, (1,), (224,), 0, 0, None),
 }
 
 
 def load(name):
-    return importlib.import_module(f"configs.{name}").get_config()
+    name, _, text = name.partition(":")
+    return importlib.import_module(f"configs.{name}").get_config(text)
+
+
+def settings_of(config):
+    """The method's own group of settings."""
+    return config.get(config.method, ConfigDict())
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_config_takes_a_real_size_step(name):
     config = load(name)
-    num_examples = {"shapes:train": config.data.shapes_count, "tfds:cifar10:train": 50_000}.get(
-        config.data.source, IMAGENET
-    )
+    sizes = {"shapes:train": config.data.shapes_count, "tfds:cifar10:train": 50_000}
+    num_examples = sizes.get(config.data.source, 9_469 if "imagenette" in config.data.source else IMAGENET)
     trainer = make_trainer(config, num_examples, jax.devices()[:1])
     resident = jax.ShapeDtypeStruct((num_examples, 32, 32, 3), jnp.uint8) if config.data.on_device else None
     with jax.set_mesh(trainer.mesh):
@@ -42,13 +115,13 @@ def test_config_takes_a_real_size_step(name):
     strip = lambda tree: jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), tree)  # noqa: E731
     assert strip(state) == strip(shapes)
     assert metrics["loss"].shape == ()
-    assert ("loss_adversarial" in metrics) == name.startswith(("hexa_", "quickstart", "cifar10_hexa"))
+    assert ("loss_adversarial" in metrics) == ("hexa" in name or name == "quickstart")
 
 
 @pytest.mark.parametrize("name", TABLE)
 def test_numbers_are_those_of_the_sources(name):
     config = load(name)
-    method = config.moco if config.method == "moco" else config.deepcluster
+    own = settings_of(config)
     row = (
         config.method,
         config.batch_size,
@@ -56,16 +129,82 @@ def test_numbers_are_those_of_the_sources(name):
         config.optimizer.learning_rate,
         config.optimizer.weight_decay,
         config.optimizer.name,
-        method.temperature,
+        own.get("temperature"),
         config.data.num_crops,
+        config.data.crop_size,
         config.views.alpha1,
-        config.moco.momentum if config.method == "moco" else config.deepcluster.num_clusters,
+        config.views.alpha2,
+        own.get("momentum") or own.get("num_clusters") or own.get("num_prototypes"),
     )
     assert row == TABLE[name]
-    assert (config.views.alpha2, config.views.epsilon, config.views.step_size, config.views.steps) == (0, 1, 1, 1)
+    assert (config.views.epsilon, config.views.step_size, config.views.steps, config.views.norm) == (1, 1, 1, "linf")
     assert (config.views.cutmix_alpha, config.views.cutmix_beta) == (5, 3)
-    assert config.model.backbone == "resnet50"
-    assert config.data.crop_size == (224,)
+    assert config.model.backbone == "resnet50" and config.model.head_dim == 128
+    assert config.bn_group_size == {"moco": 32, "rotation": 32, "simclr": config.batch_size}.get(
+        config.method, min(512, config.batch_size)
+    )
+
+
+def test_numbers_beside_the_table():
+    small, large = load("swav:batch=256"), load("swav")
+    assert (small.swav.queue_length, small.swav.queue_start_epoch, small.swav.freeze_steps) == (3840, 15, 5005)
+    assert (large.swav.queue_length, large.swav.freeze_steps, large.swav.epsilon, large.swav.iterations) == (
+        0,
+        313,
+        0.05,
+        3,
+    )
+    for config in (large, load("deepcluster_v2:crops=8")):
+        assert (config.optimizer.warmup_epochs, config.optimizer.warmup_start) == (10, 0.3)
+        assert config.optimizer.final_learning_rate == 0.0048
+        assert (config.data.min_scale, config.data.max_scale) == ((0.14, 0.05), (1.0, 0.14))
+        assert (config.augment.brightness, config.augment.hue, config.data.pixel_std[0]) == (0.8, 0.2, 0.228)
+    assert load("deepcluster_v2:crops=6").data.min_scale == (0.08, 0.05)
+    moco = load("moco_v2")
+    assert (moco.augment.brightness, moco.augment.hue, moco.data.min_scale, moco.moco.queue_size) == (
+        0.4,
+        0.1,
+        (0.2,),
+        65536,
+    )
+    assert load("simclr").model.zero_init_residual and not moco.model.zero_init_residual
+
+
+@pytest.mark.parametrize(
+    "wrong", ["moco_v2:epoch=1", "moco_v2:epochs=many", "swav:crops=3", "swav:batch=512", "swav:crops"]
+)
+def test_wrong_arguments_name_what_is_known(wrong):
+    with pytest.raises(ValueError, match=r"config argument|is not known|has no recipe"):
+        load(wrong)
+
+
+SCHEMES = {
+    "std": ["clean"],
+    "std+adv": ["clean", "adversarial"],
+    "std+cmx": ["clean", "cutmix"],
+    "std+adv+cmx": ["clean", "adversarial", "cutmix"],
+    "std+adv+cmxA": ["clean", "adversarial", "cutmix_adversarial"],
+    "all": ["clean", "adversarial", "cutmix", "cutmix_adversarial"],
+}
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_schemes_choose_the_terms_of_the_objective(scheme):
+    config = load("hexa_moco")
+    config.views.alpha1 = 0.5  # kept where the scheme has the term
+    config.scheme = scheme
+    weights = make_trainer(config, IMAGENET, jax.devices()[:1]).objective.views.weights
+    assert list(weights) == SCHEMES[scheme]
+    assert weights.get("adversarial", 0.5) == 0.5
+    assert weights.get("cutmix", 1) == weights.get("cutmix_adversarial", 1) == 1
+
+
+@pytest.mark.parametrize("method", ["moco", "simclr", "deepcluster", "swav", "rotation"])
+@pytest.mark.parametrize("scheme", ["std", "all"])
+def test_every_method_takes_a_step_in_every_family_of_schemes(method, scheme):
+    run = SmallRun(small_config(method, scheme=scheme, precision="float32"))
+    state = run.train(1)
+    assert np.isfinite(run.losses).all() and state.step == 1
 
 
 def test_schedules_of_the_two_families():

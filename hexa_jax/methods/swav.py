@@ -16,7 +16,10 @@ from hexa_jax.methods.base import Batch, Method, Spec, Targets
 
 
 class SwAVState(NamedTuple):
-    """Steps taken (int32), and the queue [Q, B, A, D] of the last clean embeddings, split over devices along axis 1."""
+    """Queue [Q, B, A, D] of the last clean embeddings, split over devices along axis 1, and the int32 step that writes it next.
+
+    Steps count from the one in which the queue starts to fill; they are negative before.
+    """
 
     step: jax.Array
     queue: jax.Array

@@ -1,0 +1,22 @@
+"""Rotation prediction on Imagenette at 160 pixels or any small set of photographs: ResNet-18, crops of 128 pixels.
+
+Command:   python -m hexa_jax.main --config=configs/imagenette_rotation.py --workdir=DIR
+           other data: --config.data.source=folder:TRAIN --config.data.eval_source=folder:VAL
+Arguments: epochs=200; scheme= (hard examples, as in Fig. 2: std+adv, std+cmx, ...)
+Hardware:  one accelerator.
+Time:      not measured.
+Expected:  no number; nothing measured here yet. Optimiser as in configs/cifar10_rotation.py.
+"""
+
+from configs import common
+
+
+def get_config(text=None):
+    """The recipe."""
+    choice = common.arguments(text, epochs=200, scheme="")
+    config = common.benchmark_sgd(common.imagenette(common.rotation(common.get_config())), 0.1)
+    config.data.min_scale = (0.2,)
+    config.optimizer.schedule, config.optimizer.decay = "steps", 0.2
+    config.optimizer.milestones = tuple(choice.epochs * share // 10 for share in (3, 6, 8))
+    config.epochs, config.scheme = choice.epochs, choice.scheme
+    return config

@@ -1,0 +1,85 @@
+"""Command line: `python -m hexa_jax.experiments NAME --workdir=DIR [--preset=...] [--methods=...] [--seeds=...]`.
+
+NAME         fig1 gallery of hard examples        fig2 schemes of hard examples
+             fig3 accuracy over epochs            fig4 strength of the attack      fig5 Beta distributions of CutMix
+--workdir    of the experiment; starting again skips finished cells, goes on with stopped ones and tries failed ones anew
+--preset     imagenet (the paper's protocol), imagenette, cifar10 or tiny (two CPU cores, the default)
+--methods    comma-separated: moco, deepcluster, simclr, swav, rotation; by default the figure's own
+--seeds      comma-separated numbers, by default 0
+--config.key=value   an override for every pre-training run
+
+Exit codes: 0 everything is there, 1 a cell failed (the rest was done), 2 a mistake in the command, 143 stopped by SIGTERM.
+"""
+
+import argparse
+import pathlib
+import sys
+from collections.abc import Sequence
+
+from hexa_jax.experiments.figures import FIGURES
+from hexa_jax.experiments.gallery import draw_gallery
+from hexa_jax.experiments.grid import GridError, Outcome, run_grid
+from hexa_jax.experiments.presets import GRIDS, METHODS, PLAIN, PRESETS
+from hexa_jax.experiments.tables import factors_of, markdown, write_csv
+from hexa_jax.progress import say
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> None:  # type: ignore[override]
+        raise GridError(f"{message}; see python -m hexa_jax.experiments --help")
+
+
+def main(argv: list[str]) -> int:
+    """Run an experiment; returns the exit code."""
+    if {"--help", "-h"} & set(argv):
+        print(__doc__)
+        return 0
+    parser = _Parser(add_help=False, allow_abbrev=False)
+    parser.add_argument("name", choices=sorted(GRIDS))
+    parser.add_argument("--workdir", type=pathlib.Path, required=True)
+    parser.add_argument("--preset", choices=sorted(PRESETS), default="tiny")
+    parser.add_argument("--methods")
+    parser.add_argument("--seeds", default="0")
+    try:
+        known, extra = parser.parse_known_args(argv)
+        wrong = [word for word in extra if not word.startswith("--config.")]
+        if wrong:
+            raise GridError(f"unknown argument {wrong[0]!r}; see python -m hexa_jax.experiments --help")
+        methods = known.methods.split(",") if known.methods else METHODS[known.name]
+        unknown = [method for method in methods if method not in PRESETS[known.preset].configs]
+        if unknown:
+            raise GridError(f"unknown method {unknown[0]!r}: use some of {', '.join(PRESETS[known.preset].configs)}")
+        if not known.seeds.replace(",", "").isdigit():
+            raise GridError(f"--seeds takes whole numbers such as 0,1,2, not {known.seeds!r}")
+        seeds = [int(seed) for seed in known.seeds.split(",") if seed]
+        workdir = known.workdir.expanduser().absolute()
+        outcomes = run_grid(GRIDS[known.name](known.preset, methods, seeds), workdir, extra)
+    except GridError as error:
+        print(f"hexa_jax.experiments: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(f"hexa_jax.experiments: {error.filename or 'output'}: {error.strerror or error}", file=sys.stderr)
+        return 2
+    return _report(known.name, outcomes, workdir)
+
+
+def _report(name: str, outcomes: Sequence[Outcome], workdir: pathlib.Path) -> int:
+    write_csv(outcomes, workdir / f"{name}.csv")
+    baselines = {}
+    for outcome in outcomes:
+        factors = factors_of(outcome)
+        baselines[factors] = (factors[0], *{"fig4": ("-", "-"), "fig5": ("plain",)}.get(name, (PLAIN,)))
+    text = markdown(outcomes, None if name == "fig1" else baselines)
+    (workdir / f"{name}.md").write_text(text)
+    if name == "fig1":
+        paths = [path for outcome in outcomes if not outcome.failure for path in draw_gallery(outcome.folder, workdir)]
+    else:
+        paths = FIGURES[name](outcomes, workdir)
+    say(text)
+    for path in paths:
+        say(str(path))
+    return 1 if any(outcome.failure for outcome in outcomes) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

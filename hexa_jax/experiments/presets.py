@@ -1,0 +1,178 @@
+"""What each experiment trains, at four sizes: `imagenet` is the paper's protocol, `tiny` runs in minutes on two CPU cores."""
+
+import dataclasses
+import itertools
+from collections.abc import Sequence
+
+from hexa_jax.build import SCHEMES
+from hexa_jax.experiments.grid import Cell, Entry, Stage
+
+BETAS = ((1, 1), (5, 0.1), (5, 0.5), (5, 1), (5, 2), (5, 3), (5, 4), (5, 5))  # Fig. 5
+STRENGTHS = (1, 3)  # Fig. 4, epsilon and eta
+PLAIN, HEXA = "std", "std+adv"
+
+
+@dataclasses.dataclass(frozen=True)
+class Preset:
+    """Sizes of the experiments.
+
+    Attributes:
+        configs: per method, a config file with arguments; `{epochs}` is filled in.
+        fig1, fig2, fig3, fig4, fig5: epochs of pre-training; fig2 per method.
+        evaluate_every: fig3, epochs between two points of the curve.
+        probe: epochs of the SGD probe in fig2 and fig5, in fig3 and fig4; 0: none, the runs' own kNN and linear probe do.
+        crops: settings of the multi-crop runs (fig2's and fig5's DeepCluster), where they differ.
+    """
+
+    configs: dict[str, str]
+    fig1: int
+    fig2: dict[str, int]
+    fig3: int
+    evaluate_every: int
+    fig4: int
+    fig5: int
+    probe: tuple[int, int] = (0, 0)
+    six_crops: dict[str, object] = dataclasses.field(default_factory=dict)
+
+
+# The paper has 6 crops of 160 and 96 pixels; for smaller images the sides shrink, the scales stay.
+def _six_crops(large: int, small: int) -> dict[str, object]:
+    return {
+        "data.num_crops": (2, 4),
+        "data.crop_size": (large, small),
+        "data.min_scale": (0.14, 0.05),
+        "data.max_scale": (1.0, 0.14),
+    }
+
+
+def _small(name: str) -> dict[str, str]:
+    recipes = {"moco": "moco_v2", "deepcluster": "deepcluster_v2"} | {m: m for m in ("simclr", "swav", "rotation")}
+    return {method: f"{name}_{recipe}.py:epochs={{epochs}}" for method, recipe in recipes.items()}
+
+
+PRESETS = {
+    "imagenet": Preset(
+        configs={
+            "moco": "moco_v2.py:epochs={epochs}",
+            # The paper does not give the batch of its 6-crop runs; 5 epochs leave no room for the warm-up of B = 4096.
+            "deepcluster": "deepcluster_v2.py:batch=256,epochs={epochs}",
+            "simclr": "simclr.py:epochs={epochs}",
+            "swav": "swav.py:crops=2,batch=256,epochs={epochs}",
+            "rotation": "rotation.py:epochs={epochs}",
+        },
+        fig1=200,
+        fig2={"moco": 20, "deepcluster": 5},
+        fig3=800,
+        evaluate_every=200,
+        fig4=40,
+        fig5=5,
+        probe=(1, 100),
+        six_crops=_six_crops(160, 96) | {"data.min_scale": (0.08, 0.05)},
+    ),
+    "imagenette": Preset(_small("imagenette"), 100, {}, 200, 20, 40, 20, six_crops=_six_crops(96, 64)),
+    "cifar10": Preset(_small("cifar10"), 50, {}, 200, 20, 40, 20, six_crops=_six_crops(32, 16)),
+    "tiny": Preset(
+        {m: f"tiny.py:method={m},epochs={{epochs}}" for m in ("moco", "deepcluster", "simclr", "swav", "rotation")},
+        fig1=2,
+        fig2={},
+        fig3=2,
+        evaluate_every=1,
+        fig4=1,
+        fig5=1,
+        six_crops=_six_crops(16, 8),
+    ),
+}
+FIG2_EPOCHS = {"imagenette": 50, "cifar10": 50, "tiny": 1}  # where a preset does not say
+
+
+def _stages(preset: str, method: str, epochs: int, probe: int, settings: dict[str, object]) -> tuple[Stage, ...]:
+    sizes = PRESETS[preset]
+    # MoCo is compared with a plain control at HEXA_MoCo's key momentum.
+    shared: dict[str, object] = {"moco.momentum": 0.99} if method == "moco" else {}
+    train = Stage(sizes.configs[method].format(epochs=epochs), shared | settings)
+    if not probe:
+        return (train,)
+    family = "moco" if method == "moco" else "deepcluster"
+    return train, Stage(f"eval/linear_imagenet.py:family={family},epochs={probe}", {}, folder="probe", checkpoint=".")
+
+
+def fig1(preset: str, methods: Sequence[str], seeds: Sequence[int]) -> list[Entry]:
+    """One HEXA run with cut-mixed views per method, to look into."""
+    epochs = PRESETS[preset].fig1
+    entries = []
+    for method, seed in itertools.product(methods, seeds[:1]):
+        stages = _stages(preset, method, epochs, 0, {"scheme": "std+adv+cmx", "seed": seed})
+        entries.append(Entry({"method": method, "seed": seed}, Cell(f"{method}-seed{seed}", stages)))
+    return entries
+
+
+def fig2(preset: str, methods: Sequence[str], seeds: Sequence[int]) -> list[Entry]:
+    """Six schemes of hard examples per method."""
+    sizes, entries = PRESETS[preset], []
+    for method, scheme, seed in itertools.product(methods, SCHEMES, seeds):
+        epochs = sizes.fig2.get(method, FIG2_EPOCHS.get(preset, 20))
+        crops = sizes.six_crops if method == "deepcluster" and preset == "imagenet" else {}
+        stages = _stages(preset, method, epochs, sizes.probe[0], {**crops, "scheme": scheme, "seed": seed})
+        factors = {"method": method, "scheme": scheme, "seed": seed}
+        entries.append(Entry(factors, Cell(f"{method}-{scheme}-seed{seed}", stages)))
+    return entries
+
+
+def fig3(preset: str, methods: Sequence[str], seeds: Sequence[int]) -> list[Entry]:
+    """Plain and HEXA, with accuracy on the way, and an SGD probe of the last checkpoint."""
+    sizes, entries = PRESETS[preset], []
+    for method, scheme, seed in itertools.product(methods, (PLAIN, HEXA), seeds):
+        settings = {
+            "scheme": scheme,
+            "seed": seed,
+            "knn.every_epochs": sizes.evaluate_every,
+            "linear.every_epochs": sizes.evaluate_every,
+            "runtime.keep_every": sizes.evaluate_every,
+        }
+        stages = _stages(preset, method, sizes.fig3, sizes.probe[1], settings)
+        factors = {"method": method, "scheme": scheme, "seed": seed}
+        entries.append(Entry(factors, Cell(f"{method}-{scheme}-seed{seed}", stages)))
+    return entries
+
+
+def fig4(preset: str, methods: Sequence[str], seeds: Sequence[int]) -> list[Entry]:
+    """Attack strengths epsilon x eta. One linf step moves by min(epsilon, eta): equal cells are trained once."""
+    sizes, entries = PRESETS[preset], []
+    grid = [(None, None), *itertools.product(STRENGTHS, STRENGTHS)]
+    for method, (epsilon, eta), seed in itertools.product(methods, grid, seeds):
+        settings: dict[str, object] = {"scheme": PLAIN, "seed": seed}
+        name = PLAIN
+        if epsilon is not None and eta is not None:
+            moved = min(epsilon, eta)
+            settings |= {"scheme": HEXA, "views.epsilon": float(moved), "views.step_size": float(moved)}
+            name = f"moves{moved}"
+        stages = _stages(preset, method, sizes.fig4, sizes.probe[1], settings)
+        factors = {"method": method, "epsilon": epsilon or "-", "eta": eta or "-", "seed": seed}
+        entries.append(Entry(factors, Cell(f"{method}-{name}-seed{seed}", stages)))
+    return entries
+
+
+def fig5(preset: str, methods: Sequence[str], seeds: Sequence[int]) -> list[Entry]:
+    """Beta(alpha, beta) of cut-mixed views, six crops for DeepCluster, beside the plain method."""
+    sizes, entries = PRESETS[preset], []
+    for method, beta, seed in itertools.product(methods, (None, *BETAS), seeds):
+        crops = sizes.six_crops if method in ("deepcluster", "swav") else {}
+        settings = {**crops, "scheme": PLAIN, "seed": seed}
+        name = PLAIN
+        if beta is not None:
+            settings |= {"scheme": "std+cmx", "views.cutmix_alpha": float(beta[0]), "views.cutmix_beta": float(beta[1])}
+            name = f"beta{beta[0]}-{beta[1]}"
+        stages = _stages(preset, method, sizes.fig5, sizes.probe[0], settings)
+        factors = {"method": method, "beta": "plain" if beta is None else f"Beta({beta[0]}, {beta[1]})", "seed": seed}
+        entries.append(Entry(factors, Cell(f"{method}-{name}-seed{seed}", stages)))
+    return entries
+
+
+GRIDS = {"fig1": fig1, "fig2": fig2, "fig3": fig3, "fig4": fig4, "fig5": fig5}
+METHODS = {  # of the paper's figures
+    "fig1": ("deepcluster",),
+    "fig2": ("moco", "deepcluster"),
+    "fig3": ("moco", "deepcluster"),
+    "fig4": ("deepcluster",),
+    "fig5": ("deepcluster",),
+}
