@@ -12,7 +12,7 @@ import ml_collections
 def get_config() -> ml_collections.ConfigDict:
     """The defaults: plain 2-crop pre-training of a ResNet-50."""
     config = ml_collections.ConfigDict()
-    config.task = "pretrain"  # what to do; pretrain is the only task so far
+    config.task = "pretrain"  # what to do; evaluations have configs of their own in configs/eval/
     config.method = "moco"  # moco, simclr, deepcluster, swav or rotation
     # Which terms of equation 10 there are, by the names of Fig. 2: std, std+adv, std+cmx, std+adv+cmx, std+adv+cmxA, all.
     # Terms whose weight is 0 below then count 1. Empty: the weights alone decide.

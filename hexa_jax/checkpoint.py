@@ -133,12 +133,13 @@ class Checkpoints:
             raise self._no_such(step)
         return restored
 
-    def restore_latest(self, like: Any) -> tuple[int, Any, dict] | None:
+    def restore_latest(self, like: Any, *, partial: bool = False) -> tuple[int, Any, dict] | None:
         """Restores the newest intact checkpoint; half-written and damaged newer ones are skipped with a warning.
 
         Args:
           like: pytree of `jax.ShapeDtypeStruct` (without sharding: the first device) or of arrays. It gives structure,
             leaf types and shardings, which may be over other devices than those that saved.
+          partial: whether the checkpoint may hold leaves that `like` lacks; they are not read.
 
         Returns:
           (step, tree with the structure of `like`, metadata), or None where no checkpoint is complete.
@@ -147,7 +148,7 @@ class Checkpoints:
           CheckpointError: every complete checkpoint is damaged, or `like` has other leaves, shapes or dtypes.
         """
         self.wait()
-        return self._restore(self._folders(), like)
+        return self._restore(self._folders(), like, partial)
 
     def _path(self, step: int, attempt: int) -> pathlib.Path:
         return self.directory / (f"step_{step:08d}" + (f"_{attempt}" if attempt else ""))
@@ -161,7 +162,7 @@ class Checkpoints:
     def _no_such(self, step: int) -> CheckpointError:
         return CheckpointError(f"{self.directory} holds no checkpoint of step {step}; it holds {self.steps()}")
 
-    def _restore(self, folders: list[_Folder], like: Any) -> tuple[int, Any, dict] | None:
+    def _restore(self, folders: list[_Folder], like: Any, partial: bool = False) -> tuple[int, Any, dict] | None:
         step, attempt = (-2 if any(folder.complete for folder in folders) else -1), 0
         for folder in reversed(folders if jax.process_index() == 0 else []):  # not every host need hash every file
             try:
@@ -175,7 +176,7 @@ class Checkpoints:
         if step == -2:
             tried = sorted({folder.step for folder in folders})
             raise CheckpointError(f"no intact checkpoint in {self.directory} (tried {tried}); remove it to start anew")
-        return None if step == -1 else _load(self._path(step, attempt), like)
+        return None if step == -1 else _load(self._path(step, attempt), like, partial)
 
     def _finish(self, folder: _Folder, manifest: dict, response: ocp.AsyncResponse, barrier: str) -> None:
         """The thread: waits for orbax, writes the manifest, deletes what is no longer needed."""
@@ -324,11 +325,12 @@ def _check_same(path: pathlib.Path, saved: dict[str, dict], wanted: dict[str, di
         raise CheckpointError(f"{path} is of another architecture or method: {'; '.join(found[:3])}{more}")
 
 
-def _load(path: pathlib.Path, like: Any) -> tuple[int, Any, dict]:
-    """Reads a verified checkpoint into the structure, leaf types and shardings of `like`."""
+def _load(path: pathlib.Path, like: Any, partial: bool = False) -> tuple[int, Any, dict]:
+    """Reads a verified checkpoint, or those of its leaves that `like` has, into the structure and shardings of `like`."""
     manifest = _read_manifest(path)
     wanted = _named_leaves(like)
-    _check_same(path, manifest["leaves"], {name: _spec(leaf) for name, leaf in wanted.items()})
+    saved = {name: spec for name, spec in manifest["leaves"].items() if name in wanted or not partial}
+    _check_same(path, saved, {name: _spec(leaf) for name, leaf in wanted.items()})
     one_device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     specs: dict[str, Any] = {}
     for name, leaf in wanted.items():
@@ -339,7 +341,10 @@ def _load(path: pathlib.Path, like: Any) -> tuple[int, Any, dict]:
             specs[name] = jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding or one_device)
     stored = {name: spec for name, spec in specs.items() if spec.size}
     try:
-        arrays = ocp.load(path, stored) if stored else {}
+        context = ocp.Context()
+        context.pytree.loading.partial_load = partial
+        with context:
+            arrays = ocp.load(path, stored) if stored else {}
     except Exception as error:
         raise CheckpointError(f"{path}: cannot be read: {_one_line(error)}") from error
     originals, treedef = jax.tree.flatten(like)

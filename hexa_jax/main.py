@@ -17,11 +17,13 @@ from hexa_jax.build import ConfigError
 from hexa_jax.checkpoint import CheckpointError
 from hexa_jax.command import parse_command
 from hexa_jax.data.sources import DataError
-from hexa_jax.pretrain import Diverged, Terminated, pretrain
+from hexa_jax.evals.linear_sgd import linear
+from hexa_jax.pretrain import pretrain
+from hexa_jax.stops import Diverged, Terminated
 from hexa_jax.workdir import WorkdirError, abandon, open_workdir
 
 USER_ERRORS = (ConfigError, DataError, WorkdirError, CheckpointError)
-TASKS = {"pretrain": pretrain}
+TASKS = {"pretrain": pretrain, "linear": linear}
 
 
 def main(argv: list[str]) -> int:

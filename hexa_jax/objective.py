@@ -21,6 +21,7 @@ from hexa_jax.models.heads import Network
 from hexa_jax.models.norm import ADVERSARIAL, CLEAN
 
 CUTMIX, CUTMIX_ADVERSARIAL = "cutmix", "cutmix_adversarial"
+UNATTACKED = "unattacked"  # clean crops through the adversarial BatchNorm set, to compare adversarial ones with
 PICTURES = 8  # rows of `Objective.views_of`
 # Purposes of random draws: one number each, folded into the seed's key.
 AUGMENT_DRAWS, ATTACK_DRAWS, CUTMIX_DRAWS, PARTNER_DRAWS, INIT_DRAWS, REFRESH_DRAWS, TASK_DRAWS, SECOND_CUTMIX_DRAWS = (
@@ -141,7 +142,7 @@ class Shown(NamedTuple):
         row: int32 position in the step's batch.
         partner: int32, that of the CutMix partner; its own without such views.
         index: int32 example.
-        outputs: per view [N, V, D].
+        outputs: per view, and UNATTACKED where there is an attack, [N, V, D].
         y: pseudo-labels.
     """
 
@@ -283,6 +284,10 @@ class Objective:
         lam = {view: mix[0] for view, (_, mix) in inputs.items() if mix is not None}
         images = {CLEAN: x} | {view: view_inputs[0] for view, view_inputs in inputs.items()}
         outputs = {view: self.forward(params, crops, view)[0] for view, crops in images.items()}
+        if (
+            attacked is not None
+        ):  # through the same BatchNorm set as the attacked ones: what differs is the attack alone
+            outputs[UNATTACKED] = self.forward(params, x, ADVERSARIAL)[0]
         row = rows.batch.row
         partner, mask = self._cut(x, rows, clock) if CUTMIX in inputs else (jnp.arange(len(row)), ())
         cut = lambda tree: jax.tree.map(lambda leaf: leaf[:PICTURES], tree)  # noqa: E731

@@ -4,7 +4,6 @@ import itertools
 import logging
 import math
 import pathlib
-import signal
 from collections.abc import Callable
 from typing import Any
 
@@ -23,19 +22,12 @@ from hexa_jax.evals.online import Probe, make_probe
 from hexa_jax.inputs import Input
 from hexa_jax.objective import Shown
 from hexa_jax.progress import Clock, say
+from hexa_jax.stops import Diverged, Interruptible, Terminated
 from hexa_jax.train_step import Steps, Trainer, TrainState
 from hexa_jax.workdir import Metrics, write_json
 
 COLLAPSED = 0.02  # embedding_std below this: all embeddings are nearly the same
 CALIBRATION_STEPS = 50  # forward passes that give a random network its BatchNorm statistics
-
-
-class Diverged(RuntimeError):
-    """The loss is not finite; the message says at which step, where the last good checkpoint is, and what to try."""
-
-
-class Terminated(Exception):
-    """SIGTERM arrived and the state is on disk."""
 
 
 def pretrain(config: ConfigDict, workdir: pathlib.Path) -> dict[str, Any]:
@@ -67,7 +59,7 @@ class _Run:
         self.probe: Probe | None = make_probe(config, source, trainer)
         self.metrics = Metrics(workdir, runtime.writer, self.step)
         self.clock = Clock(config.batch_size, self.total)
-        self.stopping = False
+        self.stop = Interruptible()
         self.schedule: Callable = make_schedule(config, self.steps_per_epoch)
 
     def _restore(self) -> tuple[TrainState, int, dict]:
@@ -79,7 +71,6 @@ class _Run:
         return state, step, metadata
 
     def run(self) -> dict[str, Any]:
-        previous = signal.signal(signal.SIGTERM, self._on_sigterm)
         millions = parameter_overview.count_parameters(self.state.params) / 1e6
         say(f"{len(self.input.source)} images, {millions:.1f} million parameters, {self.trainer.mesh.size} devices")
         try:
@@ -88,12 +79,9 @@ class _Run:
             self._loop()
             return self._finish()
         finally:
-            signal.signal(signal.SIGTERM, previous)
+            self.stop.close()
             self.metrics.close()
             self.checkpoints.close()
-
-    def _on_sigterm(self, *_: Any) -> None:
-        self.stopping = True
 
     # ---- The loop -----------------------------------------------------------------------------------------------------
 
@@ -115,12 +103,12 @@ class _Run:
                 pending = None
                 with self.clock.paused():
                     self._evaluate(self.step // self.steps_per_epoch, due)
-            if self.step % every == 0 or self.step == self.total or self.stopping:
+            if self.step % every == 0 or self.step == self.total or self.stop.wanted:
                 if pending:
                     self._report(*pending)  # also the check that what is saved is finite
                 pending = None
                 self._save()
-            if self.stopping and self.step < self.total:
+            if self.stop.wanted and self.step < self.total:
                 self.checkpoints.wait()
                 raise Terminated(f"SIGTERM: saved step {self.step} in {self.workdir}; the same command resumes it")
 
@@ -131,7 +119,7 @@ class _Run:
             say(f"first pass: {self.steps_per_epoch} forward steps fill the bank")
             for batch in itertools.islice(self.input.batches(0), self.steps_per_epoch):
                 self.state = self.steps.observe(self.state, batch, self.input.resident)
-                if self.stopping:
+                if self.stop.wanted:
                     raise Terminated(f"SIGTERM during the first pass, nothing to save yet: {self.workdir}")
         if self.config.knn.every_epochs and self.probe:
             self._measure_random(calibrated=needed)

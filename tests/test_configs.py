@@ -224,7 +224,9 @@ def test_multi_crop_is_a_matter_of_settings(counts, sizes):
     trainer = make_trainer(config, IMAGENET, jax.devices()[:1])
     with jax.set_mesh(trainer.mesh):
         views = jax.eval_shape(trainer.view_step, trainer.state_shapes(), trainer.batch_shapes(), None)
+    expected = [(1, PICTURES, count, size, size, 3) for count, size in zip(counts, sizes, strict=True)]
     for name in ("clean", "adversarial", "cutmix"):
-        shapes = [crops.shape for crops in views[name]]
-        assert shapes == [(1, PICTURES, count, size, size, 3) for count, size in zip(counts, sizes, strict=True)]
-    assert views["lambda"].shape == (1, PICTURES, sum(counts))
+        assert [crops.shape for crops in views.images[name]] == expected
+        assert views.outputs[name].shape == (1, config.batch_size, sum(counts), 128)
+    assert views.lam["cutmix"].shape == (1, config.batch_size, sum(counts))
+    assert [mask.shape for mask in views.mask] == [(*shape[:-1], 1) for shape in expected]

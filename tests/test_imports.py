@@ -17,25 +17,30 @@ LEVELS = {
     "data": 0,  # sources, decoding, augmentation
     "workdir": 0,
     "progress": 0,
+    "stops": 0,
     "checkpoint": 0,
     "mesh": 1,
     "optim": 1,
     "views": 1,
     "methods": 1,
+    "microbatch": 1,
     "data.crops": 2,
     "objective": 2,
     "data.pipeline": 3,
-    "train_step": 3,
-    "build": 4,
-    "command": 5,
-    "export": 5,
-    "report": 5,
-    "inputs": 5,
-    "evals": 5,
-    "pretrain": 6,
-    "main": 7,
+    "whole_step": 3,
+    "train_step": 4,
+    "build": 5,
+    "command": 6,
+    "export": 6,
+    "report": 6,
+    "inputs": 6,
+    "evals": 6,
+    "runs": 6,
+    "pretrain": 7,
+    "main": 8,
+    "experiments": 8,
 }
-PURE = ("methods", "losses", "kmeans", "models", "views", "objective")
+PURE = ("methods", "losses", "kmeans", "models", "views", "objective", "microbatch", "whole_step")
 NOT_PURE = {"tensorflow", "tensorflow_datasets", "orbax", "ml_collections", "absl", "clu", "grain", "configs"}
 MODULES = {
     ".".join(path.relative_to(ROOT).with_suffix("").parts): path

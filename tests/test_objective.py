@@ -95,7 +95,7 @@ def test_pgd_gradient_steps_see_each_other_through_batch_norm(run, x64):
     """The attack follows the gradient of the summed loss, cross terms of the batch statistics included."""
     trainer = run.trainer
     with jax.set_mesh(trainer.mesh):
-        views = jax.device_get(run.steps.views(run.state, run.batch, None))
+        views = jax.device_get(run.steps.views(run.state, run.batch, None)).images
     delta = views["adversarial"][0] - views["clean"][0]
     assert np.abs(delta).max() <= 1 / 255 + 1e-12
     moved = np.isclose(np.abs(delta), 1 / 255)

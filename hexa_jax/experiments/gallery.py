@@ -17,7 +17,7 @@ from hexa_jax.data.decode import decode, resize_center_crop
 from hexa_jax.data.sources import Source
 from hexa_jax.experiments.figures import save
 from hexa_jax.inputs import Input
-from hexa_jax.objective import PICTURES, Shown
+from hexa_jax.objective import PICTURES, UNATTACKED, Shown
 from hexa_jax.report import perturbation
 from hexa_jax.runs import OpenedRun, open_run
 
@@ -96,7 +96,7 @@ def _padded(pictures: list[Any]) -> list[Any]:
 
 def _pseudo_labels(run: OpenedRun, shown: Shown) -> tuple[np.ndarray, np.ndarray, Callable[[int, int], list[Any]]]:
     """Nearest pseudo-label of each row's first crop when clean and when attacked, [B] each; and what shows a label's meaning."""
-    clean, adversarial = shown.outputs["clean"][:, 0], shown.outputs["adversarial"][:, 0]
+    clean, adversarial = shown.outputs[UNATTACKED][:, 0], shown.outputs["adversarial"][:, 0]
     method = run.config.method
     if method == "rotation":
         own = {name: np.asarray(leaf) for name, leaf in run.state.params["method"].items()}
@@ -128,7 +128,7 @@ def _thumbnail(source: Source, index: int) -> np.ndarray:
 
 def _projection(shown: Shown, workdir: pathlib.Path, name: str) -> list[pathlib.Path]:
     """Fig. 1(b): embeddings of clean, adversarial and cut-mixed views on the first two principal axes of the clean ones."""
-    views = {view: np.asarray(z[:, 0], np.float64) for view, z in shown.outputs.items()}
+    views = {view: np.asarray(z[:, 0], np.float64) for view, z in shown.outputs.items() if view in shown.images}
     axes = PCA(2).fit(views["clean"])
     flat = {view: axes.transform(z) for view, z in views.items()}
     number_of = {int(row): position for position, row in enumerate(shown.row)}

@@ -20,8 +20,9 @@ class Preset:
         configs: per method, a config file with arguments; `{epochs}` is filled in.
         fig1, fig2, fig3, fig4, fig5: epochs of pre-training; fig2 per method.
         evaluate_every: fig3, epochs between two points of the curve.
-        probe: epochs of the SGD probe in fig2 and fig5, in fig3 and fig4; 0: none, the runs' own kNN and linear probe do.
-        crops: settings of the multi-crop runs (fig2's and fig5's DeepCluster), where they differ.
+        probe: epochs of the SGD probe in fig2 and fig5, in fig3, in fig4; 0: none, the runs' own kNN and linear probe do.
+        probe_settings: of the SGD probe, where they differ from ImageNet's.
+        six_crops: settings of the multi-crop runs (fig2's and fig5's DeepCluster).
     """
 
     configs: dict[str, str]
@@ -31,7 +32,8 @@ class Preset:
     evaluate_every: int
     fig4: int
     fig5: int
-    probe: tuple[int, int] = (0, 0)
+    probe: tuple[int, int, int]
+    probe_settings: dict[str, object] = dataclasses.field(default_factory=dict)
     six_crops: dict[str, object] = dataclasses.field(default_factory=dict)
 
 
@@ -66,23 +68,48 @@ PRESETS = {
         evaluate_every=200,
         fig4=40,
         fig5=5,
-        probe=(1, 100),
+        probe=(1, 100, 100),
         six_crops=_six_crops(160, 96) | {"data.min_scale": (0.08, 0.05)},
     ),
-    "imagenette": Preset(_small("imagenette"), 100, {}, 200, 20, 40, 20, six_crops=_six_crops(96, 64)),
-    "cifar10": Preset(_small("cifar10"), 50, {}, 200, 20, 40, 20, six_crops=_six_crops(32, 16)),
+    "imagenette": Preset(
+        configs=_small("imagenette"),
+        fig1=100,
+        fig2={"moco": 50, "deepcluster": 50},
+        fig3=200,
+        evaluate_every=20,
+        fig4=40,
+        fig5=20,
+        probe=(0, 20, 0),
+        probe_settings={"data.crop": 128, "data.resize": 128},
+        six_crops=_six_crops(96, 64),
+    ),
+    "cifar10": Preset(
+        configs=_small("cifar10"),
+        fig1=50,
+        fig2={"moco": 50, "deepcluster": 50},
+        fig3=200,
+        evaluate_every=20,
+        fig4=40,
+        fig5=20,
+        probe=(0, 20, 0),
+        probe_settings={"data.crop": 32, "data.resize": 32, "data.min_scale": 0.2},
+        six_crops=_six_crops(32, 16),
+    ),
     "tiny": Preset(
-        {m: f"tiny.py:method={m},epochs={{epochs}}" for m in ("moco", "deepcluster", "simclr", "swav", "rotation")},
+        configs={
+            m: f"tiny.py:method={m},epochs={{epochs}}" for m in ("moco", "deepcluster", "simclr", "swav", "rotation")
+        },
         fig1=2,
-        fig2={},
+        fig2={"moco": 1, "deepcluster": 1},
         fig3=2,
         evaluate_every=1,
         fig4=1,
         fig5=1,
+        probe=(0, 2, 0),
+        probe_settings={"data.crop": 16, "data.resize": 16, "batch_size": 32},
         six_crops=_six_crops(16, 8),
     ),
 }
-FIG2_EPOCHS = {"imagenette": 50, "cifar10": 50, "tiny": 1}  # where a preset does not say
 
 
 def _stages(preset: str, method: str, epochs: int, probe: int, settings: dict[str, object]) -> tuple[Stage, ...]:
@@ -93,7 +120,8 @@ def _stages(preset: str, method: str, epochs: int, probe: int, settings: dict[st
     if not probe:
         return (train,)
     family = "moco" if method == "moco" else "deepcluster"
-    return train, Stage(f"eval/linear_imagenet.py:family={family},epochs={probe}", {}, folder="probe", checkpoint=".")
+    protocol = f"eval/linear_imagenet.py:family={family},epochs={probe}"
+    return train, Stage(protocol, sizes.probe_settings, folder="probe", checkpoint=".")
 
 
 def fig1(preset: str, methods: Sequence[str], seeds: Sequence[int]) -> list[Entry]:
@@ -110,7 +138,7 @@ def fig2(preset: str, methods: Sequence[str], seeds: Sequence[int]) -> list[Entr
     """Six schemes of hard examples per method."""
     sizes, entries = PRESETS[preset], []
     for method, scheme, seed in itertools.product(methods, SCHEMES, seeds):
-        epochs = sizes.fig2.get(method, FIG2_EPOCHS.get(preset, 20))
+        epochs = sizes.fig2.get(method, sizes.fig2["moco"])
         crops = sizes.six_crops if method == "deepcluster" and preset == "imagenet" else {}
         stages = _stages(preset, method, epochs, sizes.probe[0], {**crops, "scheme": scheme, "seed": seed})
         factors = {"method": method, "scheme": scheme, "seed": seed}
@@ -146,7 +174,7 @@ def fig4(preset: str, methods: Sequence[str], seeds: Sequence[int]) -> list[Entr
             moved = min(epsilon, eta)
             settings |= {"scheme": HEXA, "views.epsilon": float(moved), "views.step_size": float(moved)}
             name = f"moves{moved}"
-        stages = _stages(preset, method, sizes.fig4, sizes.probe[1], settings)
+        stages = _stages(preset, method, sizes.fig4, sizes.probe[2], settings)
         factors = {"method": method, "epsilon": epsilon or "-", "eta": eta or "-", "seed": seed}
         entries.append(Entry(factors, Cell(f"{method}-{name}-seed{seed}", stages)))
     return entries

@@ -1,0 +1,265 @@
+"""The linear probe of the paper: a linear classifier on the frozen, pooled feature, trained by SGD on random crops.
+
+Several learning rates are trained side by side in one pass over the data. The first one is the protocol's; the others tell
+how much the choice matters, and picking the best of them on held-out examples is not done here.
+
+Legend: L learning rates, N rows, F features, C classes.
+"""
+
+import pathlib
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+from ml_collections import ConfigDict
+
+from hexa_jax import optim
+from hexa_jax.build import ConfigError, choose, make_devices, open_source
+from hexa_jax.checkpoint import Checkpoints
+from hexa_jax.data.crops import Resolution
+from hexa_jax.data.pipeline import BadImages, HostSteps, device_batches, host_iterator
+from hexa_jax.data.sources import DataError, Source
+from hexa_jax.evals.backbone import Backbone, load_backbone
+from hexa_jax.evals.features import EvalImages, extract
+from hexa_jax.mesh import ROWS, Layout, local_rows, make_mesh
+from hexa_jax.methods.base import Batch
+from hexa_jax.models.heads import Network
+from hexa_jax.models.norm import EVALUATION
+from hexa_jax.progress import Clock, say
+from hexa_jax.stops import Interruptible, Terminated
+from hexa_jax.workdir import Metrics, write_json
+
+
+class ProbeState(NamedTuple):
+    """Classifiers and their momentum, float32: kernels [L, F, C] and biases [L, C]; step is int32."""
+
+    step: jax.Array
+    kernel: jax.Array
+    bias: jax.Array
+    kernel_momentum: jax.Array
+    bias_momentum: jax.Array
+
+
+def probe_step(
+    state: ProbeState,
+    features: jax.Array,
+    labels: jax.Array,
+    rates: jax.Array,
+    *,
+    momentum: float,
+    weight_decay: float,
+) -> tuple[ProbeState, jax.Array]:
+    """One step of torch's SGD for all learning rates.
+
+    Args:
+        state: before the step.
+        features: [N, F].
+        labels: int [N]; rows with -1 do not count.
+        rates: [L] learning rates of this step.
+        momentum: of the buffers.
+        weight_decay: L2 weight, on biases too.
+
+    Returns:
+        The new state, and the mean cross-entropy of each learning rate [L].
+    """
+    known = labels >= 0
+    share = known / jnp.maximum(jnp.sum(known), 1)
+
+    def loss(weights: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        kernel, bias = weights
+        logits = jnp.einsum("nf,lfc->lnc", features, kernel) + bias[:, None]
+        chosen = jnp.maximum(labels, 0)[None, :, None]
+        own = jnp.take_along_axis(jax.nn.log_softmax(logits), chosen, axis=-1)[..., 0]
+        losses = -jnp.sum(own * share[None], axis=1)
+        return jnp.sum(losses), losses
+
+    weights = state.kernel, state.bias
+    gradients, losses = jax.grad(loss, has_aux=True)(weights)
+
+    def move(weight: jax.Array, buffer: jax.Array, gradient: jax.Array) -> tuple[jax.Array, jax.Array]:
+        buffer = momentum * buffer + gradient + weight_decay * weight
+        return weight - rates.reshape(-1, *[1] * (weight.ndim - 1)) * buffer, buffer
+
+    kernel, kernel_momentum = move(state.kernel, state.kernel_momentum, gradients[0])
+    bias, bias_momentum = move(state.bias, state.bias_momentum, gradients[1])
+    return ProbeState(state.step + 1, kernel, bias, kernel_momentum, bias_momentum), losses
+
+
+def linear(config: ConfigDict, workdir: pathlib.Path) -> dict[str, Any]:
+    """Train or resume the probe that `configs/eval/linear_imagenet.py` describes; returns what `result.json` holds.
+
+    Raises:
+        CheckpointError: no pre-trained weights where the config says.
+        DataError: examples without labels, or classes that differ between training and held-out examples.
+        ConfigError: sizes that cannot work.
+        Terminated: SIGTERM arrived; the state is saved.
+    """
+    run = _Probe(config, workdir)
+    with jax.set_mesh(run.mesh):
+        return run.run()
+
+
+class _Probe:
+    def __init__(self, config: ConfigDict, workdir: pathlib.Path):
+        self.config, self.workdir = config, workdir
+        self.backbone: Backbone = load_backbone(config.checkpoint)
+        inherited = self.backbone.config.data
+        self.source = self._open(config.data.source or inherited.source)
+        self.held_out = self._open(config.data.eval_source or inherited.eval_source)
+        if self.held_out.num_classes != self.source.num_classes:
+            raise DataError(
+                f"{self.held_out.num_classes} classes to test on, {self.source.num_classes} to train on: are data.source "
+                "and data.eval_source the same data set?"
+            )
+        self.mesh = make_mesh(make_devices(config))
+        batch, devices = config.batch_size, self.mesh.size
+        if batch > len(self.source):
+            raise ConfigError(f"batch_size={batch} is more than the {len(self.source)} images: use a smaller one")
+        self.layout = Layout(batch, 1, devices, bn_group_size=max(batch // devices, 1), cutmix_block=0)
+        try:
+            self.layout.check()
+        except ValueError as error:
+            raise ConfigError(str(error)) from None
+        self.steps_per_epoch = len(self.source) // batch
+        self.total = config.epochs * self.steps_per_epoch
+        self.bad_images = BadImages(self.source, config.data.max_bad_fraction)
+
+    def _open(self, spec: str) -> Source:
+        if not spec:
+            raise ConfigError(
+                "data.eval_source is empty, and so is that of the pre-training run: the probe needs both sets"
+            )
+        sizes = ConfigDict({"runtime": self.config.runtime, "data": self.backbone.config.data})
+        source = open_source(sizes, spec)
+        if source.num_classes is None:
+            raise DataError(f"{spec} has no labels to train or test a classifier with")
+        return source
+
+    def run(self) -> dict[str, Any]:
+        config = self.config
+        checkpoints = Checkpoints(self.workdir / "checkpoints", keep_last=2)
+        state = self._initial()
+        restored = checkpoints.restore_latest(
+            jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), state)
+        )
+        if restored is not None:
+            state = jax.device_put(restored[1], NamedSharding(self.mesh, P()))
+        start = int(state.step)
+        metrics, clock = Metrics(self.workdir, config.runtime.writer, start), Clock(config.batch_size, self.total)
+        stop, train = Interruptible(), self._compile()
+        say(f"features of {len(self.held_out)} held-out images")
+        images = EvalImages(self.held_out, np.arange(len(self.held_out)), config.data.resize, config.data.crop)
+        held_out = extract(self._extractor(), images, -(-256 // self.mesh.size) * self.mesh.size)
+        batches, results = self._batches(start), self._accuracy(state, held_out, images)
+        try:
+            clock.start(start)
+            for step in range(start + 1, self.total + 1):
+                state, losses = train(state, self.backbone.variables, next(batches))
+                ends = step % self.steps_per_epoch == 0
+                if step % config.runtime.log_every == 0 or ends:
+                    speed, left = clock.read(step)
+                    epoch = step / self.steps_per_epoch
+                    metrics.write(step, {"loss": losses[0], "images_per_second": speed})
+                    say(
+                        f"step {step}/{self.total}  epoch {epoch:.2f}/{config.epochs}  loss {losses[0]:.4f}  "
+                        f"{speed:.0f} images/s  ETA {left}"
+                    )
+                if ends:
+                    with clock.paused():
+                        results = self._accuracy(state, held_out, images)
+                    metrics.write(step, {"epoch": step // self.steps_per_epoch, **results})
+                    say(
+                        f"epoch {step // self.steps_per_epoch}: top-1 {results['top1']:.1f} %, top-5 {results['top5']:.1f} %"
+                    )
+                if ends or stop.wanted:
+                    checkpoints.save(step, state)
+                if stop.wanted and step < self.total:
+                    checkpoints.wait()
+                    raise Terminated(f"terminated after step {step}, which is saved; the same command resumes there")
+        finally:
+            stop.close()
+            metrics.close()
+            checkpoints.close()
+        results |= {"epochs": config.epochs, "pretraining_step": self.backbone.step}
+        write_json(self.workdir / "result.json", results)
+        say(f"linear probe: top-1 {results['top1']:.1f} %, top-5 {results['top5']:.1f} %")
+        return results
+
+    def _initial(self) -> ProbeState:
+        """fc ~ N(0, 0.01), bias 0, the same for all learning rates."""
+        rates, classes = len(self.config.optimizer.learning_rates), self.source.num_classes
+        shape = self.backbone.feature_dim, classes
+        kernel = 0.01 * jax.random.normal(jax.random.key(self.config.seed), shape)
+        kernel = jnp.broadcast_to(kernel, (rates, *shape))
+        bias = jnp.zeros((rates, classes))
+        state = ProbeState(jnp.zeros([], jnp.int32), kernel, bias, jnp.zeros_like(kernel), jnp.zeros_like(bias))
+        return jax.device_put(state, NamedSharding(self.mesh, P()))
+
+    def _features(self, variables: Any, images: jax.Array) -> jax.Array:
+        """[N, F] of uint8 images, by running statistics; no gradient."""
+        network = self.backbone.network
+        return jax.lax.stop_gradient(network.apply(variables, images / 255.0, EVALUATION, method=Network.features))
+
+    def _extractor(self) -> Any:
+        rows, whole = NamedSharding(self.mesh, P("data")), NamedSharding(self.mesh, P())
+        features = jax.jit(self._features, in_shardings=(whole, rows), out_shardings=whole)
+        return lambda images: features(self.backbone.variables, images)
+
+    def _compile(self) -> Any:
+        o = self.config.optimizer
+        schedule = self._schedule()
+
+        def step(state: ProbeState, variables: Any, batch: Batch) -> tuple[ProbeState, jax.Array]:
+            features = self._features(variables, batch.crops[0][0, :, 0])
+            labels = jnp.where(batch.valid[0], batch.label[0], -1)
+            rates = jnp.asarray(o.learning_rates, jnp.float32) * schedule(state.step)
+            return probe_step(state, features, labels, rates, momentum=o.momentum, weight_decay=o.weight_decay)
+
+        rows, whole = NamedSharding(self.mesh, ROWS), NamedSharding(self.mesh, P())
+        return jax.jit(step, in_shardings=(whole, whole, rows), out_shardings=whole, donate_argnums=0)
+
+    def _schedule(self) -> optim.Schedule:
+        o, epochs = self.config.optimizer, self.config.epochs
+        makers = {
+            "steps": lambda: optim.epoch_steps(1.0, o.milestones, o.decay, self.steps_per_epoch),
+            "epoch_cosine": lambda: optim.epoch_cosine(1.0, epochs, self.steps_per_epoch),
+        }
+        return choose("optimizer.schedule", o.schedule, makers)()
+
+    def _batches(self, start: int) -> Any:
+        config = self.config
+        labels = np.full(len(self.source), -1, np.int32)
+        steps = HostSteps(
+            source=self.source,
+            num_examples=len(self.source),
+            labels=None,
+            resolutions=(Resolution(1, config.data.crop, (config.data.min_scale, 1.0)),),
+            key_crops=0,
+            layout=self.layout,
+            rows=local_rows(self.mesh, self.layout),
+            seed=config.seed,
+            num_steps=self.total,
+            max_failures=int(config.data.max_bad_fraction * len(self.source)),
+        )
+        runtime = config.runtime
+        elements = host_iterator(steps, start, runtime.workers, runtime.threads, runtime.prefetch)
+        return device_batches(elements, self.mesh, self.layout, self.bad_images, labels)
+
+    def _accuracy(self, state: ProbeState, features: np.ndarray, images: EvalImages) -> dict[str, float]:
+        """Top-1 and top-5 of the first learning rate in per cent, and top-1 of each."""
+        known = images.known
+        labels, results = images.labels[known], dict[str, float]()
+        kernels, biases = np.asarray(state.kernel), np.asarray(state.bias)
+        for rate, kernel, bias in zip(self.config.optimizer.learning_rates, kernels, biases, strict=True):
+            logits = features[known] @ kernel + bias
+            above = np.sum(
+                logits > np.take_along_axis(logits, labels[:, None], axis=1), axis=1
+            )  # classes that score higher
+            accuracies = {f"top1_lr{rate:g}": 100 * float(np.mean(above < 1))}
+            if not results:
+                accuracies |= {f"top{k}": 100 * float(np.mean(above < k)) for k in (1, 5)}
+            results |= accuracies
+        return results

@@ -1,0 +1,134 @@
+"""The paper's experiments as commands: what their grids train, that cells run once, and what the tables say."""
+
+import csv
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import scipy.stats
+from command_line import environment
+
+from hexa_jax.command import parse_command
+from hexa_jax.experiments import tables
+from hexa_jax.experiments.grid import Cell, Entry, Outcome
+from hexa_jax.experiments.presets import GRIDS, METHODS, PRESETS
+
+SMALL = ("--config.data.shapes_count=64", "--config.linear.at_end=False", "--config.knn.every_epochs=0")
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("figure", GRIDS)
+def test_every_command_of_every_grid_is_understood(preset, figure, tmp_path):
+    methods = METHODS[figure] if preset == "imagenet" else tuple(PRESETS[preset].configs)
+    entries = GRIDS[figure](preset, methods, [0])
+    for cell in {entry.cell.name: entry.cell for entry in entries}.values():
+        for stage in cell.stages:
+            command = parse_command(["hexa", *stage.command(tmp_path, ())[3:]])
+            assert command.config.seed == 0
+            if stage.checkpoint is not None:
+                assert command.config.checkpoint == str(tmp_path)
+
+
+def test_grids_are_those_of_the_paper():
+    fig2 = GRIDS["fig2"]("imagenet", ("moco", "deepcluster"), [0, 1, 2])
+    assert len(fig2) == 2 * 6 * 3 and len({entry.cell.name for entry in fig2}) == 36
+    moco, deepcluster = fig2[0].cell.stages, fig2[18].cell.stages
+    assert "epochs=20" in moco[0].config and moco[0].settings["moco.momentum"] == 0.99
+    assert "epochs=5" in deepcluster[0].config and deepcluster[0].settings["data.crop_size"] == (160, 96)
+    assert moco[1].config == "eval/linear_imagenet.py:family=moco,epochs=1"
+    fig4 = GRIDS["fig4"]("imagenet", ("deepcluster",), [0])
+    cells = {(entry.factors["epsilon"], entry.factors["eta"]): entry.cell.name for entry in fig4}
+    assert cells[1, 1] == cells[1, 3] == cells[3, 1] != cells[3, 3]  # one linf step moves by the smaller of the two
+    assert "epochs=40" in fig4[0].cell.stages[0].config and "epochs=100" in fig4[0].cell.stages[1].config
+    fig5 = GRIDS["fig5"]("imagenet", ("deepcluster",), [0])
+    betas = [entry.factors["beta"] for entry in fig5]
+    assert betas == ["plain"] + [
+        f"Beta({a}, {b})" for a, b in zip((1, *[5] * 7), (1, 0.1, 0.5, 1, 2, 3, 4, 5), strict=True)
+    ]
+
+
+def outcome(scheme, seed, **values):
+    cell = Cell(f"{scheme}-{seed}", ())
+    return Outcome(Entry({"method": "moco", "scheme": scheme, "seed": seed}, cell), None, values, "")
+
+
+def test_table_has_means_deviations_and_paired_differences():
+    plain, hexa = [30.0, 34.0, 32.0], [33.0, 36.0, 36.0]
+    outcomes = [outcome("std", seed, knn_accuracy=value) for seed, value in enumerate(plain)]
+    outcomes += [outcome("std+adv", seed, knn_accuracy=value) for seed, value in enumerate(hexa)]
+    outcomes.append(outcome("all", 7, knn_accuracy=40.0))  # no plain run with this seed
+    rows = tables.summarise(outcomes, "knn_accuracy")
+    assert rows["moco", "std"].mean == pytest.approx(32) and rows["moco", "std"].std == pytest.approx(
+        np.std(plain, ddof=1)
+    )
+    interval = scipy.stats.ttest_rel(hexa, plain).confidence_interval(0.95)
+    assert (
+        tables.difference(rows["moco", "std+adv"], rows["moco", "std"])
+        == f"+3.0 [{interval.low:+.1f}, {interval.high:+.1f}]"
+    )
+    text = tables.markdown(outcomes, dict.fromkeys(rows, ("moco", "std")))
+    assert "| moco | std | 3 | 32.0 ± 2.0 |  |" in text
+    assert "| moco | all | 1 | 40.0 | - |" in text
+
+
+def experiment(workdir, *words):
+    command = [sys.executable, "-m", "hexa_jax.experiments", *words, f"--workdir={workdir}", "--preset=tiny"]
+    return subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=600, check=False)
+
+
+def test_a_grid_runs_once_and_goes_on_after_a_failure(tmp_path):
+    words = ("fig4", "--methods=moco", *SMALL)
+    # A cell that cannot run: its folder already holds another run's config.
+    broken = tmp_path / "cells" / "moco-moves3-seed0"
+    broken.mkdir(parents=True)
+    (broken / "config.json").write_text(json.dumps({"method": "simclr"}))
+    first = experiment(tmp_path, *words)
+    assert first.returncode == 1, first.stderr
+    assert "cell moco-moves3-seed0 failed: exit code 2: hexa_jax: " in first.stdout
+    (broken / "config.json").unlink()
+    stamp = (tmp_path / "cells" / "moco-std-seed0" / "result.json").stat().st_mtime_ns
+    second = experiment(tmp_path, *words)
+    assert second.returncode == 0, second.stdout + second.stderr
+    assert "3 cells, 2 of them finished before" in second.stdout
+    assert (tmp_path / "cells" / "moco-std-seed0" / "result.json").stat().st_mtime_ns == stamp
+    with (tmp_path / "fig4.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["epsilon"], row["eta"]) for row in rows] == [
+        ("-", "-"),
+        ("1", "1"),
+        ("1", "3"),
+        ("3", "1"),
+        ("3", "3"),
+    ]
+    assert rows[1]["knn_accuracy"] == rows[2]["knn_accuracy"] == rows[3]["knn_accuracy"] != ""
+    assert "| moco | 3 | 3 | 1 |" in (tmp_path / "fig4.md").read_text()
+    assert (tmp_path / "fig4.png").stat().st_size > 5000 and (tmp_path / "fig4.svg").exists()
+
+    other = experiment(tmp_path, "fig4", "--methods=moco")
+    assert other.returncode == 2 and "use another --workdir" in other.stderr
+
+
+def test_gallery_shows_what_the_attack_does(tmp_path):
+    done = experiment(tmp_path, "fig1", "--methods=swav", *SMALL)
+    assert done.returncode == 0, done.stdout + done.stderr
+    for name in ("fig1_swav.png", "fig1_swav.svg", "fig1_swav_space.png", "fig1_swav_space.svg"):
+        assert (tmp_path / name).stat().st_size > 5000
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("fig9",), "invalid choice: 'fig9'"),
+        (("fig2", "--seeds=one"), "--seeds takes whole numbers"),
+        (("fig2", "--methods=mocco"), "unknown method 'mocco'"),
+        (("fig2", "--epochs=3"), "unknown argument '--epochs=3'"),
+    ],
+)
+def test_mistakes_are_one_line(words, message, tmp_path, capsys):
+    from hexa_jax.experiments.__main__ import main
+
+    assert main([*words, f"--workdir={tmp_path}"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert message in line
