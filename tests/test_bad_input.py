@@ -196,9 +196,17 @@ def test_data(mistake, tmp_path):
 @pytest.mark.parametrize(
     ("kind", "overrides", "expected"),
     [
-        ("moco", {"method": "mocko"}, "config.method='mocko' is not known: use one of deepcluster, moco"),
+        (
+            "moco",
+            {"method": "mocko"},
+            "config.method='mocko' is not known: use one of deepcluster, moco, rotation, simclr",
+        ),
         ("moco", {"precision": "float16"}, "config.precision='float16' is not known: use one of bfloat16, float32"),
-        ("moco", {"optimizer.name": "adam"}, "config.optimizer.name='adam' is not known: use one of larc, sgd"),
+        (
+            "moco",
+            {"optimizer.name": "adan"},
+            "config.optimizer.name='adan' is not known: use one of adam, larc, lars, sgd",
+        ),
         ("moco", {"optimizer.schedule": "step"}, "config.optimizer.schedule='step' is not known: use one of cosine"),
         ("moco", {"model.backbone": "resnet12"}, "unknown backbone 'resnet12': use one of resnet10, resnet18"),
         ("moco", {"model.stem": "small"}, "unknown stem 'small': use 'imagenet' or 'cifar'"),
@@ -217,6 +225,16 @@ def test_data(mistake, tmp_path):
         ("moco", {"shuffle_block": 0}, "config.shuffle_block=0 must be positive"),
         ("moco", {"moco.queue_size": 40}, "moco.queue_size=40 is not a multiple of batch_size=16: use 32, 48"),
         ("moco", {"data.num_crops": "(3,)"}, "moco takes two crops of one size, a query and a key"),
+        ("moco", {"data.num_crops": "(8,)"}, "moco takes two crops of one size, a query and a key"),
+        ("moco", {"method": "simclr", "data.num_crops": "(3,)"}, "simclr pairs two crops of one size"),
+        ("moco", {"method": "swav", "data.num_crops": "(1,)"}, "swav.assign_crops=2 is more than the 1 large crops"),
+        (
+            "moco",
+            {"method": "swav", "swav.queue_length": 40},
+            "swav.queue_length=40 is not a multiple of batch_size=16",
+        ),
+        ("moco", {"scheme": "std+cmxA"}, "config.scheme='std+cmxA' is not known: use one of all, std, std+adv"),
+        ("moco", {"views.alpha3": -1.0}, "views.steps, epsilon and step_size must be positive, alpha1 to alpha3 not"),
         ("moco", {"batch_size": 96}, f"batch_size=96 is more than the {IMAGES} images: use a smaller one"),
         ("moco", {"batch_size": 0}, "config.batch_size=0 must be positive"),
         ("moco", {"runtime.log_every": 0}, "config.runtime.log_every=0 must be positive"),

@@ -50,7 +50,7 @@ def check_traffic(trainer, train, refresh):
     # Nothing as large as one device's images travels, and no bytes (images arrive as uint8) at all.
     crops = trainer.batch_shapes().crops[0]
     assert all(dtype not in ("u8", "s8") for _, dtype, _, _ in found)
-    embeddings = config_batch * trainer.spec.embedding_dim
+    embeddings = config_batch * trainer.spec.embedding_dim * sum(trainer.spec.num_crops)
     for kind, _, elements, _ in found:
         if kind != "all-reduce":
             assert elements <= embeddings < crops.size // 3, (kind, elements)
@@ -82,12 +82,13 @@ def traffic_config(method, microbatches, precision="float32"):
             "bn_group_size": 4,
             "cutmix_block": 4,
             "moco.queue_size": 256,
+            "swav.queue_length": 256,
             "runtime.microbatches": microbatches,
         },
     )
 
 
-@pytest.mark.parametrize(("method", "microbatches"), [("moco", 1), ("deepcluster", 4)])
+@pytest.mark.parametrize(("method", "microbatches"), [("moco", 1), ("deepcluster", 4), ("simclr", 4), ("swav", 1)])
 def test_only_gradients_and_embeddings_travel(method, microbatches):
     trainer = make_trainer(traffic_config(method, microbatches), 1024, jax.devices())
     assert check_traffic(trainer, *compiled(trainer)) == {"f32"}
@@ -124,7 +125,7 @@ print("REDUCED", sorted(check_traffic(trainer, *compiled(trainer))))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["moco", "deepcluster"])
+@pytest.mark.parametrize("method", ["moco", "deepcluster", "simclr", "swav"])
 @pytest.mark.parametrize("microbatches", [1, 4])
 def test_only_gradients_and_embeddings_travel_on_tpu(method, microbatches):
     """The same promises in the TPU compiler's program, bfloat16 compute: gradients are still reduced in float32."""

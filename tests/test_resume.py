@@ -5,6 +5,7 @@ import re
 import shutil
 import signal
 
+import jax
 import numpy as np
 import pytest
 from command_line import (
@@ -20,9 +21,10 @@ from command_line import (
     run_until,
     start,
 )
+from small import SmallRun, largest_difference, small_config
 
 from hexa_jax import main
-from hexa_jax.checkpoint import MANIFEST
+from hexa_jax.checkpoint import MANIFEST, Checkpoints
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -145,3 +147,20 @@ def test_diverging_run_stops_and_keeps_what_was_good(tmp_path):
     step, state = final_state(tmp_path / "run")
     assert step == int(found[3]) and all(np.isfinite(value).all() for value in state.values())
     assert not (tmp_path / "run" / "result.json").exists()
+
+
+def test_swav_goes_on_with_its_queue(tmp_path, x64):
+    """The queue is in use from the third step on: what is saved must hold it, and the step that tells when it is full."""
+    straight, stopped = (SmallRun(small_config("swav", scheme="std+adv")) for _ in range(2))
+    expected = straight.train(4)
+    with jax.set_mesh(stopped.trainer.mesh):
+        stopped.train(3)
+        saved = Checkpoints(tmp_path)
+        saved.save(3, stopped.state)
+        stopped.state = stopped.steps.init()
+        _, stopped.state, _ = saved.restore_latest(stopped.trainer.state_shapes())
+        batches = stopped.batches(start=stopped.steps_per_epoch + 3)
+        state, _ = stopped.steps.train(stopped.state, next(batches), None)
+    assert expected.method.step == 4 and np.abs(expected.method.queue).min() > 0
+    for name, value in zip(expected._fields, expected, strict=True):
+        assert largest_difference(value, jax.device_get(getattr(state, name))) == 0, name
