@@ -29,7 +29,7 @@ quickstart: .venv/.installed  ## pre-train HEXA_DCluster on generated images, ev
 	$(BIN)/python -m hexa_jax.main --config=configs/quickstart.py --workdir=runs/quickstart
 
 test: .venv/.installed-dev  ## the whole suite
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 test-slow: .venv/.installed-dev  ## the tests that take many minutes (TPU compiles)
 	$(BIN)/pip install --quiet --no-deps --target .cache/libtpu libtpu==0.0.42  # apart: jax would look for a TPU in every run

@@ -17,13 +17,26 @@ from hexa_jax.build import ConfigError
 from hexa_jax.checkpoint import CheckpointError
 from hexa_jax.command import parse_command
 from hexa_jax.data.sources import DataError
+from hexa_jax.evals.features_task import features
+from hexa_jax.evals.knn_task import knn
+from hexa_jax.evals.linear_features import linear_features
 from hexa_jax.evals.linear_sgd import linear
+from hexa_jax.evals.svm import lowshot, svm
 from hexa_jax.pretrain import pretrain
 from hexa_jax.stops import Diverged, Terminated
+from hexa_jax.weights import WeightsError
 from hexa_jax.workdir import WorkdirError, abandon, open_workdir
 
-USER_ERRORS = (ConfigError, DataError, WorkdirError, CheckpointError)
-TASKS = {"pretrain": pretrain, "linear": linear}
+USER_ERRORS = (ConfigError, DataError, WorkdirError, CheckpointError, WeightsError)
+TASKS = {
+    "pretrain": pretrain,
+    "knn": knn,
+    "linear": linear,
+    "linear_features": linear_features,
+    "svm": svm,
+    "lowshot": lowshot,
+    "features": features,
+}
 
 
 def main(argv: list[str]) -> int:

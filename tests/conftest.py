@@ -36,3 +36,21 @@ def hexa_data():
     if not folder or not pathlib.Path(folder).is_dir():
         pytest.skip("HEXA_DATA does not name a folder with the real image packs")
     return pathlib.Path(folder)
+
+
+# Files of many minutes, longest first: workers take files in this order, and none is left alone with one at the end.
+LONG = (
+    "test_parallel",
+    "test_cli",
+    "test_resume",
+    "test_experiments",
+    "test_configs",
+    "test_bad_input",
+    "test_objective",
+)
+
+
+def pytest_collection_modifyitems(items):
+    """Put the long files first."""
+    order = {name: place for place, name in enumerate(LONG)}
+    items.sort(key=lambda item: order.get(item.path.stem, len(LONG)))  # stable: the rest stays as it was

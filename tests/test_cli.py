@@ -76,7 +76,7 @@ def test_deepcluster_on_shapes_leaves_everything_that_a_run_should():
     assert [line["step"] for line in lines(workdir) if "knn_accuracy" in line] == [0, 8, 16, 24]
 
     config = json.loads((workdir / "config.json").read_text())
-    assert config["deepcluster"]["num_clusters"] == 8 and config["data"]["crop_size"] == [16]
+    assert config["deepcluster"]["num_clusters"] == 8 and config["data"]["crop_size"] == [8]
     check_pictures(workdir, "curves.png", "hard_examples.png", "clusters.png")
     assert f"step {STEPS}/{STEPS}" in output and "images/s  ETA 0:00:00" in output
     assert "raw pixels" in output and f"report: {workdir / 'report' / 'index.html'}" in output

@@ -44,7 +44,7 @@ def test_step_is_plain_sgd_for_each_learning_rate(x64):
 
 def words(checkpoint, workdir, **settings):
     settings = {
-        "data.eval_source": "shapes:test", "data.crop": 16, "data.resize": 16, "batch_size": 16, "runtime.num_devices": 1,
+        "data.eval_source": "shapes:test", "data.crop": 8, "data.resize": 8, "batch_size": 16, "runtime.num_devices": 1,
         "optimizer.learning_rates": "(0.3,3.0)",
     } | settings  # fmt: skip
     config = f"--config={REPOSITORY}/configs/eval/linear_imagenet.py:epochs=2"
@@ -89,7 +89,7 @@ def test_devices_and_an_interruption_change_nothing(run, probe, tmp_path):
 
 def test_mistakes_are_one_line(run, tmp_path, capsys):
     cases = {
-        "is not the workdir of a run": words(tmp_path / "nothing", tmp_path / "a"),
+        "is neither a file nor the workdir of a run": words(tmp_path / "nothing", tmp_path / "a"),
         "batch_size=160 is more than the 70 images": words(run, tmp_path / "b", batch_size=160),
         "no labels": words(run, tmp_path / "c", **{"data.source": f"folder:{flat(tmp_path)}"}),
     }

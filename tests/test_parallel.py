@@ -43,7 +43,7 @@ def test_the_reference_run_learns_and_uses_its_views(reference):
     assert (reference["deepcluster"].method.assignments >= 0).sum() == 2 * 64  # two heads, 70 images in batches of 32
 
 
-@pytest.mark.parametrize("method", ["moco", "deepcluster", "swav"])
+@pytest.mark.parametrize("method", ["moco", "swav"])
 def test_first_gradients_agree_in_float32_given_the_same_adversarial_input(method):
     """A last-bit difference flips the attack's signs in float32, so alpha1 is 0 and the attack is compared in float64."""
     gradients = []

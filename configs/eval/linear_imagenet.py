@@ -14,6 +14,7 @@ otherwise.
 import ml_collections
 
 from configs import common
+from configs.eval import common as evaluation
 
 
 def get_config(text=None):
@@ -21,11 +22,7 @@ def get_config(text=None):
     choice = common.arguments(text, family="deepcluster", epochs=100)
     if choice.family not in ("moco", "deepcluster"):
         raise ValueError(f"family={choice.family} is not known: use moco or deepcluster")
-    config = ml_collections.ConfigDict()
-    config.task = "linear"
-    config.checkpoint = ""  # workdir of the pre-training run
-    config.seed = 0
-    config.precision = "float32"
+    config = evaluation.get_config("linear")
     config.epochs = choice.epochs
     config.batch_size = 256
 
@@ -38,20 +35,5 @@ def get_config(text=None):
     optimizer.milestones = (choice.epochs * 60 // 100, choice.epochs * 80 // 100)
     optimizer.decay = 0.1
 
-    config.data = data = ml_collections.ConfigDict()
-    data.source = ""  # empty: the pre-training run's
-    data.eval_source = ""
-    data.crop = 224
-    data.min_scale = 0.08
-    data.resize = 256  # short side of held-out images
-    data.max_bad_fraction = 0.001
-
-    config.runtime = runtime = ml_collections.ConfigDict()
-    runtime.num_devices = 0
-    runtime.workers = 0
-    runtime.threads = 2
-    runtime.prefetch = 4
-    runtime.data_dir = ""
-    runtime.log_every = 50
-    runtime.writer = "tensorboardX"
+    config.data.min_scale = 0.08
     return config

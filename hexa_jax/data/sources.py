@@ -309,7 +309,8 @@ class TfdsSource:
             raise DataError(f"tfds:{self._name} has no split {self._split!r} (it has: {', '.join(splits)})") from None
         self._process = os.getpid()
 
-    def _example(self, index: int) -> dict[str, Any]:
+    def record(self, index: int) -> dict[str, Any]:
+        """All features of a record, images encoded."""
         if self._process != os.getpid():  # readers survive neither a fork nor a pickle
             self._open()
         return self._records[_checked(index, len(self))]
@@ -319,7 +320,7 @@ class TfdsSource:
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         try:
-            example = self._example(index)
+            example = self.record(index)
         except (ValueError, RuntimeError) as error:
             raise BadImage(self.name(index), f"unreadable record: {_one_line(error)}") from None
         image = {"image": example[self._image_key]}
@@ -331,7 +332,7 @@ class TfdsSource:
     def labels(self) -> np.ndarray | None:
         """int32 [N], or None. The first call reads every record, as labels lie beside images: 140 GB of ImageNet."""
         if self._labels is None and self._label_key is not None:
-            self._labels = np.array([self._example(i)[self._label_key] for i in range(len(self))], np.int32)
+            self._labels = np.array([self.record(i)[self._label_key] for i in range(len(self))], np.int32)
         return self._labels
 
     def __getstate__(self) -> dict[str, Any]:

@@ -1,64 +1,142 @@
-"""A frozen backbone from the workdir of a pre-training run."""
+"""A frozen backbone: of a pre-training run, from a weights file, or with random weights."""
 
 import json
 import pathlib
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from hexa_jax.build import make_method, make_network
 from hexa_jax.checkpoint import CheckpointError, Checkpoints
 from hexa_jax.models.heads import Network
-from hexa_jax.models.norm import CLEAN, EVALUATION, stats_collection
+from hexa_jax.models.norm import CLEAN, EVALUATION, NormMode, stats_collection
+from hexa_jax.models.resnet import make_resnet
+from hexa_jax.weights import WeightsError, architecture_of, from_torchvision, read_weights
 
 RANDOM = "random"
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 class Backbone(NamedTuple):
     """A network whose head is not used, with what its features need: clean running statistics, float32.
 
     Attributes:
-        network: `network.apply(variables, images, EVALUATION, method=Network.features)` gives pooled features [N, F].
-        variables: parameters and statistics of the backbone.
-        step: of pre-training.
-        config: of the pre-training run.
+        network: without a head.
+        variables: parameters and clean statistics, "backbone" on top of each.
+        step: of pre-training; 0 for random weights, -1 for weights from a file.
+        config: of the pre-training run, None without one.
     """
 
     network: Network
     variables: Any
     step: int
-    config: ConfigDict
+    config: ConfigDict | None
 
     @property
     def feature_dim(self) -> int:
         """Length of a pooled feature."""
         return self.network.backbone.feature_dim
 
+    def features(self, variables: Any, images: jax.Array, mode: NormMode = EVALUATION) -> jax.Array:
+        """Pooled features [N, F] of images [N, H, W, 3]: uint8, or float in [0, 1]."""
+        pixels = images / 255.0 if images.dtype == jnp.uint8 else images
+        return self.network.apply(variables, pixels, mode, method=Network.features)
 
-def load_backbone(checkpoint: str) -> Backbone:
-    """The backbone at the newest intact checkpoint of a workdir.
+
+def load_backbone(checkpoint: str, **random: Any) -> Backbone:
+    """A backbone.
+
+    Args:
+        checkpoint: workdir of a pre-training run (its newest intact checkpoint counts), a weights file in torchvision's names
+            (`.safetensors`, `.npz`; `.pth` and the like with torch; published MoCo and SwAV checkpoints too), or "random".
+        random: for "random" only: seed, and optionally backbone, stem and base_channels.
 
     Raises:
         CheckpointError: the folder holds no run, or no checkpoint, or a damaged one.
+        WeightsError: the file cannot be read, or is of no known ResNet.
     """
-    workdir = pathlib.Path(checkpoint).expanduser()
-    saved = workdir / "config.json"
+    if checkpoint == RANDOM:
+        return random_backbone(**random)
+    path = pathlib.Path(checkpoint).expanduser()
+    if path.is_file():
+        return _from_file(path)
+    saved = path / "config.json"
     if not saved.is_file():
-        raise CheckpointError(f"config.checkpoint={checkpoint!r} is not the workdir of a run: it has no config.json")
+        raise CheckpointError(
+            f"checkpoint {checkpoint!r} is neither a file nor the workdir of a run: it has no config.json"
+        )
     config = ConfigDict(json.loads(saved.read_text()), convert_dict=True)
     if "model" not in config:
-        raise CheckpointError(f"config.checkpoint={checkpoint!r} is no pre-training run: its config has no model")
-    config.precision = "float32"
-    network = make_network(config, make_method(config))
-    crops = (jnp.zeros((1, 1, 32, 32, 3)),)
-    shapes = dict(jax.eval_shape(lambda: network.init(jax.random.key(0), crops, EVALUATION)))
-    params, clean = shapes.pop("params")["backbone"], stats_collection(CLEAN)
-    like = {"params": {"backbone": params}, "batch_stats": {clean: {"backbone": shapes[clean]["backbone"]}}}
-    checkpoints = Checkpoints(workdir / "checkpoints")
-    restored = checkpoints.restore_latest(like, partial=True)
+        raise CheckpointError(f"checkpoint {checkpoint!r} is no pre-training run: its config has no model")
+    model, pixels = config.model, (tuple(config.data.pixel_mean), tuple(config.data.pixel_std))
+    resnet = make_resnet(model.backbone, model.base_channels, stem=model.stem)
+    network = Network(resnet, None, *pixels, normalize=False)
+    shapes = _shapes(network)
+    like = {
+        "params": shapes["params"],
+        "batch_stats": {name: tree for name, tree in shapes.items() if name != "params"},
+    }
+    restored = Checkpoints(path / "checkpoints").restore_latest(like, partial=True)
     if restored is None:
-        raise CheckpointError(f"config.checkpoint={checkpoint!r} has no checkpoint yet")
+        raise CheckpointError(f"checkpoint {checkpoint!r} has no checkpoint yet")
     step, tree, _ = restored
     return Backbone(network, {"params": tree["params"], **tree["batch_stats"]}, step, config)
+
+
+def random_backbone(
+    seed: int = 0,
+    backbone: str = "resnet50",
+    stem: str = "imagenet",
+    base_channels: int = 64,
+    like: Backbone | None = None,
+) -> Backbone:
+    """Random weights, with the running statistics that a fresh network has (mean 0, variance 1).
+
+    Args:
+        seed: of the weights.
+        backbone: name as in `make_resnet`.
+        stem: "imagenet" or "cifar".
+        base_channels: of the stem.
+        like: a backbone whose architecture and pixel statistics to take instead.
+    """
+    if like is not None:
+        network = like.network
+    else:
+        network = Network(
+            make_resnet(backbone, base_channels, stem=stem), None, IMAGENET_MEAN, IMAGENET_STD, normalize=False
+        )
+    variables = network.init(jax.random.key(seed), _crops(), EVALUATION)
+    return Backbone(network, _clean(variables), 0, like.config if like else None)
+
+
+def _from_file(path: pathlib.Path) -> Backbone:
+    arrays = read_weights(str(path))
+    architecture = architecture_of(arrays)
+    resnet = make_resnet(f"resnet{architecture.depth}", architecture.base_channels, stem=architecture.stem)
+    network = Network(resnet, None, IMAGENET_MEAN, IMAGENET_STD, normalize=False)
+    try:
+        variables = from_torchvision(arrays, _shapes(network))
+    except WeightsError as error:
+        raise WeightsError(f"{path}: {error}") from None
+    return Backbone(network, jax.tree.map(jnp.asarray, variables), -1, None)
+
+
+def _crops() -> tuple[jax.Array, ...]:
+    return (jnp.zeros((1, 1, 32, 32, 3)),)
+
+
+def _shapes(network: Network) -> dict[str, Any]:
+    return _clean(jax.eval_shape(lambda: network.init(jax.random.key(0), _crops(), EVALUATION)))
+
+
+def _clean(variables: Mapping[str, Any]) -> dict[str, Any]:
+    """Parameters and statistics without the adversarial set."""
+
+    def without(tree: Any) -> Any:
+        if not isinstance(tree, Mapping):
+            return tree
+        return {name: without(node) for name, node in tree.items() if not name.startswith("adversarial")}
+
+    return {name: without(variables[name]) for name in ("params", stats_collection(CLEAN))}

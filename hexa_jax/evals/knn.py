@@ -1,32 +1,101 @@
-"""Weighted k-nearest-neighbour classification on cosine similarity: the votes of the k nearest weigh exp(similarity / tau)."""
+"""Weighted k-nearest-neighbour classification on cosine similarity: the votes of the k nearest weigh exp(similarity / tau).
+
+Legend: N rows of the bank, Q queries, F features, k neighbours.
+"""
 
 import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
-QUERIES = 256  # rows of a chunk: the similarities of one chunk exist at a time
+from hexa_jax.mesh import make_mesh
+
+QUERIES = 256  # rows of a chunk of queries
+BANK_ROWS = 16_384  # rows of the bank whose similarities exist at a time, per device
 
 
-@functools.partial(jax.jit, static_argnames=("neighbours", "num_classes", "temperature"))
-def _vote(
-    bank: jax.Array,
-    labels: jax.Array,
-    queries: jax.Array,
-    own: jax.Array,
-    *,
+def nearest(
+    bank: np.ndarray,
+    queries: np.ndarray,
     neighbours: int,
-    num_classes: int,
-    temperature: float,
-) -> jax.Array:
-    """Predicted class [Q] of queries [Q, F]; `own` [Q] is a query's row in the bank, to be left out, or -1."""
-    similarity = jnp.einsum("qf,nf->qn", queries, bank, precision="highest")
-    itself = jnp.arange(bank.shape[0])[None] == own[:, None]
-    nearest, position = jax.lax.top_k(jnp.where(itself, -jnp.inf, similarity), neighbours)
-    weight = jnp.exp((nearest - nearest[:, :1]) / temperature)  # relative to the nearest: no overflow, same winner
-    votes = jax.nn.one_hot(labels[position], num_classes) * weight[..., None]
-    return jnp.argmax(jnp.sum(votes, axis=1), axis=-1)
+    *,
+    own: np.ndarray | None = None,
+    mesh: Mesh | None = None,
+) -> tuple[np.ndarray, np.ndarray]:
+    """The most similar rows of the bank: top-k streamed over chunks of a bank that is split over the devices.
+
+    Args:
+        bank: float [N, F] features, any length.
+        queries: float [Q, F].
+        neighbours: k, at most N (N - 1 with `own`).
+        own: int [Q], a query's row in the bank, which is left out; -1 for none.
+        mesh: one-axis mesh of the devices; by default the first device.
+
+    Returns:
+        Cosine similarities float32 [Q, k], highest first, and their rows int64 [Q, k]; ties go to the lower row.
+
+    Raises:
+        ValueError: an empty bank, or more neighbours than there are.
+    """
+    if neighbours < 1 or neighbours > len(bank) - (own is not None):
+        raise ValueError(f"{neighbours} neighbours are wanted of a bank of {len(bank)} rows")
+    mesh = mesh or make_mesh(jax.local_devices()[:1])
+    rows = max(min(BANK_ROWS, -(-len(bank) // mesh.size)), neighbours)  # of a chunk
+    chunks = -(-len(bank) // (rows * mesh.size))
+    padded = np.zeros((mesh.size * chunks * rows, bank.shape[1]), np.float32)
+    padded[: len(bank)] = _unit(bank)
+    split = jax.device_put(padded.reshape(mesh.size * chunks, rows, -1), NamedSharding(mesh, P("data")))
+    search = functools.partial(_search(mesh, neighbours), split, np.int32(len(bank)))
+    queries, own = _unit(queries), np.full(len(queries), -1) if own is None else own
+    found = []
+    for first in range(0, len(queries), QUERIES):
+        chunk = slice(first, first + QUERIES)
+        missing = QUERIES - len(queries[chunk])
+        excluded = np.pad(own[chunk], (0, missing), constant_values=-1).astype(np.int32)
+        result = search(np.pad(queries[chunk], ((0, missing), (0, 0))), excluded)
+        found.append([np.asarray(leaf)[: QUERIES - missing] for leaf in result])
+    similarity, position = (np.concatenate(leaves) for leaves in zip(*found, strict=True))
+    return similarity, position.astype(np.int64)
+
+
+@functools.cache
+def _search(mesh: Mesh, neighbours: int):
+    """Jitted (bank chunks, size of the bank, queries, own rows) -> (similarities, rows)."""
+
+    def best(similarity: jax.Array, row: jax.Array) -> tuple[jax.Array, jax.Array]:
+        # By similarity, then by row: lax.top_k alone would depend on the order in which chunks and devices come.
+        order = jax.lax.sort([-similarity, row], num_keys=2)
+        return -order[0][:, :neighbours], order[1][:, :neighbours]
+
+    def local(chunks: jax.Array, size: jax.Array, queries: jax.Array, own: jax.Array) -> tuple[jax.Array, jax.Array]:
+        count, rows, _ = chunks.shape
+        first = jax.lax.axis_index("data") * count * rows
+
+        def step(found: tuple, leaves: tuple) -> tuple[tuple, None]:
+            chunk, number = leaves
+            row = first + number * rows + jnp.arange(rows, dtype=jnp.int32)
+            similarity = jnp.matmul(queries, chunk.T, precision="highest")
+            absent = (row >= size)[None] | (row[None] == own[:, None])
+            similarity, place = jax.lax.top_k(jnp.where(absent, -jnp.inf, similarity), neighbours)
+            both = [jnp.concatenate(pair, axis=1) for pair in zip(found, (similarity, row[place]), strict=True)]
+            return best(*both), None
+
+        shape = (len(queries), neighbours)
+        none = jnp.full(shape, -jnp.inf, queries.dtype), jnp.full(shape, np.iinfo(np.int32).max, jnp.int32)
+        found, _ = jax.lax.scan(step, none, (chunks, jnp.arange(count, dtype=jnp.int32)))
+        gathered = [jax.lax.all_gather(leaf, "data", axis=1, tiled=True) for leaf in found]
+        return best(*gathered)
+
+    specs = P("data"), P(), P(), P()
+    return jax.jit(jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=(P(), P()), check_vma=False))
+
+
+def _unit(x: np.ndarray) -> np.ndarray:
+    x = np.asarray(x, np.float32)
+    return x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12)
 
 
 def knn_predict(
@@ -37,6 +106,7 @@ def knn_predict(
     neighbours: int = 20,
     temperature: float = 0.07,
     leave_one_out: bool = False,
+    mesh: Mesh | None = None,
 ) -> np.ndarray:
     """Classes of the queries by the weighted vote of their nearest neighbours in the bank.
 
@@ -44,33 +114,24 @@ def knn_predict(
         bank: float [N, F] features, any length.
         bank_labels: int [N].
         queries: float [Q, F].
-        neighbours: k; at most the size of the bank.
+        neighbours: k; all of the bank where it is smaller.
         temperature: tau of the weights exp(cosine / tau).
         leave_one_out: queries[i] is bank[i] and may not vote for itself.
+        mesh: of the devices that hold the bank; by default the first one.
 
     Returns:
         int [Q].
+
+    Raises:
+        ValueError: there is nothing to vote.
     """
-    unit = lambda x: x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12)  # noqa: E731
-    bank, queries = unit(np.asarray(bank, np.float32)), unit(np.asarray(queries, np.float32))
-    own = np.arange(len(queries)) if leave_one_out else np.full(len(queries), -1)
-    vote = functools.partial(
-        _vote,
-        jnp.asarray(bank),
-        jnp.asarray(bank_labels),
-        neighbours=min(neighbours, len(bank) - int(leave_one_out)),
-        num_classes=int(bank_labels.max()) + 1,
-        temperature=temperature,
-    )
-    predictions = []
-    for first in range(0, len(queries), QUERIES):
-        chunk = slice(first, first + QUERIES)
-        missing = QUERIES - len(queries[chunk])
-        padded = vote(
-            np.pad(queries[chunk], ((0, missing), (0, 0))), np.pad(own[chunk], (0, missing), constant_values=-1)
-        )
-        predictions.append(np.asarray(padded)[: QUERIES - missing])
-    return np.concatenate(predictions)
+    neighbours = min(neighbours, len(bank) - int(leave_one_out))
+    own = np.arange(len(queries)) if leave_one_out else None
+    similarity, row = nearest(bank, queries, neighbours, own=own, mesh=mesh)
+    weight = np.exp((similarity - similarity[:, :1]) / temperature)  # relative to the nearest: no overflow, same winner
+    votes = np.zeros((len(queries), int(bank_labels.max()) + 1), np.float32)
+    np.add.at(votes, (np.arange(len(queries))[:, None], bank_labels[row]), weight)
+    return np.argmax(votes, axis=1)
 
 
 def accuracy(predictions: np.ndarray, labels: np.ndarray) -> float:

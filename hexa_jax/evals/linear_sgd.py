@@ -17,17 +17,14 @@ from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
 from hexa_jax import optim
-from hexa_jax.build import ConfigError, choose, make_devices, open_source
+from hexa_jax.build import ConfigError, choose
 from hexa_jax.checkpoint import Checkpoints
 from hexa_jax.data.crops import Resolution
 from hexa_jax.data.pipeline import BadImages, HostSteps, device_batches, host_iterator
-from hexa_jax.data.sources import DataError, Source
-from hexa_jax.evals.backbone import Backbone, load_backbone
-from hexa_jax.evals.features import EvalImages, extract
-from hexa_jax.mesh import ROWS, Layout, local_rows, make_mesh
+from hexa_jax.evals.backbone import Backbone
+from hexa_jax.evals.labelled import Extractor, Features, open_backbone, open_both, usable
+from hexa_jax.mesh import ROWS, Layout, local_rows
 from hexa_jax.methods.base import Batch
-from hexa_jax.models.heads import Network
-from hexa_jax.models.norm import EVALUATION
 from hexa_jax.progress import Clock, say
 from hexa_jax.stops import Interruptible, Terminated
 from hexa_jax.workdir import Metrics, write_json
@@ -105,16 +102,10 @@ def linear(config: ConfigDict, workdir: pathlib.Path) -> dict[str, Any]:
 class _Probe:
     def __init__(self, config: ConfigDict, workdir: pathlib.Path):
         self.config, self.workdir = config, workdir
-        self.backbone: Backbone = load_backbone(config.checkpoint)
-        inherited = self.backbone.config.data
-        self.source = self._open(config.data.source or inherited.source)
-        self.held_out = self._open(config.data.eval_source or inherited.eval_source)
-        if self.held_out.num_classes != self.source.num_classes:
-            raise DataError(
-                f"{self.held_out.num_classes} classes to test on, {self.source.num_classes} to train on: are data.source "
-                "and data.eval_source the same data set?"
-            )
-        self.mesh = make_mesh(make_devices(config))
+        self.backbone: Backbone = open_backbone(config)
+        self.source, self.held_out = open_both(config, self.backbone)
+        self.extractor = Extractor(config, self.backbone)
+        self.mesh = self.extractor.mesh
         batch, devices = config.batch_size, self.mesh.size
         if batch > len(self.source):
             raise ConfigError(f"batch_size={batch} is more than the {len(self.source)} images: use a smaller one")
@@ -126,17 +117,6 @@ class _Probe:
         self.steps_per_epoch = len(self.source) // batch
         self.total = config.epochs * self.steps_per_epoch
         self.bad_images = BadImages(self.source, config.data.max_bad_fraction)
-
-    def _open(self, spec: str) -> Source:
-        if not spec:
-            raise ConfigError(
-                "data.eval_source is empty, and so is that of the pre-training run: the probe needs both sets"
-            )
-        sizes = ConfigDict({"runtime": self.config.runtime, "data": self.backbone.config.data})
-        source = open_source(sizes, spec)
-        if source.num_classes is None:
-            raise DataError(f"{spec} has no labels to train or test a classifier with")
-        return source
 
     def run(self) -> dict[str, Any]:
         config = self.config
@@ -150,10 +130,9 @@ class _Probe:
         start = int(state.step)
         metrics, clock = Metrics(self.workdir, config.runtime.writer, start), Clock(config.batch_size, self.total)
         stop, train = Interruptible(), self._compile()
-        say(f"features of {len(self.held_out)} held-out images")
-        images = EvalImages(self.held_out, np.arange(len(self.held_out)), config.data.resize, config.data.crop)
-        held_out = extract(self._extractor(), images, -(-256 // self.mesh.size) * self.mesh.size)
-        batches, results = self._batches(start), self._accuracy(state, held_out, images)
+        held_out = self.extractor(self.held_out, "held-out features")
+        self.backbone = self.extractor.backbone
+        batches, results = self._batches(start), self._accuracy(state, held_out)
         try:
             clock.start(start)
             for step in range(start + 1, self.total + 1):
@@ -169,7 +148,7 @@ class _Probe:
                     )
                 if ends:
                     with clock.paused():
-                        results = self._accuracy(state, held_out, images)
+                        results = self._accuracy(state, held_out)
                     metrics.write(step, {"epoch": step // self.steps_per_epoch, **results})
                     say(
                         f"epoch {step // self.steps_per_epoch}: top-1 {results['top1']:.1f} %, top-5 {results['top5']:.1f} %"
@@ -200,13 +179,7 @@ class _Probe:
 
     def _features(self, variables: Any, images: jax.Array) -> jax.Array:
         """[N, F] of uint8 images, by running statistics; no gradient."""
-        network = self.backbone.network
-        return jax.lax.stop_gradient(network.apply(variables, images / 255.0, EVALUATION, method=Network.features))
-
-    def _extractor(self) -> Any:
-        rows, whole = NamedSharding(self.mesh, P("data")), NamedSharding(self.mesh, P())
-        features = jax.jit(self._features, in_shardings=(whole, rows), out_shardings=whole)
-        return lambda images: features(self.backbone.variables, images)
+        return jax.lax.stop_gradient(self.backbone.features(variables, images))
 
     def _compile(self) -> Any:
         o = self.config.optimizer
@@ -248,13 +221,13 @@ class _Probe:
         elements = host_iterator(steps, start, runtime.workers, runtime.threads, runtime.prefetch)
         return device_batches(elements, self.mesh, self.layout, self.bad_images, labels)
 
-    def _accuracy(self, state: ProbeState, features: np.ndarray, images: EvalImages) -> dict[str, float]:
+    def _accuracy(self, state: ProbeState, held_out: Features) -> dict[str, float]:
         """Top-1 and top-5 of the first learning rate in per cent, and top-1 of each."""
-        known = images.known
-        labels, results = images.labels[known], dict[str, float]()
+        features, labels = usable(held_out)
+        results: dict[str, float] = {}
         kernels, biases = np.asarray(state.kernel), np.asarray(state.bias)
         for rate, kernel, bias in zip(self.config.optimizer.learning_rates, kernels, biases, strict=True):
-            logits = features[known] @ kernel + bias
+            logits = features @ kernel + bias
             above = np.sum(
                 logits > np.take_along_axis(logits, labels[:, None], axis=1), axis=1
             )  # classes that score higher

@@ -1,0 +1,26 @@
+"""The CIFAR linear probe: a linear classifier on frozen features of images resized to 224, no augmentation.
+
+Command:   python -m hexa_jax.main --config=configs/eval/linear_cifar.py --config.checkpoint=WORKDIR --workdir=DIR
+Hardware:  any.
+Time:      not measured.
+Expected:  no number in the paper's text for CIFAR-10 that we could compare without ImageNet weights; docs/results.md has ours.
+
+Numbers: the paper's Appendix B: Adamax, 20 epochs, batch 256, learning rates 0.1, 0.01 and 0.001, x0.1 at epochs 7 and 14.
+"""
+
+from configs import common
+from configs.eval import common as evaluation
+
+
+def get_config(text=None):
+    """The protocol."""
+    choice = common.arguments(text, epochs=20)
+    config = evaluation.get_config("linear_features")
+    config.data.source, config.data.eval_source = "tfds:cifar10:train", "tfds:cifar10:test"
+    config.data.resize = config.data.crop = 224
+    config.epochs = choice.epochs
+    config.batch_size = 256
+    config.learning_rates = (0.1, 0.01, 0.001)
+    config.milestones = (7, 14)
+    config.decay = 0.1
+    return config

@@ -1,0 +1,138 @@
+"""Pascal VOC as images with several labels: `voc:DIR[:SPLIT]` reads a VOCdevkit folder, `tfds:voc/2007:SPLIT` a prepared one."""
+
+import pathlib
+import re
+from typing import Any
+
+import numpy as np
+
+from hexa_jax.data.decode import BadImage
+from hexa_jax.data.sources import DataError, TfdsSource
+
+CLASSES = (
+    "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow", "diningtable", "dog", "horse",
+    "motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor",
+)  # fmt: skip
+PRESENT, DIFFICULT, ABSENT = 1, 0, -1
+
+
+class VOCImages:
+    """Images of a split of `VOCdevkit/VOC2007`, in the order of its list.
+
+    Attributes:
+        class_names: of the columns.
+        matrix: int8 [N, C]: PRESENT, DIFFICULT (only difficult examples of the class are there) or ABSENT, as the official
+            `ImageSets/Main/CLASS_SPLIT.txt` files have it.
+    """
+
+    num_classes = None  # of single labels
+
+    def __init__(self, directory: str, split: str):
+        root = pathlib.Path(directory).expanduser()
+        for inner in ("VOCdevkit/VOC2007", "VOC2007"):
+            if (root / inner / "ImageSets").is_dir():
+                root = root / inner
+                break
+        lists = root / "ImageSets" / "Main"
+        if not lists.is_dir():
+            raise DataError(f"voc:{directory} has no ImageSets/Main: name the VOCdevkit or VOC2007 folder")
+        self.root, self.split = root, split
+        self.ids = self._words(lists / f"{split}.txt", 1)[:, 0].tolist()
+        found = sorted(
+            match[1] for path in lists.iterdir() if (match := re.fullmatch(rf"(\w+)_{split}\.txt", path.name))
+        )
+        known = [name for name in CLASSES if name in found] or found
+        if not known:
+            raise DataError(f"{lists} has no CLASS_{split}.txt: VOC's classification lists are missing")
+        self.class_names = known
+        self.matrix = np.stack([self._column(lists / f"{name}_{split}.txt") for name in known], axis=1)
+
+    def _words(self, path: pathlib.Path, columns: int) -> np.ndarray:
+        if not path.is_file():
+            raise DataError(f"{path} is missing")
+        lines = [line.split() for line in path.read_text().splitlines() if line.strip()]
+        wrong = next((number for number, words in enumerate(lines, 1) if len(words) != columns), None)
+        if wrong is not None:
+            raise DataError(f"{path}:{wrong} has {len(lines[wrong - 1])} words, not {columns}")
+        return np.array(lines).reshape(-1, columns)
+
+    def _column(self, path: pathlib.Path) -> np.ndarray:
+        words = self._words(path, 2)
+        values = dict(zip(words[:, 0].tolist(), words[:, 1].tolist(), strict=True))
+        missing = [name for name in self.ids if name not in values]
+        if missing:
+            raise DataError(f"{path} says nothing of {missing[0]}, which {self.split}.txt lists")
+        column = np.array([int(values[name]) for name in self.ids], np.int8)
+        if not np.isin(column, (PRESENT, DIFFICULT, ABSENT)).all():
+            raise DataError(f"{path} holds other values than 1, 0 and -1")
+        return column
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def name(self, index: int) -> str:
+        """The image's path."""
+        return str(self.root / "JPEGImages" / f"{self.ids[index]}.jpg")
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        try:
+            return {"image": pathlib.Path(self.name(index)).read_bytes()}
+        except OSError as error:
+            raise BadImage(self.name(index), error.strerror or str(error)) from None
+
+    def labels(self) -> None:
+        """None: images have several."""
+
+
+class VOCRecords:
+    """The same from a prepared `tfds` data set with VOC's features; see `VOCImages`."""
+
+    num_classes = None
+
+    def __init__(self, spec: str, data_dir: str | None):
+        self.records = TfdsSource(spec, data_dir=data_dir)
+        rows = []
+        for index in range(len(self.records)):
+            record = self.records.record(index)
+            if "labels_no_difficult" not in record:
+                raise DataError(f"tfds:{spec} has no labels_no_difficult: it is no VOC data set")
+            rows.append((set(map(int, record["labels"])), set(map(int, record["labels_no_difficult"]))))
+        self.class_names = list(CLASSES)
+        self.matrix = np.full((len(rows), len(CLASSES)), ABSENT, np.int8)
+        for row, (everything, easy) in enumerate(rows):
+            self.matrix[row, list(everything)] = DIFFICULT
+            self.matrix[row, list(easy)] = PRESENT
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return {"image": self.records[index]["image"]}
+
+    def name(self, index: int) -> str:
+        """As the records call it."""
+        return self.records.name(index)
+
+    def labels(self) -> None:
+        """None: images have several."""
+
+
+def open_voc(spec: str, data_dir: str | None = None) -> VOCImages | VOCRecords:
+    """The multi-label images that a config's string names.
+
+    Args:
+        spec: `voc:DIR[:SPLIT]` with split train, val, trainval (default) or test; or `tfds:voc/2007[:SPLIT]`.
+        data_dir: where tfds data sets were prepared.
+
+    Raises:
+        DataError: nothing usable is there.
+    """
+    kind, _, rest = spec.partition(":")
+    if kind == "tfds" and rest:
+        return VOCRecords(rest, data_dir)
+    if kind != "voc" or not rest:
+        raise DataError(f"{spec!r} is no multi-label data set: use voc:VOCDEVKIT[:SPLIT] or tfds:voc/2007:SPLIT")
+    directory, _, split = (
+        rest.rpartition(":") if re.search(r":(train|val|trainval|test)$", rest) else (rest, "", "trainval")
+    )
+    return VOCImages(directory, split)

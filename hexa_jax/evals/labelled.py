@@ -1,0 +1,152 @@
+"""What most evaluations begin with: a backbone, and the features of labelled training and held-out images."""
+
+import pathlib
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from ml_collections import ConfigDict
+
+from hexa_jax.build import ConfigError, make_devices, open_source
+from hexa_jax.data.sources import DataError, Source
+from hexa_jax.data.subset import Subset, spread
+from hexa_jax.evals.backbone import RANDOM, Backbone, load_backbone, random_backbone
+from hexa_jax.evals.features import EvalImages
+from hexa_jax.mesh import make_mesh
+from hexa_jax.models.norm import CLEAN, NormMode, stats_collection
+from hexa_jax.progress import Clock, say
+
+CALIBRATION_IMAGES = 512  # whose statistics a random network gets
+
+
+class Features(NamedTuple):
+    """Float32 [N, F], int32 [N] labels (-1: none), and which rows could be read."""
+
+    values: np.ndarray
+    labels: np.ndarray
+    known: np.ndarray
+
+
+def open_backbone(config: ConfigDict) -> Backbone:
+    """The backbone that `config.checkpoint` names; a random one has its architecture from `config.random`."""
+    if not config.checkpoint:
+        raise ConfigError("config.checkpoint is missing: a workdir, a weights file, or random")
+    if config.checkpoint != RANDOM:
+        return load_backbone(config.checkpoint)
+    settings = config.random
+    like = load_backbone(settings.like) if settings.like else None
+    return random_backbone(config.seed, settings.backbone, settings.stem, settings.base_channels, like)
+
+
+def open_split(config: ConfigDict, backbone: Backbone, name: str, *, labelled: bool = True) -> Source:
+    """The source `data.<name>`, or that of the pre-training run where the config has none.
+
+    Raises:
+        ConfigError: neither names one.
+        DataError: it has no labels and needs them.
+    """
+    spec = config.data[name] or (backbone.config.data[name] if backbone.config else "")
+    if not spec:
+        raise ConfigError(f"data.{name} is empty, and there is no pre-training run that had one")
+    data = backbone.config.data if backbone.config else ConfigDict({"shapes_size": 32, "shapes_count": 10_000})
+    source = open_source(ConfigDict({"runtime": config.runtime, "data": data}), spec)
+    if labelled and source.num_classes is None:
+        raise DataError(f"{spec} has no labels, which config.task={config.task} needs")
+    if name == "source" and config.data.limit and config.data.limit < len(source):
+        source = Subset(source, spread(len(source), config.data.limit))
+    return source
+
+
+def open_both(config: ConfigDict, backbone: Backbone) -> tuple[Source, Source]:
+    """Training and held-out examples, with the same classes."""
+    train, held_out = (open_split(config, backbone, name) for name in ("source", "eval_source"))
+    check_classes(train, held_out)
+    return train, held_out
+
+
+def check_classes(train: Source, held_out: Source) -> None:
+    """Raises DataError unless both have the same number of classes, and the same names where they have names."""
+    if train.num_classes != held_out.num_classes:
+        raise DataError(
+            f"{held_out.num_classes} classes to test on, {train.num_classes} to train on: are data.source and "
+            "data.eval_source the same data set?"
+        )
+    names = [list(source.class_names or []) for source in (train, held_out)]
+    if all(names) and names[0] != names[1]:
+        odd = sorted(set(names[0]) ^ set(names[1]))[:3]
+        raise DataError(f"training and held-out classes have other names, such as {', '.join(map(str, odd))}")
+
+
+class Extractor:
+    """Computes features of images on all devices, with a progress line.
+
+    Attributes:
+        backbone: what computes them; a random one gets BatchNorm statistics from the first images it sees.
+        mesh: of the devices.
+    """
+
+    def __init__(self, config: ConfigDict, backbone: Backbone):
+        self.config, self.backbone = config, backbone
+        self._fresh = config.checkpoint == RANDOM
+        self.mesh: Mesh = make_mesh(make_devices(config))
+        rows, self._whole = NamedSharding(self.mesh, P("data")), NamedSharding(self.mesh, P())
+        self._forward = jax.jit(backbone.features, in_shardings=(self._whole, rows), out_shardings=self._whole)
+        self.batch_size = -(-config.runtime.batch_size // self.mesh.size) * self.mesh.size
+
+    def __call__(self, source: Source, what: str) -> Features:
+        """Features of the centre crops of a source's examples, in order."""
+        images = self.images(source)
+        if self._fresh:
+            self._calibrate(images)
+            self._fresh = False
+        parts, clock, done = [], Clock(1, len(source)), 0
+        for batch, count in images.batches(self.batch_size, self.config.runtime.threads):
+            parts.append(np.asarray(self._forward(self.backbone.variables, batch), np.float32)[:count])
+            done += count
+            if len(parts) % self.config.runtime.log_every == 0:
+                speed, left = clock.read(done)
+                say(f"{what}: {done} of {len(source)} images  {speed:.0f} images/s  ETA {left}")
+        labels = images.labels if source.num_classes is not None else np.full(len(source), -1, np.int32)
+        known = ~np.isin(images.indices, list(images.unreadable))
+        return Features(np.concatenate(parts), labels, known)
+
+    def images(self, source: Source) -> EvalImages:
+        """The centre crops that features are computed of."""
+        return EvalImages(source, np.arange(len(source)), self.config.data.resize, self.config.data.crop)
+
+    def _calibrate(self, images: EvalImages) -> None:
+        """Give a random network the BatchNorm statistics of some images: with mean 0 and variance 1 it would not be one."""
+        chosen = EvalImages(images.source, spread(len(images.indices), CALIBRATION_IMAGES), images.resize, images.crop)
+        sums: Any = None
+        weight = 0
+        network = self.backbone.network
+        for batch, count in chosen.batches(min(64, len(chosen.indices)), self.config.runtime.threads):
+            pixels = jnp.asarray(batch[:count], jnp.float32) / 255
+            mode = NormMode(CLEAN, groups=1)
+            _, sown = network.apply(
+                self.backbone.variables, pixels, mode, method=type(network).features, mutable=["moments"]
+            )
+            scaled = jax.tree.map(lambda m, n=count: m[0] * n, sown["moments"], is_leaf=_is_sown)
+            sums = scaled if sums is None else jax.tree.map(jnp.add, sums, scaled)
+            weight += count
+        stats = jax.tree.map(lambda total: total / weight, sums)
+        name = stats_collection(CLEAN)
+        self.backbone = self.backbone._replace(variables={**self.backbone.variables, name: stats})
+
+
+def _is_sown(node: Any) -> bool:
+    return isinstance(node, tuple)
+
+
+def usable(features: Features) -> tuple[np.ndarray, np.ndarray]:
+    """Rows with a label whose image could be read."""
+    chosen = features.known & (features.labels >= 0)
+    return features.values[chosen], features.labels[chosen]
+
+
+def source_name(source: Source, index: int) -> str:
+    """A file's name, or a number."""
+    return str(pathlib.PurePath(source.name(index)))

@@ -1,0 +1,71 @@
+"""Pictures of evaluations."""
+
+import pathlib
+from collections.abc import Mapping, Sequence
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+from sklearn.metrics import confusion_matrix as count_confusions
+
+NAMED_CLASSES = 25  # more are not named on the axes
+
+
+def confusion_matrix(
+    labels: np.ndarray, predictions: np.ndarray, names: Sequence[str] | None, path: pathlib.Path
+) -> None:
+    """Shares of each true class (rows) that were predicted as each class (columns)."""
+    classes = int(max(labels.max(initial=0), predictions.max(initial=0))) + 1
+    counts = count_confusions(labels, predictions, labels=np.arange(classes)).astype(float)
+    shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
+    figure, axis = plt.subplots(figsize=(5.5, 5))
+    picture = axis.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+    figure.colorbar(picture, shrink=0.8)
+    if classes <= NAMED_CLASSES:
+        texts = [str(name) for name in names] if names is not None else [str(number) for number in range(classes)]
+        axis.set_xticks(range(classes), texts, rotation=90, fontsize=7)
+        axis.set_yticks(range(classes), texts, fontsize=7)
+        for row, column in np.argwhere(shares >= 0.01):
+            colour = "white" if shares[row, column] > 0.5 else "black"
+            axis.text(
+                column, row, f"{100 * shares[row, column]:.0f}", ha="center", va="center", fontsize=6, color=colour
+            )
+    accuracy = 100 * np.mean(labels == predictions)
+    axis.set(xlabel="predicted", ylabel="true", title=f"confusion in % of the true class, accuracy {accuracy:.1f} %")
+    _save(figure, path)
+
+
+def curves(series: Mapping[str, Sequence[float]], xlabel: str, ylabel: str, path: pathlib.Path) -> None:
+    """Lines over 1, 2, ...: one per name."""
+    figure, axis = plt.subplots(figsize=(5, 3.4))
+    for name, values in series.items():
+        axis.plot(np.arange(1, len(values) + 1), values, marker=".", label=name)
+    axis.set(xlabel=xlabel, ylabel=ylabel)
+    axis.legend(fontsize=7)
+    _save(figure, path)
+
+
+def error_bars(
+    x: Sequence[float],
+    series: Mapping[str, tuple[Sequence[float], Sequence[float]]],
+    xlabel: str,
+    ylabel: str,
+    path: pathlib.Path,
+) -> None:
+    """Means with standard deviations over x, on a logarithmic axis: {name: (means, deviations)}."""
+    figure, axis = plt.subplots(figsize=(5, 3.4))
+    for name, (means, deviations) in series.items():
+        axis.errorbar(x, means, yerr=deviations, marker=".", capsize=3, label=name)
+    axis.set_xscale("log", base=2)
+    axis.set_xticks(list(x), [f"{value:g}" for value in x])
+    axis.set(xlabel=xlabel, ylabel=ylabel)
+    axis.legend(fontsize=7)
+    _save(figure, path)
+
+
+def _save(figure: plt.Figure, path: pathlib.Path) -> None:
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    plt.close(figure)

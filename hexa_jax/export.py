@@ -1,0 +1,154 @@
+"""Write a pre-trained backbone for other libraries.
+
+Command line: `python -m hexa_jax.export --checkpoint=WORKDIR --format=FORMAT --output=PATH`
+
+--checkpoint  workdir of a pre-training run, or a weights file (.safetensors, .npz; .pth and the like need torch)
+--format      torchvision   a .safetensors file, or a .pth one (needs torch), with torchvision's names
+              timm          a folder with model.safetensors and config.json for timm.create_model
+              huggingface   a folder that transformers.AutoModel loads
+              detectron2    a .pkl file for MODEL.WEIGHTS
+--output      the file or folder
+
+The clean BatchNorm set is written; heads and classifiers are not.
+"""
+
+import argparse
+import json
+import pathlib
+import pickle
+import sys
+from typing import Any
+
+import numpy as np
+
+from hexa_jax.checkpoint import CheckpointError
+from hexa_jax.evals.backbone import Backbone, load_backbone
+from hexa_jax.weights import (
+    Architecture,
+    WeightsError,
+    architecture_of,
+    huggingface_config,
+    to_detectron2,
+    to_huggingface,
+    to_torchvision,
+)
+
+FORMATS = ("torchvision", "timm", "huggingface", "detectron2")
+
+
+def export(backbone: Backbone, form: str, output: pathlib.Path) -> None:
+    """Write a backbone.
+
+    Args:
+        backbone: from `load_backbone`.
+        form: one of FORMATS.
+        output: file or folder, made anew.
+
+    Raises:
+        WeightsError: the format cannot hold this network, or needs a library that is missing.
+    """
+    arrays = to_torchvision(backbone.variables)
+    architecture = architecture_of(arrays)
+    writers = {"torchvision": _torchvision, "timm": _timm, "huggingface": _huggingface, "detectron2": _detectron2}
+    if form not in writers:
+        raise WeightsError(f"--format={form} is not known: use one of {', '.join(FORMATS)}")
+    output.parent.mkdir(parents=True, exist_ok=True)
+    pixels = {
+        "mean": list(backbone.network.pixel_mean),
+        "std": list(backbone.network.pixel_std),
+    }
+    writers[form](arrays, architecture, pixels, output)
+
+
+def _torchvision(arrays: dict[str, np.ndarray], architecture: Architecture, pixels: dict, output: pathlib.Path) -> None:
+    if output.suffix == ".safetensors":
+        _safetensors(
+            arrays, output, {"architecture": architecture.name} | {k: json.dumps(v) for k, v in pixels.items()}
+        )
+        return
+    if output.suffix not in (".pth", ".pt"):
+        raise WeightsError(f"--output={output} must end in .safetensors or .pth")
+    try:
+        import torch
+    except ImportError:
+        raise WeightsError("writing .pth needs torch: pip install -e '.[torch]', or use .safetensors") from None
+    torch.save({name: torch.from_numpy(np.array(value)) for name, value in arrays.items()}, output)
+
+
+def _timm(arrays: dict[str, np.ndarray], architecture: Architecture, pixels: dict, output: pathlib.Path) -> None:
+    if architecture.stem != "imagenet" or architecture.base_channels != 64:
+        raise WeightsError("timm's ResNets have a 7x7 stem and the standard width: this network has another")
+    output.mkdir(exist_ok=True)
+    _safetensors(arrays, output / "model.safetensors", {"format": "pt"})
+    config = {
+        "architecture": f"resnet{architecture.depth}",
+        "num_classes": 0,
+        "pretrained_cfg": pixels
+        | {"num_classes": 0, "input_size": [3, 224, 224], "crop_pct": 0.875, "interpolation": "bilinear"},
+    }
+    (output / "config.json").write_text(json.dumps(config, indent=1) + "\n")
+
+
+def _huggingface(arrays: dict[str, np.ndarray], architecture: Architecture, pixels: dict, output: pathlib.Path) -> None:
+    config = huggingface_config(architecture)
+    output.mkdir(exist_ok=True)
+    _safetensors(to_huggingface(arrays), output / "model.safetensors", {"format": "pt"})
+    (output / "config.json").write_text(json.dumps(config, indent=1) + "\n")
+    processor = {
+        "image_processor_type": "ConvNextImageProcessor",
+        "do_resize": True,
+        "size": {"shortest_edge": 224},
+        "crop_pct": 0.875,
+        "resample": 2,
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": pixels["mean"],
+        "image_std": pixels["std"],
+    }
+    (output / "preprocessor_config.json").write_text(json.dumps(processor, indent=1) + "\n")
+
+
+def _detectron2(arrays: dict[str, np.ndarray], architecture: Architecture, pixels: dict, output: pathlib.Path) -> None:
+    if output.suffix != ".pkl":
+        raise WeightsError(f"--output={output} must end in .pkl")
+    content: dict[str, Any] = {"model": to_detectron2(arrays), "__author__": "hexa_jax", "matching_heuristics": True}
+    with output.open("wb") as file:
+        pickle.dump(content, file, protocol=2)
+
+
+def _safetensors(arrays: dict[str, np.ndarray], path: pathlib.Path, metadata: dict[str, str]) -> None:
+    from safetensors.numpy import save_file
+
+    save_file(arrays, path, metadata)
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> None:  # type: ignore[override]
+        raise WeightsError(f"{message}; see python -m hexa_jax.export --help")
+
+
+def main(argv: list[str]) -> int:
+    """The command line; returns the exit code."""
+    if {"--help", "-h"} & set(argv):
+        print(__doc__)
+        return 0
+    parser = _Parser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--checkpoint", required=True)
+    parser.add_argument("--format", choices=FORMATS, required=True)
+    parser.add_argument("--output", type=pathlib.Path, required=True)
+    try:
+        words = parser.parse_args(argv)
+        export(load_backbone(words.checkpoint), words.format, words.output)
+    except (WeightsError, CheckpointError) as error:
+        print(f"hexa_jax.export: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(f"hexa_jax.export: {error.filename or 'output'}: {error.strerror or error}", file=sys.stderr)
+        return 2
+    print(words.output)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
