@@ -18,6 +18,7 @@ from hexa_jax.checkpoint import CheckpointError
 from hexa_jax.command import parse_command
 from hexa_jax.data.sources import DataError
 from hexa_jax.evals.features_task import features
+from hexa_jax.evals.finetune import finetune
 from hexa_jax.evals.knn_task import knn
 from hexa_jax.evals.linear_features import linear_features
 from hexa_jax.evals.linear_sgd import linear
@@ -35,6 +36,7 @@ TASKS = {
     "linear_features": linear_features,
     "svm": svm,
     "lowshot": lowshot,
+    "finetune": finetune,
     "features": features,
 }
 

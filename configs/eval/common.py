@@ -24,6 +24,7 @@ def get_config(task: str) -> ml_collections.ConfigDict:
     data.resize = 256  # short side
     data.crop = 224  # centre crop
     data.limit = 0  # training examples, spread evenly over the data set; 0: all
+    data.list = ""  # text file that lists the training examples to use, one path or file name a line; empty: all
     data.max_bad_fraction = 0.001
 
     config.runtime = runtime = ml_collections.ConfigDict()
@@ -35,4 +36,21 @@ def get_config(task: str) -> ml_collections.ConfigDict:
     runtime.data_dir = ""
     runtime.log_every = 50
     runtime.writer = "tensorboardX"
+    return config
+
+
+def finetuning(config: ml_collections.ConfigDict, epochs: int) -> ml_collections.ConfigDict:
+    """Settings of a run that trains the whole network."""
+    config.epochs = epochs
+    config.batch_size = 256
+    config.data.augment = False  # random resized crops and flips
+    config.data.min_scale = 0.08
+    config.optimizer = optimizer = ml_collections.ConfigDict()
+    optimizer.name = "sgd"  # sgd or adamax
+    optimizer.learning_rates = (0.01,)  # of the backbone, trained one after another
+    optimizer.classifier_factor = 1.0  # the classifier's learning rate, in units of the backbone's
+    optimizer.momentum = 0.9
+    optimizer.weight_decay = 0.0
+    optimizer.milestones = (12, 16)  # epochs (from 0) at whose start the learning rates are multiplied by `decay`
+    optimizer.decay = 0.1
     return config

@@ -17,11 +17,16 @@ GEOMETRY, PHOTOMETRY = 0, 1
 
 @dataclasses.dataclass(frozen=True)
 class Resolution:
-    """Crops of one size: how many, side in pixels, smallest and largest share of the image's area."""
+    """Crops of one size: how many, side in pixels, smallest and largest share of the image's area.
+
+    Those that are cut on the host also take smallest and largest width / height, and the probability of a mirrored crop.
+    """
 
     count: int
     size: int
     scale: tuple[float, float]
+    ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    flip: float = 0.5
 
 
 @dataclasses.dataclass(frozen=True)

@@ -130,7 +130,9 @@ class HostSteps:
 
     def _cut(self, image: np.ndarray, pass_number: int, index: int, crop: int, resolution: Resolution) -> np.ndarray:
         generator = crop_generator(self.seed, pass_number, index, crop)
-        return random_resized_crop(image, generator, resolution.size, resolution.scale)
+        return random_resized_crop(
+            image, generator, resolution.size, resolution.scale, resolution.ratio, resolution.flip
+        )
 
 
 def read_or_replace(source: Any, index: int, max_failures: int) -> tuple[np.ndarray, int, list[int]]:

@@ -55,9 +55,36 @@ def open_split(config: ConfigDict, backbone: Backbone, name: str, *, labelled: b
     source = open_source(ConfigDict({"runtime": config.runtime, "data": data}), spec)
     if labelled and source.num_classes is None:
         raise DataError(f"{spec} has no labels, which config.task={config.task} needs")
+    if name == "source" and config.data.list:
+        source = listed(source, config.data.list)
     if name == "source" and config.data.limit and config.data.limit < len(source):
         source = Subset(source, spread(len(source), config.data.limit))
     return source
+
+
+def listed(source: Source, path: str) -> Source:
+    """The examples that a text file lists, in its order, by path or by file name (with or without its ending).
+
+    Raises:
+        DataError: the file is missing or empty, or names an example that the source does not have.
+    """
+    try:
+        wanted = [line.strip() for line in pathlib.Path(path).expanduser().read_text().splitlines() if line.strip()]
+    except OSError as error:
+        raise DataError(f"data.list={path}: {error.strerror or error}") from None
+    if not wanted:
+        raise DataError(f"data.list={path} lists nothing")
+    place: dict[str, int] = {}
+    for index in range(len(source)):
+        name = pathlib.PurePath(source.name(index))
+        for key in (str(name), "/".join(name.parts[-2:]), name.name, name.stem):
+            place.setdefault(key, index)
+    missing = [name for name in wanted if name not in place]
+    if missing:
+        raise DataError(
+            f"data.list={path}: {len(missing)} of {len(wanted)} are not in the data, the first is {missing[0]}"
+        )
+    return Subset(source, np.array([place[name] for name in wanted], np.int64))
 
 
 def open_both(config: ConfigDict, backbone: Backbone) -> tuple[Source, Source]:

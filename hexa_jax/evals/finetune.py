@@ -1,0 +1,273 @@
+"""config.task = "finetune": train backbone and a new classifier on labelled images (semi-supervised ImageNet, CIFAR).
+
+BatchNorm is in training mode, with statistics over the whole batch of all devices. Learning rates of the config are trained one
+after another, each from the same weights.
+
+Legend: N rows, C classes.
+"""
+
+import pathlib
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+from ml_collections import ConfigDict
+
+from hexa_jax import optim
+from hexa_jax.build import ConfigError, choose
+from hexa_jax.checkpoint import Checkpoints
+from hexa_jax.data.crops import Resolution
+from hexa_jax.data.decode import decode, resize_center_crop
+from hexa_jax.data.pipeline import BadImages, HostSteps, device_batches, host_iterator
+from hexa_jax.data.sources import Source
+from hexa_jax.evals.labelled import Extractor, Features, open_backbone, open_both
+from hexa_jax.evals.pictures import curves
+from hexa_jax.mesh import ROWS, Layout, local_rows
+from hexa_jax.methods.base import Batch
+from hexa_jax.models.heads import Network
+from hexa_jax.models.norm import CLEAN, NormMode, blend, stats_collection
+from hexa_jax.progress import Clock, say
+from hexa_jax.stops import Diverged, Interruptible, Terminated
+from hexa_jax.workdir import Metrics, write_json
+
+STATS = stats_collection(CLEAN)
+
+
+class TuneState(NamedTuple):
+    """Everything that a resumed run needs: params has "backbone" and "classifier"; stats are the running statistics."""
+
+    step: jax.Array
+    params: Any
+    stats: Any
+    opt_state: Any
+
+
+class _CentreCropped:
+    """A source whose images are already resized and centre-cropped."""
+
+    def __init__(self, source: Source, resize: int, crop: int):
+        self.source, self.resize, self.crop = source, resize, crop
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        example = self.source[index]
+        pixels = decode(example["image"], self.source.name(index))
+        return {**example, "image": resize_center_crop(pixels, self.resize, self.crop)}
+
+    def name(self, index: int) -> str:
+        return self.source.name(index)
+
+
+def finetune(config: ConfigDict, workdir: pathlib.Path) -> dict[str, Any]:
+    """Fine-tune or resume; returns what `result.json` holds.
+
+    `top1` is that of the best learning rate, chosen on the held-out images as the paper does; the others are there, too.
+
+    Raises:
+        ConfigError: sizes that cannot work.
+        Diverged: the loss became NaN or infinite.
+        Terminated: SIGTERM arrived; the state is saved.
+    """
+    run = _Tuning(config, workdir)
+    rates = list(config.optimizer.learning_rates)
+    stop, results, by_epoch = Interruptible(), dict[str, Any](), dict[str, list[float]]()
+    try:
+        with jax.set_mesh(run.mesh):
+            for number, rate in enumerate(rates):
+                history = run.train(number, rate, stop)
+                by_epoch[f"lr {rate:g}"] = [epoch["top1"] for epoch in history]
+                results |= {f"{name}_lr{rate:g}": value for name, value in history[-1].items()}
+    finally:
+        stop.close()
+    best = max(rates, key=lambda rate: results[f"top1_lr{rate:g}"])
+    results |= {name: results[f"{name}_lr{best:g}"] for name in ("top1", "top5")}
+    results |= {"best_learning_rate": best, "epochs": config.epochs, "train_images": len(run.source)}
+    report = workdir / "report"
+    report.mkdir(exist_ok=True)
+    curves(by_epoch, "epochs of fine-tuning", "top-1 accuracy in %", report / "curves.png")
+    write_json(workdir / "result.json", results)
+    say(f"fine-tuned: top-1 {results['top1']:.2f} %, top-5 {results['top5']:.2f} % (learning rate {best:g})")
+    return results
+
+
+class _Tuning:
+    def __init__(self, config: ConfigDict, workdir: pathlib.Path):
+        self.config, self.workdir = config, workdir
+        self.backbone = open_backbone(config)
+        self.source, self.held_out = open_both(config, self.backbone)
+        self.classes = int(self.source.num_classes or 0)
+        self.extractor = Extractor(config, self.backbone)  # for its mesh, and images of the test
+        self.mesh = self.extractor.mesh
+        batch = config.batch_size
+        if batch > len(self.source):
+            raise ConfigError(f"batch_size={batch} is more than the {len(self.source)} images: use a smaller one")
+        self.layout = Layout(batch, 1, self.mesh.size, bn_group_size=batch, cutmix_block=0)
+        try:
+            self.layout.check()
+        except ValueError as error:
+            raise ConfigError(str(error)) from None
+        self.steps_per_epoch = len(self.source) // batch
+        self.total = config.epochs * self.steps_per_epoch
+        self.bad_images = BadImages(self.source, config.data.max_bad_fraction)
+        self.test = self._test_images()
+
+    def train(self, number: int, rate: float, stop: Interruptible) -> list[dict[str, float]]:
+        """All epochs at one learning rate, from its checkpoint if there is one; top-1 and top-5 after each."""
+        config, folder = self.config, self.workdir / f"lr{rate:g}"
+        folder.mkdir(exist_ok=True)
+        optimizer = self._optimizer(rate)
+        state = self._initial(optimizer)
+        checkpoints = Checkpoints(folder / "checkpoints", keep_last=2)
+        like = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), state)
+        restored, history = checkpoints.restore_latest(like), []
+        if restored is not None:
+            _, state, metadata = restored
+            history = metadata["history"]
+        start = int(state.step)
+        if start == self.total:
+            checkpoints.close()
+            return history
+        metrics, clock = Metrics(folder, config.runtime.writer, start), Clock(config.batch_size, self.total)
+        step_function, batches = self._compile(optimizer), self._batches(start)
+        say(f"learning rate {rate:g} ({number + 1} of {len(config.optimizer.learning_rates)})")
+        try:
+            clock.start(start)
+            for step in range(start + 1, self.total + 1):
+                state, loss = step_function(state, next(batches))
+                ends = step % self.steps_per_epoch == 0
+                if step % config.runtime.log_every == 0 or ends:
+                    self._log(step, float(loss), metrics, clock)
+                if ends:
+                    with clock.paused():
+                        history = [*history, self._accuracy(state)]
+                    epoch = step // self.steps_per_epoch
+                    metrics.write(step, {"epoch": epoch, **history[-1]})
+                    say(f"epoch {epoch}: top-1 {history[-1]['top1']:.2f} %, top-5 {history[-1]['top5']:.2f} %")
+                if ends or stop.wanted:
+                    checkpoints.save(step, state, {"history": history})
+                if stop.wanted:
+                    checkpoints.wait()
+                    raise Terminated(f"SIGTERM: saved step {step} in {folder}; the same command resumes it")
+        finally:
+            metrics.close()
+            checkpoints.close()
+        return history
+
+    def _log(self, step: int, loss: float, metrics: Metrics, clock: Clock) -> None:
+        if not np.isfinite(loss):
+            raise Diverged(f"the loss is {loss} at step {step}; try a lower optimizer.learning_rates")
+        speed, left = clock.read(step)
+        metrics.write(step, {"loss": loss, "images_per_second": speed})
+        epoch = step / self.steps_per_epoch
+        say(f"step {step}/{self.total}  epoch {epoch:.2f}  loss {loss:.4f}  {speed:.0f} images/s  ETA {left}")
+
+    def _initial(self, optimizer: optax.GradientTransformation) -> TuneState:
+        """Pre-trained backbone; classifier N(0, 0.01) and 0."""
+        shape = self.backbone.feature_dim, self.classes
+        kernel = 0.01 * jax.random.normal(jax.random.key(self.config.seed), shape)
+        params = {"backbone": self.backbone.variables["params"]["backbone"]}
+        params["classifier"] = {"kernel": kernel, "bias": jnp.zeros(self.classes)}
+        state = TuneState(jnp.zeros([], jnp.int32), params, self.backbone.variables[STATS], optimizer.init(params))
+        copied = jax.tree.map(
+            jnp.copy, state
+        )  # steps donate their state, and the next learning rate starts from here, too
+        return jax.device_put(copied, NamedSharding(self.mesh, P()))
+
+    def _optimizer(self, rate: float) -> optax.GradientTransformation:
+        o = self.config.optimizer
+
+        def one(base: float) -> optax.GradientTransformation:
+            schedule = optim.epoch_steps(base, o.milestones, o.decay, self.steps_per_epoch)
+            makers = {
+                "sgd": lambda: optim.sgd(schedule, o.momentum, o.weight_decay),
+                "adamax": lambda: optax.chain(optax.add_decayed_weights(o.weight_decay), optax.adamax(schedule)),
+            }
+            return choose("optimizer.name", o.name, makers)()
+
+        groups = {"backbone": one(rate), "classifier": one(rate * o.classifier_factor)}
+        return optax.multi_transform(groups, lambda params: {name: name for name in params})
+
+    def _compile(self, optimizer: optax.GradientTransformation) -> Any:
+        backbone = self.backbone
+        mode = NormMode(CLEAN, groups=1)
+
+        def loss(params: Any, stats: Any, images: jax.Array, labels: jax.Array) -> tuple[jax.Array, Any]:
+            variables = {"params": {"backbone": params["backbone"]}, STATS: stats}
+            pixels = images.astype(jnp.float32) / 255
+            features, sown = backbone.network.apply(
+                variables, pixels, mode, method=Network.features, mutable=["moments"]
+            )
+            logits = features @ params["classifier"]["kernel"] + params["classifier"]["bias"][None]
+            known = labels >= 0
+            losses = optax.softmax_cross_entropy_with_integer_labels(logits, jnp.maximum(labels, 0))
+            return jnp.sum(losses * known) / jnp.maximum(jnp.sum(known), 1), sown["moments"]
+
+        def step(state: TuneState, batch: Batch) -> tuple[TuneState, jax.Array]:
+            labels = jnp.where(batch.valid[0], batch.label[0], -1)
+            images = batch.crops[0][0, :, 0]
+            (value, moments), gradients = jax.value_and_grad(loss, has_aux=True)(
+                state.params, state.stats, images, labels
+            )
+            updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
+            params = optax.apply_updates(state.params, updates)
+            return TuneState(state.step + 1, params, blend(state.stats, moments), opt_state), value
+
+        rows, whole = NamedSharding(self.mesh, ROWS), NamedSharding(self.mesh, P())
+        return jax.jit(step, in_shardings=(whole, rows), out_shardings=whole, donate_argnums=0)
+
+    def _batches(self, start: int) -> Iterator[Batch]:
+        """Random crops and flips, or (data.augment False) the centre crops of evaluation, in a new order each epoch."""
+        config = self.config
+        source: Any = self.source
+        resolution = Resolution(1, config.data.crop, (config.data.min_scale, 1.0))
+        if not config.data.augment:
+            source = _CentreCropped(source, config.data.resize, config.data.crop)
+            resolution = Resolution(1, config.data.crop, (1.0, 1.0), ratio=(1.0, 1.0), flip=0.0)
+        steps = HostSteps(
+            source=source,
+            num_examples=len(source),
+            labels=None,
+            resolutions=(resolution,),
+            key_crops=0,
+            layout=self.layout,
+            rows=local_rows(self.mesh, self.layout),
+            seed=config.seed,
+            num_steps=self.total,
+            max_failures=int(config.data.max_bad_fraction * len(source)),
+        )
+        runtime = config.runtime
+        elements = host_iterator(steps, start, runtime.workers, runtime.threads, runtime.prefetch)
+        labels = np.full(len(source), -1, np.int32)
+        return device_batches(elements, self.mesh, self.layout, self.bad_images, labels)
+
+    def _test_images(self) -> Any:
+        rows, whole = NamedSharding(self.mesh, P("data")), NamedSharding(self.mesh, P())
+
+        def logits(params: Any, stats: Any, images: jax.Array) -> jax.Array:
+            variables = {"params": {"backbone": params["backbone"]}, STATS: stats}
+            features = self.backbone.features(variables, images)
+            return features @ params["classifier"]["kernel"] + params["classifier"]["bias"][None]
+
+        return jax.jit(logits, in_shardings=(whole, whole, rows), out_shardings=whole)
+
+    def _accuracy(self, state: TuneState) -> dict[str, float]:
+        """Top-1 and top-5 on the held-out centre crops, in per cent; each image counts exactly once."""
+        images, parts = self.extractor.images(self.held_out), []
+        for batch, count in images.batches(self.extractor.batch_size, self.config.runtime.threads):
+            parts.append(np.asarray(self.test(state.params, state.stats, batch))[:count])
+        return top_k(Features(np.concatenate(parts), images.labels, images.known))
+
+
+def top_k(found: Features) -> dict[str, float]:
+    """Top-1 and top-5 accuracy in per cent of logits [N, C]; equal logits count as wins."""
+    chosen = found.known & (found.labels >= 0)
+    logits, labels = found.values[chosen], found.labels[chosen]
+    above = np.sum(logits > np.take_along_axis(logits, labels[:, None], axis=1), axis=1)
+    return {f"top{k}": 100 * float(np.mean(above < k)) for k in (1, 5)}
