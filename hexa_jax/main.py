@@ -23,6 +23,7 @@ from hexa_jax.evals.knn_task import knn
 from hexa_jax.evals.linear_features import linear_features
 from hexa_jax.evals.linear_sgd import linear
 from hexa_jax.evals.svm import lowshot, svm
+from hexa_jax.evals.tables import tables
 from hexa_jax.pretrain import pretrain
 from hexa_jax.stops import Diverged, Terminated
 from hexa_jax.weights import WeightsError
@@ -38,6 +39,7 @@ TASKS = {
     "lowshot": lowshot,
     "finetune": finetune,
     "features": features,
+    "tables": tables,
 }
 
 

@@ -12,8 +12,8 @@ from command_line import environment
 
 from hexa_jax.command import parse_command
 from hexa_jax.experiments import tables
-from hexa_jax.experiments.grid import Cell, Entry, Outcome
 from hexa_jax.experiments.presets import GRIDS, METHODS, PRESETS
+from hexa_jax.grid import Cell, Entry, Outcome
 
 SMALL = ("--config.data.shapes_count=64", "--config.linear.at_end=False", "--config.knn.every_epochs=0")
 

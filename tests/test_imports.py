@@ -36,6 +36,7 @@ LEVELS = {
     "report": 6,
     "inputs": 6,
     "evals": 6,
+    "grid": 5,
     "data.voc": 1,
     "runs": 6,
     "pretrain": 7,

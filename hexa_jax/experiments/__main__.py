@@ -18,9 +18,9 @@ from collections.abc import Sequence
 
 from hexa_jax.experiments.figures import FIGURES
 from hexa_jax.experiments.gallery import draw_gallery
-from hexa_jax.experiments.grid import GridError, Outcome, run_grid
 from hexa_jax.experiments.presets import GRIDS, METHODS, PLAIN, PRESETS
 from hexa_jax.experiments.tables import factors_of, markdown, write_csv
+from hexa_jax.grid import GridError, Outcome, run_grid
 from hexa_jax.progress import say
 
 

@@ -12,9 +12,9 @@ import matplotlib.pyplot as plt
 import numpy as np
 import scipy.stats
 
-from hexa_jax.experiments.grid import Outcome
 from hexa_jax.experiments.presets import BETAS, PLAIN, STRENGTHS
 from hexa_jax.experiments.tables import METRICS, Summary, summarise
+from hexa_jax.grid import Outcome
 
 GREY, COLOURS = "#999999", plt.get_cmap("tab10").colors  # type: ignore[attr-defined]
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from hexa_jax.progress import say
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent.parent  # where configs/ is
+ROOT = pathlib.Path(__file__).resolve().parent.parent  # where configs/ is
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,7 +22,8 @@ class Stage:
         config: file in configs/, with its arguments.
         settings: overrides by dotted key.
         folder: workdir, relative to the cell's.
-        checkpoint: folder of an earlier stage whose weights this one uses, relative to the cell's; None: it uses none.
+        checkpoint: folder of an earlier stage whose weights this one uses, relative to the cell's, or what is not a relative path
+            (an absolute one, or "random"); None: it uses none.
     """
 
     config: str
@@ -35,7 +36,8 @@ class Stage:
         words = [f"--config={ROOT / 'configs' / self.config}", f"--workdir={cell / self.folder}"]
         words += [f"--config.{name}={value}" for name, value in self.settings.items()]
         if self.checkpoint is not None:
-            words.append(f"--config.checkpoint={cell / self.checkpoint}")
+            earlier = cell / self.checkpoint
+            words.append(f"--config.checkpoint={self.checkpoint if self.checkpoint == 'random' else earlier}")
         return [sys.executable, "-m", "hexa_jax.main", *words, *extra]
 
 

@@ -1,0 +1,35 @@
+"""All evaluations that the given data allow, in one table beside the paper's numbers, with random weights for comparison.
+
+Command:   python -m hexa_jax.main --config=configs/eval/all.py --config.checkpoint=WORKDIR --workdir=DIR
+               --config.data.cifar10.source=tfds:cifar10:train --config.data.cifar10.eval_source=tfds:cifar10:test ...
+Arguments: family=deepcluster (or moco): the ImageNet probe's protocol
+Hardware:  as each evaluation; they run one after another, and finished ones are not run again.
+Time:      the sum of theirs.
+Expected:  tables.md in the workdir, with the paper's numbers beside the measured ones.
+
+Each group of data names training and held-out examples; a group without them is left out. resize and crop replace the protocol's
+pixels where they are not 0, for networks that were trained on small images.
+"""
+
+import ml_collections
+
+from configs import common
+
+GROUPS = ("imagenet", "imagenet_1pct", "imagenet_10pct", "imagenet_100pct", "cifar10", "cifar100", "voc")
+
+
+def get_config(text=None):
+    """Which data there are."""
+    choice = common.arguments(text, family="deepcluster")
+    config = ml_collections.ConfigDict()
+    config.task = "tables"
+    config.checkpoint = ""
+    config.family = choice.family
+    config.with_random = True  # also evaluate random weights of the same network
+    config.seed = 0
+    config.precision = "float32"
+    config.data = data = ml_collections.ConfigDict()
+    for group in GROUPS:
+        data[group] = ml_collections.ConfigDict({"source": "", "eval_source": "", "resize": 0, "crop": 0, "limit": 0})
+    config.runtime = ml_collections.ConfigDict({"num_devices": 0, "data_dir": ""})
+    return config

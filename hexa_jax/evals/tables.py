@@ -1,0 +1,121 @@
+"""config.task = "tables": every evaluation that the given data allow, and one table beside the paper's numbers.
+
+Each evaluation is a run of its own in a folder of the workdir: finished ones are skipped, stopped ones go on.
+"""
+
+import pathlib
+from typing import Any, NamedTuple
+
+from ml_collections import ConfigDict
+
+from hexa_jax.build import ConfigError
+from hexa_jax.evals.backbone import RANDOM
+from hexa_jax.evals.labelled import open_backbone
+from hexa_jax.grid import Cell, Entry, Outcome, Stage, run_grid
+from hexa_jax.progress import say
+from hexa_jax.workdir import write_json
+
+
+class Row(NamedTuple):
+    """A line of the table: an evaluation, the number of its result that the paper reports, and what the paper has.
+
+    Attributes:
+        title: for the table.
+        table: the paper's.
+        needs: group of `config.data` that has to name training and held-out examples.
+        config: file in configs/eval/, with arguments.
+        metric: of its result.json, in per cent.
+        paper: by row of the paper's table.
+    """
+
+    title: str
+    table: str
+    needs: str
+    config: str
+    metric: str
+    paper: dict[str, float]
+
+
+# The paper's numbers (ResNet-50, ImageNet pre-training), 200 epochs.
+ROWS = (
+    Row("ImageNet, kNN (k = 20)", "-", "imagenet", "knn.py", "knn_accuracy", {}),
+    Row("ImageNet, linear probe", "1", "imagenet", "linear_imagenet.py:family={family}", "top1",
+        {"HEXA_MoCo": 68.9, "HEXA_DCluster": 68.1, "HEXA_DCluster (8-crop)": 74.0}),
+    Row("VOC07, SVM (mAP)", "1", "voc", "svm_voc07.py", "map", {"HEXA_MoCo": 85.0, "HEXA+_DCluster (8-crop)": 88.8}),
+    Row("CIFAR-10, linear probe", "1", "cifar10", "linear_cifar.py", "accuracy", {}),
+    Row("CIFAR-100, linear probe", "1", "cifar100", "linear_cifar.py", "accuracy", {}),
+    Row("VOC07, low-shot, k = 2 (mAP)", "2", "voc", "lowshot_voc07.py", "map_k2", {"HEXA+_DCluster (8-crop)": 56.9}),
+    Row("VOC07, low-shot, k = 4 (mAP)", "2", "voc", "lowshot_voc07.py", "map_k4", {"HEXA+_DCluster (8-crop)": 67.3}),
+    Row("VOC07, low-shot, k = 8 (mAP)", "2", "voc", "lowshot_voc07.py", "map_k8", {"HEXA+_DCluster (8-crop)": 76.4}),
+    Row("VOC07, low-shot, k = 16 (mAP)", "2", "voc", "lowshot_voc07.py", "map_k16", {"HEXA+_DCluster (8-crop)": 81.1}),
+    Row("VOC07, low-shot, k = 32 (mAP)", "2", "voc", "lowshot_voc07.py", "map_k32", {"HEXA+_DCluster (8-crop)": 84.0}),
+    Row("ImageNet, 1 % of the labels", "3", "imagenet_1pct", "semi_imagenet.py:percent=1", "top1",
+        {"HEXA+_DCluster (8-crop)": 54.9}),
+    Row("ImageNet, 10 % of the labels", "3", "imagenet_10pct", "semi_imagenet.py:percent=10", "top1", {}),
+    Row("ImageNet, all labels", "3", "imagenet_100pct", "semi_imagenet.py:percent=100", "top1", {}),
+    Row("CIFAR-10, fine-tuned", "5", "cifar10", "finetune_cifar.py", "top1", {"HEXA_MoCo": 96.1, "HEXA_DCluster": 97.2}),
+    Row("CIFAR-100, fine-tuned", "5", "cifar100", "finetune_cifar.py", "top1", {"HEXA_MoCo": 81.3, "HEXA_DCluster": 84.4}),
+)  # fmt: skip
+
+
+def tables(config: ConfigDict, workdir: pathlib.Path) -> dict[str, Any]:
+    """Run what the data allow, for the checkpoint and for random weights of the same network; writes `tables.md`.
+
+    Raises:
+        ConfigError: no data, or an evaluation failed (the others are done; the message names the first).
+    """
+    open_backbone(config)  # a wrong path is told now, not by each evaluation
+    rows = [row for row in ROWS if config.data[row.needs].source]
+    if not rows:
+        raise ConfigError(
+            f"no data to evaluate on: give some of {', '.join(f'data.{row.needs}.source' for row in ROWS)}"
+        )
+    weights = {"pre-trained": config.checkpoint}
+    if config.with_random and config.checkpoint != RANDOM:
+        weights["random"] = RANDOM
+    entries = [_entry(config, row, name, checkpoint) for row in rows for name, checkpoint in weights.items()]
+    outcomes = run_grid(entries, workdir)
+    text = _markdown(rows, outcomes)
+    (workdir / "tables.md").write_text(text)
+    say(text)
+    failed = [outcome for outcome in outcomes if outcome.failure]
+    if failed:
+        raise ConfigError(f"{failed[0].entry.cell.name}: {failed[0].failure}")
+    results = {f"{o.entry.cell.name}_{o.entry.factors['metric']}": _value(o) for o in outcomes}
+    known = {name: value for name, value in results.items() if value is not None}
+    write_json(workdir / "result.json", known)
+    return known
+
+
+def _entry(config: ConfigDict, row: Row, name: str, checkpoint: str) -> Entry:
+    data = config.data[row.needs]
+    settings: dict[str, Any] = {"data.source": data.source, "data.eval_source": data.eval_source}
+    settings |= {f"data.{key}": data[key] for key in ("resize", "crop", "limit") if data[key]}
+    settings |= {"seed": config.seed, "runtime.data_dir": config.runtime.data_dir}
+    settings |= {"runtime.num_devices": config.runtime.num_devices}
+    path = checkpoint if checkpoint == RANDOM else str(pathlib.Path(checkpoint).expanduser().absolute())
+    if checkpoint == RANDOM:
+        settings["random.like"] = str(pathlib.Path(config.checkpoint).expanduser().absolute())
+    file = row.config.format(family=config.family)
+    folder = f"{file.partition('.')[0]}-{row.needs}-{name}"
+    cell = Cell(folder, (Stage(f"eval/{file}", settings, checkpoint=path),))
+    return Entry({"row": row.title, "weights": name, "metric": row.metric}, cell)
+
+
+def _value(outcome: Outcome) -> float | None:
+    return outcome.values.get(outcome.entry.factors["metric"])
+
+
+def _markdown(rows: list[Row], outcomes: list[Outcome]) -> str:
+    found = {(o.entry.factors["row"], o.entry.factors["weights"]): _value(o) for o in outcomes}
+    lines = [
+        "| evaluation (%) | paper's table | pre-trained | random weights | the paper, ResNet-50, 200 epochs on ImageNet |",
+        "|---|---|---|---|---|",
+    ]
+    for row in rows:
+        cells = [found.get((row.title, name)) for name in ("pre-trained", "random")]
+        shown = ["-" if value is None else f"{value:.1f}" for value in cells]
+        paper = ", ".join(f"{name} {value}" for name, value in row.paper.items()) or "-"
+        lines.append(f"| {row.title} | {row.table} | {shown[0]} | {shown[1]} | {paper} |")
+    failed = [f"* {o.entry.cell.name}: {o.failure}" for o in outcomes if o.failure]
+    return "\n".join(lines + (["", "Failed:", *failed] if failed else [])) + "\n"
