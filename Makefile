@@ -6,7 +6,7 @@ export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.jax_cache
 export HEXA_DATA ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install dev quickstart test test-slow lint types bench clean
+.PHONY: help install dev quickstart test test-slow lint types bench notebooks clean
 
 help:  ## list the tasks
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 22
@@ -43,6 +43,9 @@ types: .venv/.installed-dev  ## type check
 
 bench: .venv/.installed  ## speed of one training step, for each view on and off
 	$(BIN)/python benchmarks/step.py --config=configs/quickstart.py
+
+notebooks: .venv/.installed-dev  ## write the notebooks from their sources
+	$(BIN)/jupytext --to ipynb notebooks/*.py
 
 clean:  ## remove runs and caches, keep .venv
 	rm -rf runs .jax_cache .pytest_cache .mypy_cache .ruff_cache

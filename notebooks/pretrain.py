@@ -12,8 +12,8 @@
 # %% [markdown]
 # # Pre-train with hard examples
 #
-# Trains HEXA_DCluster on generated shapes, without labels, and looks at what the network learned from: clean, adversarial and cut-mixed
-# views, and what one grey level of perturbation does. Runs on a TPU, a GPU or a CPU; on two CPU cores it takes some minutes.
+# Trains HEXA_DCluster on generated shapes, without labels, and looks at what the network learned from: clean, adversarial and
+# cut-mixed views, and what one grey level of perturbation does. Runs on a TPU, a GPU or a CPU; on two CPU cores it takes minutes.
 
 # %%
 # In Colab: installs the package. Elsewhere it is there already.
@@ -29,7 +29,6 @@ if importlib.util.find_spec("hexa_jax") is None:
 
 # %%
 import json
-import pathlib
 
 import jax
 import matplotlib.pyplot as plt
@@ -110,7 +109,10 @@ prototypes = np.asarray(run.state.method.prototypes[0])
 before, after = (shown.outputs[name][0, :, 0] @ prototypes.T for name in ("unattacked", "adversarial"))
 changed = np.argmax(before, 1) != np.argmax(after, 1)
 print(f"the attack moves {100 * changed.mean():.0f} % of {len(changed)} images to another cluster")
-own = np.take_along_axis(before, np.argmax(before, 1)[:, None], 1), np.take_along_axis(after, np.argmax(before, 1)[:, None], 1)
+own = (
+    np.take_along_axis(before, np.argmax(before, 1)[:, None], 1),
+    np.take_along_axis(after, np.argmax(before, 1)[:, None], 1),
+)
 plt.figure(figsize=(5, 3))
 plt.hist(own[0][:, 0], 20, alpha=0.6, label="clean")
 plt.hist(own[1][:, 0], 20, alpha=0.6, label="attacked")

@@ -12,8 +12,8 @@
 # %% [markdown]
 # # Use a pre-trained backbone
 #
-# Load weights (a workdir of a run, a `.safetensors` file, or with torch a `.pth` file in torchvision's, MoCo's or SwAV's layout), compute
-# features of a folder of images, find similar images, and fit a classifier to a few labels.
+# Load weights (a workdir of a run, a `.safetensors` file, or with torch a `.pth` file in torchvision's, MoCo's or SwAV's layout),
+# compute features of a folder of images, find similar images, and fit a classifier to a few labels.
 
 # %%
 # In Colab: installs the package. Elsewhere it is there already.
@@ -71,7 +71,9 @@ queries = np.arange(0, len(source), max(len(source) // 5, 1))[:5]
 similarity, found = nearest(features, features[queries], 6, own=queries)
 figure, axes = plt.subplots(len(queries), 7, figsize=(9, 1.4 * len(queries)))
 for axis_row, query, scores, rows in zip(axes, queries, similarity, found, strict=True):
-    for axis, row, title in zip(axis_row, [query, *rows], ["query", *[f"{score:.2f}" for score in scores]], strict=True):
+    for axis, row, title in zip(
+        axis_row, [query, *rows], ["query", *[f"{score:.2f}" for score in scores]], strict=True
+    ):
         axis.imshow(images.image(row))
         axis.set(xticks=[], yticks=[])
         axis.set_title(title, fontsize=8)
@@ -92,4 +94,6 @@ if source.num_classes is not None:
     train, test = np.array_split(order, 2)
     labels = images.labels
     predicted = linear_probe(features[train], labels[train], features[test])
-    print(f"linear probe: {accuracy(predicted, labels[test]):.1f} % of {len(test)} images, {source.num_classes} classes")
+    print(
+        f"linear probe: {accuracy(predicted, labels[test]):.1f} % of {len(test)} images, {source.num_classes} classes"
+    )

@@ -39,11 +39,11 @@ def draw(name, shape):
     if name.endswith("num_batches_tracked"):
         return np.array(7, np.int64)
     if len(shape) == 4:
-        value = rng.normal(size=shape) * math.sqrt(1.5 / math.prod(shape[1:]))
+        value = rng.normal(size=shape) * math.sqrt(1 / math.prod(shape[1:]))
     elif name.endswith((".weight", ".running_var")):
         value = rng.uniform(0.5, 1.5, shape)
     else:
-        value = 0.3 * rng.normal(size=shape)
+        value = 0.1 * rng.normal(size=shape)
     return value.astype(np.float32)
 
 
@@ -53,8 +53,10 @@ def draw_all(shapes):
 
 
 def images(height, width):
-    """float32 [2, H, W, 3] around zero."""
-    return rng_of(f"images {height}x{width}").normal(size=(2, height, width, 3)).astype(np.float32)
+    """float32 [2, H, W, 3]: noise, and the second twice as strong and brighter to the right."""
+    noise = rng_of(f"images {height}x{width}").normal(size=(2, height, width, 3))
+    noise[1] = 2 * noise[1] + np.linspace(-1, 2, width)[:, None]
+    return noise.astype(np.float32)
 
 
 def samples(stage, feature_map):
