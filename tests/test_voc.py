@@ -75,7 +75,7 @@ def message(spec, data_dir=None):
     return str(caught.value)
 
 
-# ---- The folder ----------------------------------------------------------------------------------------------------------
+# ---- The folder --------------------------------------------------------------------------------------------------------
 
 
 def test_the_lists_are_what_was_written(devkit):
@@ -195,7 +195,7 @@ def test_an_empty_list_of_images(devkit):
     assert "trainval.txt" in message(f"voc:{devkit}")
 
 
-# ---- The real lists ------------------------------------------------------------------------------------------------------
+# ---- The real lists ----------------------------------------------------------------------------------------------------
 
 
 def extracted(path, folder):
@@ -246,7 +246,7 @@ def test_a_small_voc_with_photos(tmp_path, hexa_data):
     assert len(shapes) > 1 and all(len(shape) == 3 and shape[2] == 3 for shape in shapes)
 
 
-# ---- The same from tfds --------------------------------------------------------------------------------------------------
+# ---- The same from tfds ------------------------------------------------------------------------------------------------
 
 # The builder's own code reads the devkit and its annotations; only the download is left out.
 PREPARE = """

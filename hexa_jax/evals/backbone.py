@@ -41,7 +41,8 @@ class Backbone(NamedTuple):
 
     def features(self, variables: Any, images: jax.Array, mode: NormMode = EVALUATION) -> jax.Array:
         """Pooled features [N, F] of images [N, H, W, 3]: uint8, or float in [0, 1]."""
-        pixels = images / 255.0 if images.dtype == jnp.uint8 else images
+        images = jnp.asarray(images)
+        pixels = images.astype(jnp.float32) / 255 if images.dtype == jnp.uint8 else images
         return self.network.apply(variables, pixels, mode, method=Network.features)
 
 

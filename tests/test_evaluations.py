@@ -1,0 +1,116 @@
+"""Evaluations of a pre-trained run through the command line: kNN, features, linear probe, and the table of all."""
+
+import json
+
+import numpy as np
+import pytest
+from command_line import REPOSITORY, finished, image_folder
+from sklearn.neighbors import KNeighborsClassifier
+
+import hexa_jax
+from hexa_jax import main
+
+DATA = {"data.source": "shapes:train", "data.eval_source": "shapes:test", "data.limit": 60}
+PIXELS = {"data.resize": 8, "data.crop": 8, "runtime.num_devices": 1, "runtime.batch_size": 32}
+
+
+@pytest.fixture(scope="module")
+def run():
+    return finished("moco")[0]
+
+
+def evaluate(name, workdir, checkpoint, **settings):
+    """Exit code of an evaluation."""
+    words = [f"--config={REPOSITORY}/configs/eval/{name}", f"--config.checkpoint={checkpoint}", f"--workdir={workdir}"]
+    return main.main(["hexa", *words, *[f"--config.{key}={value}" for key, value in settings.items()]])
+
+
+def result(workdir):
+    return json.loads((workdir / "result.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def features(run, tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("features") / "run"
+    assert evaluate("features.py", workdir, run, **PIXELS, **{"data.source": "shapes:train", "data.limit": 60}) == 0
+    with np.load(workdir / "features.npz") as file:
+        return {name: file[name] for name in file.files}
+
+
+def test_features_are_those_of_load(run, features):
+    from hexa_jax.data.shapes import ShapesSource
+
+    assert features["features"].shape == (60, 32) and features["readable"].all()
+    apply, variables = hexa_jax.load(str(run))
+    source = ShapesSource("train", image_size=20, num_examples=70)  # 60 of the run's 70 examples, spread evenly
+    index = int(np.arange(60)[7] * 70 // 60)
+    assert features["labels"][7] == source[index]["label"] and features["names"][7] == source.name(index)
+    from hexa_jax.data.decode import resize_center_crop
+
+    image = resize_center_crop(source[index]["image"], 8, 8)
+    np.testing.assert_allclose(apply(variables, image[None])[0], features["features"][7], rtol=1e-4, atol=1e-5)
+
+
+def test_parquet_holds_the_same(run, features, tmp_path):
+    parquet = pytest.importorskip("pyarrow.parquet", reason="needs pyarrow")
+    settings = PIXELS | {"data.source": "shapes:train", "data.limit": 60}
+    assert evaluate("features.py:format=parquet", tmp_path / "run", run, **settings) == 0
+    table = parquet.read_table(tmp_path / "run" / "features.parquet").to_pydict()
+    np.testing.assert_array_equal(np.array(table["feature"], np.float32), features["features"])
+    assert table["label"] == features["labels"].tolist() and table["name"] == features["names"].tolist()
+
+
+def test_knn_leaves_each_image_out_of_its_own_vote(run, features, tmp_path):
+    settings = PIXELS | {"data.source": "shapes:train", "data.limit": 60, "leave_one_out": True, "neighbours": "(1,5)"}
+    assert evaluate("knn.py", tmp_path / "run", run, **settings) == 0
+    x = features["features"] / np.linalg.norm(features["features"], axis=1, keepdims=True)
+    right = 0
+    for row in range(60):
+        others = np.arange(60) != row
+        vote = KNeighborsClassifier(1, metric="cosine").fit(x[others], features["labels"][others])
+        right += vote.predict(x[row : row + 1])[0] == features["labels"][row]
+    assert result(tmp_path / "run")["knn_accuracy"] == pytest.approx(100 * right / 60)
+    for picture in ("confusion.png", "neighbours.png"):
+        assert (tmp_path / "run" / "report" / picture).stat().st_size > 5000
+
+
+def test_table_sets_random_weights_and_the_paper_beside(run, tmp_path, capsys):
+    group = {f"data.cifar10.{key}": value for key, value in {"resize": 8, "crop": 8, "limit": 48}.items()}
+    group |= {"data.cifar10.source": "shapes:train", "data.cifar10.eval_source": "shapes:test"}
+    # The linear probe only: fine-tuning has its own test. Its cells count as finished.
+    for name in ("pre-trained", "random"):
+        folder = tmp_path / "run" / "cells" / f"finetune_cifar-cifar10-{name}"
+        folder.mkdir(parents=True)
+        (folder / "result.json").write_text(json.dumps({"top1": 12.5}))
+    assert evaluate("all.py", tmp_path / "run", run, **group, **{"runtime.num_devices": 1}) == 0
+    capsys.readouterr()
+    text = (tmp_path / "run" / "tables.md").read_text()
+    linear = result(tmp_path / "run" / "cells" / "linear_cifar-cifar10-pre-trained")["accuracy"]
+    random = result(tmp_path / "run" / "cells" / "linear_cifar-cifar10-random")["accuracy"]
+    assert f"| CIFAR-10, linear probe | 1 | {linear:.1f} | {random:.1f} | - |" in text
+    assert "| CIFAR-10, fine-tuned | 5 | 12.5 | 12.5 | HEXA_MoCo 96.1, HEXA_DCluster 97.2 |" in text
+    assert "VOC07" not in text
+
+
+def test_mistakes_are_one_line(run, tmp_path, capsys):
+    truncated = tmp_path / "weights.safetensors"
+    truncated.write_bytes(b"\x10\x00\x00\x00")
+    flat = tmp_path / "flat"
+    image_folder(flat, by_class=False, count=3)
+    cases = {
+        "config.checkpoint is missing": ("knn.py", "", DATA),
+        "is neither a file nor the workdir": ("knn.py", tmp_path / "nothing", DATA),
+        f"{truncated} cannot be read": ("knn.py", truncated, DATA),
+        "has no labels": ("knn.py", run, DATA | {"data.eval_source": f"folder:{flat}"}),
+        "config.format='csv' is not known": ("features.py:format=csv", run, {}),
+        "no data to evaluate on": ("all.py", run, {}),
+        "has no ImageSets/Main": (
+            "svm_voc07.py",
+            run,
+            {"data.source": f"voc:{flat}", "data.eval_source": f"voc:{flat}"},
+        ),
+    }
+    for number, (message, (name, checkpoint, settings)) in enumerate(cases.items()):
+        assert evaluate(name, tmp_path / f"run{number}", checkpoint, **settings) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith("hexa_jax: ") and message in line
