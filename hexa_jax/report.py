@@ -14,6 +14,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from hexa_jax.data.decode import decode, resize_center_crop
+from hexa_jax.data.subset import spread
 from hexa_jax.objective import Shown
 
 ROWS = [("raw pixels", "pixels_"), ("random initialisation", "random_"), ("pre-trained", "")]
@@ -120,7 +121,8 @@ def _clusters(source: Any, assignments: np.ndarray, path: pathlib.Path, rows: in
     chosen = order[np.linspace(0, len(order) - 1, min(rows, len(order))).astype(int)]
     figure, axes = plt.subplots(len(chosen), columns, figsize=(columns, 1.05 * len(chosen)), squeeze=False)
     for axis_row, cluster in zip(axes, chosen, strict=True):
-        members = np.flatnonzero(assignments == cluster)[:columns]
+        members = np.flatnonzero(assignments == cluster)
+        members = members[spread(len(members), columns)]  # folders are sorted by class: the first ones are alike anyway
         for axis in axis_row:
             axis.set(xticks=[], yticks=[])
             axis.set_frame_on(False)

@@ -12,14 +12,16 @@ from command_line import REPOSITORY, final_state, image_folder, lines
 from ml_collections import ConfigDict
 from sklearn.linear_model import LogisticRegression
 
-from configs.eval import common
+from configs.eval import common, finetune_cifar
 from hexa_jax import main
 from hexa_jax.build import ConfigError
-from hexa_jax.data.decode import crop_generator, random_resized_crop, resize_center_crop
+from hexa_jax.checkpoint import MANIFEST
+from hexa_jax.data.decode import resize_center_crop
 from hexa_jax.data.shapes import CLASS_NAMES, make_shapes
 from hexa_jax.data.sources import ArraySource, DataError, FolderSource
+from hexa_jax.evals import finetune
 from hexa_jax.evals.backbone import Backbone
-from hexa_jax.evals.finetune import _CentreCropped, top_k
+from hexa_jax.evals.finetune import top_k
 from hexa_jax.evals.labelled import Features, check_classes, listed, open_both, open_split
 from hexa_jax.evals.linear_features import adamax_probe
 
@@ -260,7 +262,7 @@ def test_both_splits_are_of_one_data_set(folder):
         open_both(config, Backbone(None, None, 0, None))
 
 
-# ---- Pixels and accuracy -----------------------------------------------------------------------------------------------
+# ---- Accuracy ----------------------------------------------------------------------------------------------------------
 
 
 def test_top_one_and_five_by_hand():
@@ -278,16 +280,6 @@ def test_a_network_that_broke_is_never_right():
     for broken in (np.nan, np.inf, -np.inf):
         logits = np.full((8, 10), broken, np.float32)
         assert top_k(Features(logits, np.arange(8), np.full(8, True)))["top1"] < 50
-
-
-def test_without_augmentation_pixels_are_those_of_the_evaluation():
-    """What the pipeline makes of an image that is cropped already: a crop of the whole, square and not flipped."""
-    pixels = np.random.default_rng(0).integers(0, 256, (5, 11, 14, 3), np.uint8)
-    source = _CentreCropped(ArraySource(pixels, np.arange(5)), 8, 6)
-    for index in range(5):
-        whole = random_resized_crop(source[index]["image"], crop_generator(0, 1, index, 0), 6, (1, 1), (1, 1), 0.0)
-        np.testing.assert_array_equal(whole, resize_center_crop(pixels[index], 8, 6))
-        assert source[index]["label"] == index
 
 
 # ---- The task ----------------------------------------------------------------------------------------------------------
@@ -327,6 +319,12 @@ def run(tmp_path_factory):
     return workdir
 
 
+def manifest(workdir, rate):
+    """What the newest checkpoint holds besides arrays."""
+    newest = max((workdir / f"lr{rate}" / "checkpoints").iterdir())
+    return json.loads((newest / MANIFEST).read_text())["metadata"]
+
+
 def losses(workdir, rate):
     return [line["loss"] for line in lines(workdir / f"lr{rate}") if "loss" in line]
 
@@ -357,11 +355,14 @@ def test_an_interruption_changes_nothing(run, tmp_path):
     part = tmp_path / "part"
     shutil.copytree(run, part)
     (part / "result.json").unlink()
+    histories = [manifest(part, rate)["history"] for rate in RATES]
     for rate in RATES:
         newest = max((part / f"lr{rate}" / "checkpoints").iterdir())
         assert newest.name == "step_00000006"
         shutil.rmtree(newest)
+        assert len(manifest(part, rate)["history"]) == 1
     assert main.main(words(part)) == 0
+    assert [manifest(part, rate)["history"] for rate in RATES] == histories and len(histories[0]) == 2
     assert (part / "result.json").read_bytes() == (run / "result.json").read_bytes()
     for rate in RATES:
         assert losses(part, rate) == losses(run, rate)
@@ -369,6 +370,42 @@ def test_an_interruption_changes_nothing(run, tmp_path):
         assert resumed.keys() == whole.keys()
         for name in whole:
             np.testing.assert_array_equal(resumed[name], whole[name])
+
+
+def test_the_whole_network_and_its_statistics_are_trained(run, tmp_path):
+    shutil.copytree(run / f"lr{RATES[1]}", tmp_path / "part")
+    step, after = final_state(tmp_path / "part")
+    shutil.rmtree(max((tmp_path / "part" / "checkpoints").iterdir()))
+    earlier, before = final_state(tmp_path / "part")
+    assert (earlier, step) == (3, 6)
+    weights = [name for name in before if "params" in name]
+    means, variances = ([name for name in before if "stats" in name and name.endswith(end)] for end in ("mean", "var"))
+    assert len(weights) > 20 and len(means) == len(variances) > 5 and any("classifier" in name for name in weights)
+    for name in weights + means + variances:
+        assert (before[name] != after[name]).any(), name
+    for name in means:  # they began at 0
+        assert (before[name] != 0).any() and (after[name] != 0).any(), name
+
+
+def test_pixels_are_those_of_the_evaluation_unless_augmented(tmp_path, monkeypatch):
+    """Each epoch shows each image once, in another order."""
+    monkeypatch.setattr(finetune, "open_backbone", lambda config: Backbone(None, None, 0, None))
+    config = finetune_cifar.get_config("epochs=2")
+    config.checkpoint, config.batch_size, config.runtime.num_devices = "random", 4, 1
+    pixels = np.random.default_rng(0).integers(0, 256, (12, 11, 14, 3), np.uint8)
+    np.savez(tmp_path / "data.npz", images=pixels, labels=np.arange(12) % 3)
+    config.data.source = config.data.eval_source = f"arrays:{tmp_path}/data.npz"
+    config.data.resize, config.data.crop = 8, 6
+    expected = np.stack([resize_center_crop(image, 8, 6) for image in pixels])
+    for augment in (False, True):
+        config.data.augment = augment
+        batches = list(finetune._Tuning(config, tmp_path)._batches(0))
+        index = np.concatenate([batch.index[0] for batch in batches])
+        assert sorted(index[:12]) == sorted(index[12:]) == list(range(12)) and list(index[:12]) != list(index[12:])
+        np.testing.assert_array_equal(np.concatenate([batch.label[0] for batch in batches]), index % 3)
+        shown = np.concatenate([batch.crops[0][0, :, 0] for batch in batches])
+        same = (shown == expected[index]).all(axis=(1, 2, 3))
+        assert not same.any() if augment else same.all()
 
 
 def test_a_finished_run_is_not_trained_again(run, tmp_path):

@@ -127,6 +127,13 @@ def test_lines_may_be_in_another_order_and_longer_than_the_list(devkit):
     np.testing.assert_array_equal(open_voc(f"voc:{devkit}").matrix, expected)
 
 
+def test_other_lists_are_no_classes(devkit):
+    lists = lists_of(devkit)
+    for name in ("ant", "zebra"):
+        (lists / f"{name}_trainval.txt").write_text((lists / "cat_trainval.txt").read_text())
+    assert open_voc(f"voc:{devkit}").class_names == ["cat", "person", "train"]
+
+
 def test_classes_of_another_data_set(devkit):
     for name in NAMES:
         (lists_of(devkit) / f"{name}_test.txt").rename(lists_of(devkit) / f"my_{name}_test.txt")

@@ -3,7 +3,6 @@
 import argparse
 import functools
 import json
-import pathlib
 import pickle
 import sys
 
@@ -32,7 +31,7 @@ from hexa_jax.weights import (
     to_torchvision,
 )
 
-TORCH = "compares with PyTorch itself, which the project does not install"
+TORCH = "needs PyTorch, which the project does not install: pip install torch==2.13.0"
 TOLERANCE = 1e-4  # of the largest value
 
 
@@ -57,10 +56,11 @@ def torch_arrays(name):
 
 def widened(shapes, factor):
     """The shapes with every channel but the three of the images multiplied."""
-    return {
-        name: [n * factor if axis < 2 and n != 3 else n for axis, n in enumerate(shape)]
-        for name, shape in shapes.items()
-    }
+
+    def wider(shape):
+        return [n * factor if axis < 2 and n != 3 else n for axis, n in enumerate(shape)]
+
+    return {name: wider(shape) for name, shape in shapes.items()}
 
 
 def make_network(depth, base_channels, stem="imagenet", **settings):
@@ -128,7 +128,7 @@ def test_features_and_stage_maps_are_those_of_pytorch(name, side):
         assert_close(samples(stage, values), golden[f"stage{stage}"], f"stage {stage}")
 
 
-def torch_network(depth, base_channels, stem="imagenet", wrap=False):
+def torch_network(depth, base_channels, stem="imagenet"):
     """PyTorch's network in evaluation mode with weights by name, and its state_dict as NumPy."""
     torch = pytest.importorskip("torch", reason=TORCH)
     from torch_resnet import TorchResNet
@@ -148,9 +148,16 @@ def torch_run(network, x):
     return pooled.numpy(), [values.permute(0, 2, 3, 1).numpy() for values in maps]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("height, width", [(224, 224), (199, 161)])
-@pytest.mark.parametrize("depth, base_channels", [(18, 64), (34, 64), (50, 64), (50, 128)])
+@pytest.mark.parametrize(
+    "depth, base_channels",
+    [
+        (18, 64),
+        (50, 64),
+        pytest.param(34, 64, marks=pytest.mark.slow),
+        pytest.param(50, 128, marks=pytest.mark.slow),
+    ],
+)
 def test_full_size_networks_equal_pytorch(depth, base_channels, height, width):
     theirs, arrays = torch_network(depth, base_channels)
     network, load = loader(depth, base_channels, "imagenet")
@@ -171,12 +178,10 @@ def test_pth_files_travel_both_ways(tmp_path):
     torch.save(published, tmp_path / "moco_v2.pth.tar")
     assert exported(tmp_path / "moco_v2.pth.tar", "torchvision", tmp_path / "ours.pth") == 0
     state = torch.load(tmp_path / "ours.pth", weights_only=True)
+    again = type(theirs)(50, 4).eval()
+    again.load_state_dict(state)  # strict: every name
     x = images(64, 64)
-    before, _ = torch_run(theirs, x)
-    theirs.load_state_dict({name: torch.full_like(value, 0) for name, value in state.items()})
-    theirs.load_state_dict(state)  # strict: every name
-    after, _ = torch_run(theirs, x)
-    np.testing.assert_array_equal(before, after)
+    np.testing.assert_array_equal(torch_run(again, x)[0], torch_run(theirs, x)[0])
 
 
 @pytest.mark.parametrize("kind", ["half", "bfloat16", "parameters"])
@@ -230,9 +235,8 @@ def test_kernels_and_statistics_go_where_their_names_say():
     np.testing.assert_array_equal(params["conv1"]["kernel"][6, 2, 1, 3], arrays["conv1.weight"][3, 1, 6, 2])
     np.testing.assert_array_equal(params["layer4_2"]["bn3"]["scale"], arrays["layer4.2.bn3.weight"])
     np.testing.assert_array_equal(params["layer4_2"]["bn3"]["bias"], arrays["layer4.2.bn3.bias"])
-    np.testing.assert_array_equal(
-        stats["layer1_0"]["downsample_bn"]["mean"], arrays["layer1.0.downsample.1.running_mean"]
-    )
+    mean = arrays["layer1.0.downsample.1.running_mean"]
+    np.testing.assert_array_equal(stats["layer1_0"]["downsample_bn"]["mean"], mean)
     np.testing.assert_array_equal(stats["bn1"]["var"], arrays["bn1.running_var"])
 
 
@@ -254,11 +258,11 @@ def moco(arrays):
 
 def swav(arrays):
     """facebookresearch/swav: one network with a head and prototypes."""
-    norm = zeros(projection_head__1__weight=8, projection_head__1__bias=8, projection_head__1__running_mean=8)
-    head = (
-        zeros(projection_head__0__weight=(8, 8), projection_head__3__weight=(4, 8), prototypes__weight=(30, 4)) | norm
+    head = zeros(projection_head__0__weight=(8, 8), projection_head__3__weight=(4, 8), prototypes__weight=(30, 4))
+    norm = zeros(
+        projection_head__1__weight=8, projection_head__1__running_mean=8, projection_head__1__num_batches_tracked=()
     )
-    return under("module.", head | arrays | {"projection_head.1.num_batches_tracked": np.array(3)})
+    return under("module.", head | norm | arrays)
 
 
 LAYOUTS = {
@@ -370,11 +374,8 @@ def test_architecture_is_read_off_names_and_shapes(factor, width):
 
 
 def test_architecture_has_the_name_that_make_resnet_takes():
-    for architecture, name in (
-        ((50, 64, "imagenet"), "resnet50"),
-        ((50, 128, "cifar"), "resnet50w2"),
-        ((18, 256, "cifar"), "resnet18w4"),
-    ):
+    names = {"resnet50": (50, 64, "imagenet"), "resnet50w2": (50, 128, "cifar"), "resnet18w4": (18, 256, "cifar")}
+    for name, architecture in names.items():
         assert Architecture(*architecture).name == name
         resnet = make_resnet(name, stem=architecture[2])
         assert (resnet.depth, resnet.base_channels, resnet.stem) == architecture
@@ -385,7 +386,7 @@ def unknown_architectures():
     yield {n: s for n, s in basic.items() if not n.startswith("layer4.1.")}, r"\[2, 2, 2, 1\] basic blocks"
     yield {n: s for n, s in basic.items() if not n.startswith("layer3.")}, r"\[2, 2, 0, 2\] basic blocks"
     yield (
-        {n: s for n, s in bottleneck.items() if n[6:9] not in (".2.", ".3.", ".4.", ".5.")},
+        {n: s for n, s in bottleneck.items() if n[6:9] in ("", ".0.", ".1.") or n[0] != "l"},
         r"\[2, 2, 2, 2\] bottleneck",
     )
     yield {n: s for n, s in bottleneck.items() if n.startswith(("conv1", "bn1"))}, r"\[0, 0, 0, 0\] basic blocks"
@@ -419,11 +420,8 @@ def units(depth):
     yield ("conv1", "bn1"), (f"{stem}.convolution", f"{stem}.normalization"), ("stem.conv1", "stem.conv1.norm")
     for stage, count in enumerate(blocks):
         for block in range(count):
-            ours, face, detectron = (
-                f"layer{stage + 1}.{block}",
-                f"encoder.stages.{stage}.layers.{block}",
-                f"res{stage + 2}.{block}",
-            )
+            ours, detectron = f"layer{stage + 1}.{block}", f"res{stage + 2}.{block}"
+            face = f"encoder.stages.{stage}.layers.{block}"
             if block == 0 and (stage > 0 or layers == 3):  # the shape changes
                 yield (
                     (f"{ours}.downsample.0", f"{ours}.downsample.1"),
@@ -475,11 +473,7 @@ def test_huggingface_folder(saved, tmp_path, capsys, name, sizes, kind):
     folder = tmp_path / "deep" / "huggingface"
     assert exported(saved(name), "huggingface", folder) == 0
     assert capsys.readouterr() == (f"{folder}\n", "")
-    assert sorted(path.name for path in folder.iterdir()) == [
-        "config.json",
-        "model.safetensors",
-        "preprocessor_config.json",
-    ]
+    assert {path.name for path in folder.iterdir()} == {"config.json", "model.safetensors", "preprocessor_config.json"}
     depth = NETWORKS[name][0]
     arrays = load_file(folder / "model.safetensors")
     assert_same_arrays(arrays, renamed(torch_arrays(name), depth, 1, counters=True))
@@ -558,14 +552,10 @@ def test_timm_folder(saved, tmp_path):
     assert set(written) == set(arrays)
     np.testing.assert_array_equal(written["layer4.1.conv2.weight"], arrays["layer4.1.conv2.weight"])
     config = json.loads((tmp_path / "timm" / "config.json").read_text())
-    assert (config["architecture"], config["num_classes"], config["pretrained_cfg"]["num_classes"]) == (
-        "resnet18",
-        0,
-        0,
-    )
-    assert config["pretrained_cfg"]["mean"] == list(IMAGENET_MEAN) and config["pretrained_cfg"]["std"] == list(
-        IMAGENET_STD
-    )
+    assert (config["architecture"], config["num_classes"]) == ("resnet18", 0)
+    pretrained = config["pretrained_cfg"]
+    assert (pretrained["mean"], pretrained["std"]) == (list(IMAGENET_MEAN), list(IMAGENET_STD))
+    assert (pretrained["num_classes"], pretrained["input_size"]) == (0, [3, 224, 224])
 
 
 # ---- load_backbone -----------------------------------------------------------------------------------------------------
@@ -577,12 +567,7 @@ def make_run(workdir, **overrides):
     pixels = config.data.pixel_mean, config.data.pixel_std
     resnet = make_resnet(config.model.backbone, config.model.base_channels, stem=config.model.stem, auxiliary_norm=True)
     tree = drawn(shapes_of(Network(resnet, ProjectionHead(16, 8, True, auxiliary_norm=True), *pixels)))
-    state = {
-        "step": np.int32(7),
-        "params": tree.pop("params"),
-        "batch_stats": tree,
-        "method": {"queue": np.ones((4, 8), np.float32)},
-    }
+    state = {"params": tree.pop("params"), "batch_stats": tree, "method": {"queue": np.ones((4, 8), np.float32)}}
     workdir.mkdir()
     (workdir / "config.json").write_text(config.to_json())
     checkpoints = Checkpoints(workdir / "checkpoints")
@@ -610,12 +595,11 @@ def test_backbone_of_a_run_has_its_clean_weights(tmp_path):
 def test_an_exported_backbone_gives_the_features_of_its_run(tmp_path, mean, std):
     make_run(tmp_path / "run", **{"data.pixel_mean": mean, "data.pixel_std": std})
     assert exported(tmp_path / "run", "torchvision", tmp_path / "out.safetensors") == 0
-    run, file = load_backbone(str(tmp_path / "run")), load_backbone(str(tmp_path / "out.safetensors"))
-    assert (file.step, file.config) == (-1, None)
-    x = pixels(16)
-    got, expected = pooled(file, x), pooled(run, x)
+    before, after = load_backbone(str(tmp_path / "run")), load_backbone(str(tmp_path / "out.safetensors"))
+    assert (after.step, after.config) == (-1, None)
+    assert_same_trees(after.variables, before.variables)
+    got, expected = (features_of(backbone, pixels(16)) for backbone in (after, before))
     assert expected.shape == (2, 32) and expected.dtype == jnp.float32
-    assert_same_trees(file.variables, run.variables)
     np.testing.assert_allclose(got, expected, rtol=1e-6)
 
 
@@ -624,7 +608,7 @@ def pixels(side):
     return jnp.asarray(np.random.default_rng(0).integers(0, 256, (2, side, side, 3), np.uint8))
 
 
-def pooled(backbone, x):
+def features_of(backbone, x):
     """A backbone's features of images."""
     return jax.jit(backbone.features)(backbone.variables, x)
 
@@ -632,8 +616,8 @@ def pooled(backbone, x):
 def test_bytes_are_pixels_over_255():
     backbone = load_backbone("random", seed=3, backbone="resnet10", stem="cifar", base_channels=2)
     x = pixels(12)
-    features = pooled(backbone, x)
-    np.testing.assert_allclose(features, pooled(backbone, jnp.float32(x) / 255), rtol=1e-5, atol=1e-6)
+    features = features_of(backbone, x)
+    np.testing.assert_allclose(features, features_of(backbone, jnp.float32(x) / 255), rtol=1e-5, atol=1e-6)
     normal = np.float32((np.asarray(x) / 255 - IMAGENET_MEAN) / IMAGENET_STD)
     network = make_network(10, 2, "cifar")
     np.testing.assert_allclose(features, run(network, backbone.variables, normal)[0], rtol=1e-4, atol=1e-5)
@@ -734,27 +718,18 @@ def damaged(folder, name):
     else:
         np.savez(path, **arrays)
     content = path.read_bytes()
-    flipped = content[:2000] + bytes([content[2000] ^ 1]) + content[2001:]
-    path.write_bytes(
-        {"truncated": content[: len(content) // 2], "empty": b"", "text": b"hello", "flipped": flipped}[how]
-    )
+    damage = {"truncated": content[: len(content) // 2], "empty": b"", "text": b"hello"}
+    damage["flipped"] = content[:2000] + bytes([content[2000] ^ 1]) + content[2001:]
+    path.write_bytes(damage[how])
     return path
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "truncated.safetensors",
-        "empty.safetensors",
-        "text.safetensors",
-        "truncated.npz",
-        "empty.npz",
-        "text.npz",
-        "flipped.npz",
-    ],
-)
-def test_damaged_files(tmp_path, capsys, name):
-    path = damaged(tmp_path, name)
+@pytest.mark.parametrize("suffix", ["safetensors", "npz"])
+@pytest.mark.parametrize("how", ["truncated", "empty", "text", "flipped"])
+def test_damaged_files(tmp_path, capsys, how, suffix):
+    if (how, suffix) == ("flipped", "safetensors"):
+        pytest.skip("the format has no checksum")
+    path = damaged(tmp_path, f"{how}.{suffix}")
     assert f"{path} cannot be read: " in refused(capsys, path, "torchvision", tmp_path / "out.safetensors")
     assert not (tmp_path / "out.safetensors").exists()
 
@@ -774,6 +749,12 @@ def test_torch_files_need_torch(saved, tmp_path, capsys, monkeypatch):
     assert not (tmp_path / "out.pth").exists()
 
 
+def test_a_torch_file_that_cannot_be_written(saved, tmp_path, capsys):
+    pytest.importorskip("torch", reason=TORCH)
+    (tmp_path / "folder.pth").mkdir()
+    assert "folder.pth" in refused(capsys, saved("resnet18"), "torchvision", tmp_path / "folder.pth")
+
+
 @pytest.mark.parametrize("how", ["truncated", "empty", "code"])
 def test_damaged_torch_files(tmp_path, capsys, how):
     torch = pytest.importorskip("torch", reason=TORCH)
@@ -789,19 +770,18 @@ def test_damaged_torch_files(tmp_path, capsys, how):
 def test_other_mistakes(saved, tmp_path, capsys):
     assert "neither a file nor the workdir" in refused(capsys, tmp_path / "none.pth", "timm", tmp_path / "out")
     (tmp_path / "notes.txt").write_text("hello")
-    assert "notes.txt is no weights file: use .safetensors" in refused(
-        capsys, tmp_path / "notes.txt", "timm", tmp_path / "out"
-    )
+    line = refused(capsys, tmp_path / "notes.txt", "timm", tmp_path / "out")
+    assert "notes.txt is no weights file: use .safetensors" in line
     assert "invalid choice: 'onnx'" in refused(capsys, saved("resnet18"), "onnx", tmp_path / "out")
     assert export.main(["--format=timm"]) == 2
     assert "required: --checkpoint, --output" in capsys.readouterr().err
     wrong = without(torch_arrays("resnet18"), "bn1.bias")
-    assert "wrong.safetensors: the weights are of another architecture: bn1.bias is missing" in refused(
-        capsys, saved("wrong", wrong), "timm", tmp_path / "out"
-    )
+    line = refused(capsys, saved("wrong", wrong), "timm", tmp_path / "out")
+    assert "wrong.safetensors: the weights are of another architecture: bn1.bias is missing\n" in line
     assert not (tmp_path / "out").exists()
 
 
 def test_help(capsys):
     assert export.main(["--help"]) == 0
-    assert pathlib.Path(export.__file__).stem in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "python -m hexa_jax.export --checkpoint" in printed and all(form in printed for form in export.FORMATS)

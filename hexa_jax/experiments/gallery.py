@@ -15,6 +15,7 @@ from sklearn.decomposition import PCA
 
 from hexa_jax.data.decode import decode, resize_center_crop
 from hexa_jax.data.sources import Source
+from hexa_jax.data.subset import spread
 from hexa_jax.experiments.figures import save
 from hexa_jax.inputs import Input
 from hexa_jax.objective import PICTURES, UNATTACKED, Shown
@@ -115,7 +116,8 @@ def _pseudo_labels(run: OpenedRun, shown: Shown) -> tuple[np.ndarray, np.ndarray
             clusters, examples = np.argmax(clean @ labels.T, axis=1), shown.index
 
         def members(label: int, row: int) -> list[Any]:
-            found = examples[(clusters == label) & (examples != shown.index[row])][:MEMBERS]
+            others = examples[(clusters == label) & (examples != shown.index[row])]
+            found = others[spread(len(others), MEMBERS)] if len(others) else []  # folders are sorted by class
             return [_thumbnail(run.source, example) for example in found] or ["no other\nmember"]
 
     return np.argmax(clean @ labels.T, axis=1), np.argmax(adversarial @ labels.T, axis=1), members
