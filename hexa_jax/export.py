@@ -72,11 +72,14 @@ def _torchvision(arrays: dict[str, np.ndarray], architecture: Architecture, pixe
         import torch
     except ImportError:
         raise WeightsError("writing .pth needs torch: pip install -e '.[torch]', or use .safetensors") from None
-    torch.save({name: torch.from_numpy(np.array(value)) for name, value in arrays.items()}, output)
+    try:
+        torch.save({name: torch.from_numpy(np.array(value)) for name, value in arrays.items()}, output)
+    except RuntimeError as error:  # what torch makes of an OSError
+        raise WeightsError(f"{output} cannot be written: {error}") from None
 
 
 def _timm(arrays: dict[str, np.ndarray], architecture: Architecture, pixels: dict, output: pathlib.Path) -> None:
-    if architecture.stem != "imagenet" or architecture.base_channels != 64:
+    if architecture.stem != "imagenet" or architecture.base_channels != 64 or architecture.depth == 10:
         raise WeightsError("timm's ResNets have a 7x7 stem and the standard width: this network has another")
     output.mkdir(exist_ok=True)
     _safetensors(arrays, output / "model.safetensors", {"format": "pt"})
@@ -112,15 +115,21 @@ def _huggingface(arrays: dict[str, np.ndarray], architecture: Architecture, pixe
 def _detectron2(arrays: dict[str, np.ndarray], architecture: Architecture, pixels: dict, output: pathlib.Path) -> None:
     if output.suffix != ".pkl":
         raise WeightsError(f"--output={output} must end in .pkl")
+    if architecture.stem != "imagenet":
+        raise WeightsError("detectron2's ResNet has a 7x7 stem: a network with stem=cifar cannot be written for it")
     content: dict[str, Any] = {"model": to_detectron2(arrays), "__author__": "hexa_jax", "matching_heuristics": True}
     with output.open("wb") as file:
         pickle.dump(content, file, protocol=2)
 
 
 def _safetensors(arrays: dict[str, np.ndarray], path: pathlib.Path, metadata: dict[str, str]) -> None:
+    from safetensors import SafetensorError
     from safetensors.numpy import save_file
 
-    save_file(arrays, path, metadata)
+    try:
+        save_file(arrays, path, metadata)
+    except SafetensorError as error:
+        raise WeightsError(f"{path} cannot be written: {error}") from None
 
 
 class _Parser(argparse.ArgumentParser):

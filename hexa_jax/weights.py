@@ -5,6 +5,8 @@ the one that travels. Legend of shapes: torch kernels are [O, I, H, W], ours [H,
 """
 
 import re
+import zipfile
+import zlib
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
@@ -17,12 +19,10 @@ Arrays = dict[str, np.ndarray]
 BATCH_NORM = {"scale": "weight", "bias": "bias", "mean": "running_mean", "var": "running_var"}
 # What others put in front of a backbone's names; the published MoCo and SwAV checkpoints first.
 PREFIXES = (
-    "module.encoder_q.", "module.base_encoder.", "module.backbone.", "module.", "encoder_q.", "base_encoder.",
+    "module.encoder_q.", "module.encoder.", "module.base_encoder.", "module.backbone.", "module.", "encoder_q.", "base_encoder.",
     "online_encoder.net.", "_feature_blocks.", "trunk._feature_blocks.", "backbone.", "encoder.", "resnet.", "model.", "net.",
 )  # fmt: skip
-IGNORED = re.compile(
-    r"(^|\.)(fc|classifier|head|projection_head|prototypes|projection|predictor)\b|num_batches_tracked"
-)
+IGNORED = re.compile(r"^(fc|classifier|head|projection_head|prototypes|projection|predictor)\b|num_batches_tracked")
 
 
 class WeightsError(ValueError):
@@ -105,9 +105,9 @@ def architecture_of(arrays: Mapping[str, np.ndarray]) -> Architecture:
     bottleneck = "layer1.0.conv3.weight" in stripped
     for depth, layers in STAGES.items():
         if list(layers) == blocks and (depth >= 50) == bottleneck:
-            channels, _, side, _ = stripped["conv1.weight"].shape
-            if side in (3, 7):
-                return Architecture(depth, channels, "imagenet" if side == 7 else "cifar")
+            shape = stripped["conv1.weight"].shape
+            if shape[2:] in ((3, 3), (7, 7)):
+                return Architecture(depth, shape[0], "imagenet" if shape[2] == 7 else "cifar")
     kind = "bottleneck" if bottleneck else "basic"
     raise WeightsError(f"no known ResNet has {blocks} {kind} blocks and a stem of {stripped['conv1.weight'].shape}")
 
@@ -232,7 +232,7 @@ def read_weights(path: str, load_torch: Callable[[str], Mapping[str, Any]] | Non
         try:
             with np.load(path, allow_pickle=False) as file:
                 return {name: file[name] for name in file.files}
-        except (OSError, ValueError, KeyError) as error:
+        except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile, zlib.error) as error:
             raise WeightsError(f"{path} cannot be read: {_one_line(error)}") from None
     if not path.endswith((".pth", ".pt", ".tar", ".bin")):
         raise WeightsError(f"{path} is no weights file: use .safetensors, .npz, .pth, .pt, .tar or .bin")
@@ -259,11 +259,19 @@ def _flat(loaded: Any, path: str) -> Arrays:
             loaded = loaded[key]
     if not isinstance(loaded, Mapping):
         raise WeightsError(f"{path} holds no dict of arrays")
-    arrays = {name: np.asarray(value) for name, value in loaded.items() if hasattr(value, "shape")}
+    arrays = {name: _numpy(value) for name, value in loaded.items() if hasattr(value, "shape")}
     if not arrays:
         raise WeightsError(f"{path} holds no arrays")
     return arrays
 
 
+def _numpy(value: Any) -> np.ndarray:
+    """Of a NumPy array, or of torch's tensor, which may have a gradient or be in bfloat16."""
+    if hasattr(value, "detach"):
+        value = value.detach()
+        value = value.float() if str(value.dtype) == "torch.bfloat16" else value
+    return np.asarray(value)
+
+
 def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:300] or type(error).__name__
+    return " ".join(re.sub(r"\x1b\[[\d;]*m", "", str(error)).split())[:300] or type(error).__name__

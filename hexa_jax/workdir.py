@@ -74,7 +74,13 @@ def open_workdir(path: str, config: ConfigDict, *, extend: bool = False) -> path
 
 def abandon(path: pathlib.Path) -> None:
     """Undo `open_workdir` after a mistake, so that the corrected command may use the folder; a run that began stays."""
-    if not (path / "metrics.jsonl").exists() and not (path / "checkpoints").exists():
+    began = [
+        *path.glob("metrics.jsonl"),
+        *path.glob("checkpoints"),
+        *path.glob("*/metrics.jsonl"),
+        *path.glob("*/checkpoints"),
+    ]
+    if not began:
         (path / "config.json").unlink(missing_ok=True)
         if not any(path.iterdir()):
             path.rmdir()

@@ -171,7 +171,7 @@ def test_mistakes_in_the_folder(devkit, tmp_path):
 
 OTHER = "holds other values than 1, 0 and -1"
 WRONG = {
-    "empty": ("", "says nothing of 000012, which trainval.txt lists"),
+    "empty": ("", "cat_trainval.txt is empty"),
     "missing id": ("000012  1\n000009 -1\n", "says nothing of 000005, which trainval.txt lists"),
     "one word": ("000012  1\n000009 -1\n000005\n", "cat_trainval.txt:3 has 1 words, not 2"),
     "three words": ("000012  1\n000009 -1 0\n000005 -1\n", "cat_trainval.txt:2 has 3 words, not 2"),

@@ -50,11 +50,15 @@ class VOCImages:
     def _words(self, path: pathlib.Path, columns: int) -> np.ndarray:
         if not path.is_file():
             raise DataError(f"{path} is missing")
-        lines = [line.split() for line in path.read_text().splitlines() if line.strip()]
-        wrong = next((number for number, words in enumerate(lines, 1) if len(words) != columns), None)
-        if wrong is not None:
-            raise DataError(f"{path}:{wrong} has {len(lines[wrong - 1])} words, not {columns}")
-        return np.array(lines).reshape(-1, columns)
+        rows = []
+        for number, line in enumerate(path.read_text(errors="replace").splitlines(), 1):
+            words = line.split()
+            if words and len(words) != columns:
+                raise DataError(f"{path}:{number} has {len(words)} words, not {columns}")
+            rows += [words] if words else []
+        if not rows:
+            raise DataError(f"{path} is empty")
+        return np.array(rows)
 
     def _column(self, path: pathlib.Path) -> np.ndarray:
         words = self._words(path, 2)
@@ -62,10 +66,10 @@ class VOCImages:
         missing = [name for name in self.ids if name not in values]
         if missing:
             raise DataError(f"{path} says nothing of {missing[0]}, which {self.split}.txt lists")
-        column = np.array([int(values[name]) for name in self.ids], np.int8)
-        if not np.isin(column, (PRESENT, DIFFICULT, ABSENT)).all():
+        meaning = {"1": PRESENT, "0": DIFFICULT, "-1": ABSENT}
+        if not set(values.values()) <= meaning.keys():
             raise DataError(f"{path} holds other values than 1, 0 and -1")
-        return column
+        return np.array([meaning[values[name]] for name in self.ids], np.int8)
 
     def __len__(self) -> int:
         return len(self.ids)

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
+from safetensors import safe_open
 
 from hexa_jax.checkpoint import CheckpointError, Checkpoints
 from hexa_jax.models.heads import Network
@@ -108,7 +109,7 @@ def random_backbone(
         network = Network(
             make_resnet(backbone, base_channels, stem=stem), None, IMAGENET_MEAN, IMAGENET_STD, normalize=False
         )
-    variables = network.init(jax.random.key(seed), _crops(), EVALUATION)
+    variables = jax.jit(lambda key: network.init(key, _crops(), EVALUATION))(jax.random.key(seed))
     return Backbone(network, _clean(variables), 0, like.config if like else None)
 
 
@@ -116,12 +117,23 @@ def _from_file(path: pathlib.Path) -> Backbone:
     arrays = read_weights(str(path))
     architecture = architecture_of(arrays)
     resnet = make_resnet(f"resnet{architecture.depth}", architecture.base_channels, stem=architecture.stem)
-    network = Network(resnet, None, IMAGENET_MEAN, IMAGENET_STD, normalize=False)
+    network = Network(resnet, None, *_pixel_statistics(path), normalize=False)
     try:
         variables = from_torchvision(arrays, _shapes(network))
     except WeightsError as error:
         raise WeightsError(f"{path}: {error}") from None
     return Backbone(network, jax.tree.map(jnp.asarray, variables), -1, None)
+
+
+def _pixel_statistics(path: pathlib.Path) -> tuple[Any, Any]:
+    """Mean and standard deviation that `hexa_jax.export` wrote beside the weights; ImageNet's in files of others."""
+    metadata: dict[str, str] = {}
+    if path.suffix == ".safetensors":
+        with safe_open(path, "numpy") as file:
+            metadata = file.metadata() or {}
+    if not {"mean", "std"} <= metadata.keys():
+        return IMAGENET_MEAN, IMAGENET_STD
+    return tuple(json.loads(metadata["mean"])), tuple(json.loads(metadata["std"]))
 
 
 def _crops() -> tuple[jax.Array, ...]:

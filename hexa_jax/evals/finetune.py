@@ -25,7 +25,7 @@ from hexa_jax.data.crops import Resolution
 from hexa_jax.data.decode import decode, resize_center_crop
 from hexa_jax.data.pipeline import BadImages, HostSteps, device_batches, host_iterator
 from hexa_jax.data.sources import Source
-from hexa_jax.evals.labelled import Extractor, Features, open_backbone, open_both
+from hexa_jax.evals.labelled import Extractor, Features, open_backbone, open_both, top_k, usable
 from hexa_jax.evals.pictures import curves
 from hexa_jax.mesh import ROWS, Layout, local_rows
 from hexa_jax.methods.base import Batch
@@ -75,8 +75,10 @@ def finetune(config: ConfigDict, workdir: pathlib.Path) -> dict[str, Any]:
         Diverged: the loss became NaN or infinite.
         Terminated: SIGTERM arrived; the state is saved.
     """
-    run = _Tuning(config, workdir)
     rates = list(config.optimizer.learning_rates)
+    if config.epochs < 1 or config.batch_size < 1 or not rates:
+        raise ConfigError("epochs and batch_size must be positive, and optimizer.learning_rates not empty")
+    run = _Tuning(config, workdir)
     stop, results, by_epoch = Interruptible(), dict[str, Any](), dict[str, list[float]]()
     try:
         with jax.set_mesh(run.mesh):
@@ -121,8 +123,8 @@ class _Tuning:
     def train(self, number: int, rate: float, stop: Interruptible) -> list[dict[str, float]]:
         """All epochs at one learning rate, from its checkpoint if there is one; top-1 and top-5 after each."""
         config, folder = self.config, self.workdir / f"lr{rate:g}"
-        folder.mkdir(exist_ok=True)
         optimizer = self._optimizer(rate)
+        folder.mkdir(exist_ok=True)
         state = self._initial(optimizer)
         checkpoints = Checkpoints(folder / "checkpoints", keep_last=2)
         like = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), state)
@@ -262,12 +264,5 @@ class _Tuning:
         images, parts = self.extractor.images(self.held_out), []
         for batch, count in images.batches(self.extractor.batch_size, self.config.runtime.threads):
             parts.append(np.asarray(self.test(state.params, state.stats, batch))[:count])
-        return top_k(Features(np.concatenate(parts), images.labels, images.known))
-
-
-def top_k(found: Features) -> dict[str, float]:
-    """Top-1 and top-5 accuracy in per cent of logits [N, C]; equal logits count as wins."""
-    chosen = found.known & (found.labels >= 0)
-    logits, labels = found.values[chosen], found.labels[chosen]
-    above = np.sum(logits > np.take_along_axis(logits, labels[:, None], axis=1), axis=1)
-    return {f"top{k}": 100 * float(np.mean(above < k)) for k in (1, 5)}
+        logits, labels = usable(Features(np.concatenate(parts), images.labels, images.known))
+        return top_k(logits, labels)

@@ -72,13 +72,20 @@ def listed(source: Source, path: str) -> Source:
         wanted = [line.strip() for line in pathlib.Path(path).expanduser().read_text().splitlines() if line.strip()]
     except OSError as error:
         raise DataError(f"data.list={path}: {error.strerror or error}") from None
+    except UnicodeDecodeError:
+        raise DataError(f"data.list={path} is no text file") from None
     if not wanted:
         raise DataError(f"data.list={path} lists nothing")
     place: dict[str, int] = {}
+    shared = set()
     for index in range(len(source)):
         name = pathlib.PurePath(source.name(index))
-        for key in (str(name), "/".join(name.parts[-2:]), name.name, name.stem):
-            place.setdefault(key, index)
+        for key in {str(name), "/".join(name.parts[-2:]), name.name, name.stem}:
+            if place.setdefault(key, index) != index:
+                shared.add(key)
+    unclear = next((name for name in wanted if name in shared), None)
+    if unclear is not None:
+        raise DataError(f"data.list={path}: several examples are called {unclear}; list them by folder and file name")
     missing = [name for name in wanted if name not in place]
     if missing:
         raise DataError(
@@ -172,6 +179,21 @@ def usable(features: Features) -> tuple[np.ndarray, np.ndarray]:
     """Rows with a label whose image could be read."""
     chosen = features.known & (features.labels >= 0)
     return features.values[chosen], features.labels[chosen]
+
+
+def top_k(logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+    """Top-1 and top-5 accuracy in per cent.
+
+    Args:
+        logits: float [N, C]. Of classes that score the same, the lower number counts as better, as in argmax; a row that holds
+            NaN or infinity is wrong.
+        labels: int [N].
+    """
+    own = np.take_along_axis(logits, labels[:, None], axis=1)
+    earlier = np.arange(logits.shape[1])[None] < labels[:, None]
+    above = np.sum((logits > own) | ((logits == own) & earlier), axis=1)
+    sound = np.isfinite(logits).all(axis=1)
+    return {f"top{k}": 100 * float(np.mean(sound & (above < k))) for k in (1, 5)}
 
 
 def source_name(source: Source, index: int) -> str:

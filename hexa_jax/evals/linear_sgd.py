@@ -22,7 +22,7 @@ from hexa_jax.checkpoint import Checkpoints
 from hexa_jax.data.crops import Resolution
 from hexa_jax.data.pipeline import BadImages, HostSteps, device_batches, host_iterator
 from hexa_jax.evals.backbone import Backbone
-from hexa_jax.evals.labelled import Extractor, Features, open_backbone, open_both, usable
+from hexa_jax.evals.labelled import Extractor, Features, open_backbone, open_both, top_k, usable
 from hexa_jax.mesh import ROWS, Layout, local_rows
 from hexa_jax.methods.base import Batch
 from hexa_jax.progress import Clock, say
@@ -227,12 +227,7 @@ class _Probe:
         results: dict[str, float] = {}
         kernels, biases = np.asarray(state.kernel), np.asarray(state.bias)
         for rate, kernel, bias in zip(self.config.optimizer.learning_rates, kernels, biases, strict=True):
-            logits = features @ kernel + bias
-            above = np.sum(
-                logits > np.take_along_axis(logits, labels[:, None], axis=1), axis=1
-            )  # classes that score higher
-            accuracies = {f"top1_lr{rate:g}": 100 * float(np.mean(above < 1))}
-            if not results:
-                accuracies |= {f"top{k}": 100 * float(np.mean(above < k)) for k in (1, 5)}
+            found = top_k(features @ kernel + bias, labels)
+            accuracies = {f"top1_lr{rate:g}": found["top1"]} | ({} if results else found)
             results |= accuracies
         return results

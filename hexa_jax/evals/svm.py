@@ -122,18 +122,21 @@ def low_shot_rows(matrix: np.ndarray, k: int, protocol: str, rng: np.random.Gene
     return [np.sort(np.concatenate(pair)) for pair in zip(positives, negatives, strict=True)]
 
 
+def _check(config: ConfigDict) -> None:
+    if config.protocol not in PROTOCOLS:
+        raise ConfigError(f"config.protocol={config.protocol!r} is not known: use one of {', '.join(PROTOCOLS)}")
+    if not config.costs:
+        raise ConfigError("config.costs is empty")
+    if not config.data.source or not config.data.eval_source:
+        raise ConfigError(
+            "data.source and data.eval_source are needed, such as voc:VOCDEVKIT:trainval and voc:VOCDEVKIT:test"
+        )
+
+
 class _Data:
     """Features and labels of both splits."""
 
     def __init__(self, config: ConfigDict):
-        if config.protocol not in PROTOCOLS:
-            raise ConfigError(f"config.protocol={config.protocol!r} is not known: use one of {', '.join(PROTOCOLS)}")
-        if not config.costs:
-            raise ConfigError("config.costs is empty")
-        if not config.data.source or not config.data.eval_source:
-            raise ConfigError(
-                "data.source and data.eval_source are needed, such as voc:VOCDEVKIT:trainval and voc:VOCDEVKIT:test"
-            )
         backbone = open_backbone(config)
         data_dir = config.runtime.data_dir or None
         train, test = (open_voc(spec, data_dir) for spec in (config.data.source, config.data.eval_source))
@@ -151,6 +154,7 @@ class _Data:
 
 def svm(config: ConfigDict, workdir: pathlib.Path) -> dict[str, Any]:
     """mAP on all training images; returns what `result.json` holds."""
+    _check(config)
     data = _Data(config)
     table, chosen = {}, {}
     clock = Clock(1, len(data.names))
@@ -178,9 +182,10 @@ def svm(config: ConfigDict, workdir: pathlib.Path) -> dict[str, Any]:
 
 def lowshot(config: ConfigDict, workdir: pathlib.Path) -> dict[str, Any]:
     """mAP with k positives per class: mean and standard deviation over draws; returns what `result.json` holds."""
-    data = _Data(config)
+    _check(config)
     if not config.shots or config.draws < 1:
         raise ConfigError("config.shots must not be empty, and config.draws positive")
+    data = _Data(config)
     costs = tuple(config.costs) if config.protocol == "pcl" else tuple(sorted({*config.costs, *POWERS}))
     results: dict[str, Any] = {"pretraining_step": data.step}
     means, deviations = [], []
