@@ -84,6 +84,9 @@ def test_a_grid_runs_once_and_goes_on_after_a_failure(tmp_path):
     broken = tmp_path / "cells" / "moco-moves3-seed0"
     broken.mkdir(parents=True)
     (broken / "config.json").write_text(json.dumps({"method": "simclr"}))
+    done = tmp_path / "cells" / "moco-moves1-seed0"  # a finished cell, which is not run again
+    done.mkdir()
+    (done / "result.json").write_text(json.dumps({"knn_accuracy": 12.5}))
     first = experiment(tmp_path, *words)
     assert first.returncode == 1, first.stderr
     assert "cell moco-moves3-seed0 failed: exit code 2: hexa_jax: " in first.stdout
@@ -102,7 +105,8 @@ def test_a_grid_runs_once_and_goes_on_after_a_failure(tmp_path):
         ("3", "1"),
         ("3", "3"),
     ]
-    assert rows[1]["knn_accuracy"] == rows[2]["knn_accuracy"] == rows[3]["knn_accuracy"] != ""
+    assert rows[1]["knn_accuracy"] == rows[2]["knn_accuracy"] == rows[3]["knn_accuracy"] == "12.5"
+    assert float(rows[0]["knn_accuracy"]) > 0 and float(rows[4]["knn_accuracy"]) > 0
     assert "| moco | 3 | 3 | 1 |" in (tmp_path / "fig4.md").read_text()
     assert (tmp_path / "fig4.png").stat().st_size > 5000 and (tmp_path / "fig4.svg").exists()
 

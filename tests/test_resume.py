@@ -58,8 +58,8 @@ def test_killed_then_terminated_then_finished(kind, tmp_path):
     expected, _ = finished(kind)
     words = arguments(kind, tmp_path / "run")
 
-    process = start(words)  # kill -9 at a random moment after the first checkpoint
-    moment = random.randrange(5, 14)
+    process = start(words)  # kill -9 at a random moment; the save of step 6 has waited for that of step 3
+    moment = random.randrange(7, 14)
     run_until(process, f"step {moment}/{STEPS} ")
     process.kill()
     assert finish(process).code == -signal.SIGKILL, f"killed after step {moment}"
@@ -67,14 +67,14 @@ def test_killed_then_terminated_then_finished(kind, tmp_path):
 
     process = start(words)  # SIGTERM in the middle of an epoch, where no checkpoint is due
     run_until(process, "resuming at step")
-    run_until(process, f"step 17/{STEPS} ")
+    run_until(process, f"step 14/{STEPS} ")
     process.terminate()
     stopped = finish(process)
     assert stopped.code == 143, stopped.stderr
     *warnings, line = stopped.stderr.splitlines()
     assert all("skipping a checkpoint" in warning for warning in warnings)  # one that the kill cut in half
     saved = int(re.search(r"SIGTERM: saved step (\d+) in .*; the same command resumes it", line)[1])
-    assert 17 <= saved < STEPS and checkpoints(tmp_path / "run")[-1].name == f"step_{saved:08}"
+    assert 14 <= saved < STEPS and checkpoints(tmp_path / "run")[-1].name == f"step_{saved:08}"
 
     ended = run(words)
     assert ended.code == 0 and not ended.stderr, ended.stderr
