@@ -57,7 +57,7 @@ class Variant:
         self.trainer = make_trainer(config, 8 * config.batch_size + config.deepcluster.num_clusters)
         with jax.set_mesh(self.trainer.mesh):
             steps = self.trainer.compile()
-            state, batch = steps.init(), random_batch(self.trainer)
+            state, batch = steps.init(0), random_batch(self.trainer)
             if self.trainer.objective.method.needs_first_pass:
                 state = steps.observe(state, batch, None)
                 state, _ = steps.refresh(state, jnp.int32(0))

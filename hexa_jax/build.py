@@ -11,7 +11,8 @@ from ml_collections import ConfigDict
 from hexa_jax import optim
 from hexa_jax.data.augment import Photometric
 from hexa_jax.data.crops import DeviceCrops, Resolution
-from hexa_jax.data.sources import Source, make_source
+from hexa_jax.data.source import Source
+from hexa_jax.data.sources import make_source
 from hexa_jax.data.subset import Subset, spread
 from hexa_jax.mesh import Layout, make_mesh
 from hexa_jax.methods.base import Method, Spec
@@ -269,6 +270,8 @@ def _check_ranges(config: ConfigDict) -> None:
         for name in names:
             if (value := operator.attrgetter(name)(config)) < lowest:
                 raise ConfigError(f"config.{name}={value} must be {wanted}")
+    if config.seed >= 2**32:
+        raise ConfigError(f"config.seed={config.seed} must be below 2^32")
     if min(config.data.crop_size, default=1) < 1:
         raise ConfigError(f"config.data.crop_size={tuple(config.data.crop_size)} must be positive")
 
@@ -316,6 +319,6 @@ def make_trainer(config: ConfigDict, num_examples: int, devices: list[jax.Device
     except ValueError as error:
         raise ConfigError(str(error)) from None
     crops = DeviceCrops(resolutions, method.key_crops, photometric, param_dtype)
-    objective = Objective(network, method, views, layout, crops, config.seed)
+    objective = Objective(network, method, views, layout, crops)
     optimizer = make_optimizer(config, spec.steps_per_epoch)
     return Trainer(objective, optimizer, spec, make_mesh(devices), param_dtype)

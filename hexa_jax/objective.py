@@ -14,7 +14,8 @@ from typing import Any, NamedTuple, Protocol
 import jax
 import jax.numpy as jnp
 
-from hexa_jax import views
+from hexa_jax import draws, views
+from hexa_jax.draws import Draws
 from hexa_jax.mesh import Layout
 from hexa_jax.methods.base import Batch, Method
 from hexa_jax.models.heads import Network
@@ -23,10 +24,6 @@ from hexa_jax.models.norm import ADVERSARIAL, CLEAN
 CUTMIX, CUTMIX_ADVERSARIAL = "cutmix", "cutmix_adversarial"
 UNATTACKED = "unattacked"  # clean crops through the adversarial BatchNorm set, to compare adversarial ones with
 PICTURES = 8  # rows of `Objective.views_of`
-# Purposes of random draws: one number each, folded into the seed's key.
-AUGMENT_DRAWS, ATTACK_DRAWS, CUTMIX_DRAWS, PARTNER_DRAWS, INIT_DRAWS, REFRESH_DRAWS, TASK_DRAWS, SECOND_CUTMIX_DRAWS = (
-    range(8)
-)
 
 
 class Crops(Protocol):
@@ -109,13 +106,6 @@ class Rows(NamedTuple):
     dictionary: Any
 
 
-class Clock(NamedTuple):
-    """int32 scalars that random draws are keyed by: the pass over the data (0 is the first pass) and the step."""
-
-    epoch: jax.Array
-    step: jax.Array
-
-
 class Gradients(NamedTuple):
     """Result of the objective; all but the outputs add up over microbatches and devices.
 
@@ -165,7 +155,6 @@ class Objective:
     views: ViewSettings
     layout: Layout
     crops: Crops
-    seed: int
 
     def forward(self, params: Any, crops: tuple[jax.Array, ...], view: str = CLEAN) -> tuple[jax.Array, Any]:
         """Training-mode outputs [N, V, D] and the pass's BatchNorm moments."""
@@ -174,14 +163,14 @@ class Objective:
         outputs, sown = self.network.apply({"params": network}, crops, mode, mutable=["moments"])
         return outputs, sown["moments"]
 
-    def online_crops(self, batch: Batch, epoch: jax.Array, data: jax.Array | None) -> tuple[jax.Array, ...]:
+    def online_crops(self, batch: Batch, at: Draws, data: jax.Array | None) -> tuple[jax.Array, ...]:
         """Augmented crops that the network learns from."""
-        crops = self.crops.online(self.example_keys(AUGMENT_DRAWS, epoch, batch.index), batch, data)
-        return self.method.prepare(self.example_keys(TASK_DRAWS, epoch, batch.index), crops)
+        crops = self.crops.online(at.of_examples(draws.AUGMENT, batch.index), batch, data)
+        return self.method.prepare(at.of_examples(draws.TASK, batch.index), crops)
 
-    def encode_keys(self, params: Any, batch: Batch, epoch: jax.Array, data: jax.Array | None) -> jax.Array:
+    def encode_keys(self, params: Any, batch: Batch, at: Draws, data: jax.Array | None) -> jax.Array:
         """Embeddings [N, 1, D] of the key crops."""
-        keys = self.example_keys(AUGMENT_DRAWS, epoch, batch.key_index)
+        keys = at.of_examples(draws.AUGMENT, batch.key_index)
         return self.forward(params, (self.crops.target(keys, batch, data),))[0]
 
     def row_losses(self, params: Any, x: Any, rows: Rows, view: str, mix: Any = None) -> tuple[jax.Array, Any]:
@@ -194,12 +183,12 @@ class Objective:
             losses = lam * losses + (1 - lam) * partner_losses
         return losses * rows.weight[:, None] / losses.shape[1], (moments, outputs)
 
-    def attack(self, params: Any, x: Any, rows: Rows, clock: Clock, gradient: Any = None) -> Any:
+    def attack(self, params: Any, x: Any, rows: Rows, at: Draws, gradient: Any = None) -> Any:
         """Adversarial views of the crops x against their own pseudo-labels; statistics of BatchNorm are not written."""
         settings = self.views
         view = self.attack_view
         return views.adversarial(
-            self.example_keys(ATTACK_DRAWS, clock.epoch, rows.batch.index),
+            at.of_examples(draws.ATTACK, rows.batch.index),
             x,
             lambda x: self.row_losses(params, x, rows, view)[0],
             epsilon=settings.epsilon,
@@ -215,12 +204,12 @@ class Objective:
         """The view whose BatchNorm set is used while making the attack."""
         return ADVERSARIAL if self.views.attack_branch == "auxiliary" else CLEAN
 
-    def mix(self, x: Any, rows: Rows, clock: Clock, draws: int = CUTMIX_DRAWS) -> tuple[Any, tuple[jax.Array, Any]]:
+    def mix(self, x: Any, rows: Rows, at: Draws, purpose: int = draws.CUTMIX) -> tuple[Any, tuple[jax.Array, Any]]:
         """Cut-mixed views of the crops x, and (lambda [N, V], the partners' pseudo-labels)."""
         settings = self.views
-        partner = self._partners(clock.step, rows.batch.row)
+        partner = self._partners(at, rows.batch.row)
         mixed, lam, _ = views.cutmix(
-            self.example_keys(draws, clock.epoch, rows.batch.index),
+            at.of_examples(purpose, rows.batch.index),
             x,
             alpha=settings.cutmix_alpha,
             beta=settings.cutmix_beta,
@@ -230,9 +219,9 @@ class Objective:
         y_partner = jax.tree.map(lambda leaf: leaf[partner], rows.y)
         return mixed, (jnp.concatenate(lam, axis=1), y_partner)
 
-    def gradients(self, params: Any, rows: Rows, clock: Clock, data: jax.Array | None) -> Gradients:
+    def gradients(self, params: Any, rows: Rows, at: Draws, data: jax.Array | None) -> Gradients:
         """Gradients of equation 10 for N rows whose pseudo-labels are known."""
-        x = self.online_crops(rows.batch, clock.epoch, data)
+        x = self.online_crops(rows.batch, at, data)
 
         def clean(params: Any, x: Any) -> tuple[jax.Array, Any]:
             losses, (moments, outputs) = self.row_losses(params, x, rows, CLEAN)
@@ -243,16 +232,14 @@ class Objective:
         shared = self.views.shared_gradient
         slopes, (loss, moments, outputs) = jax.grad(clean, (0, 1) if shared else 0, has_aux=True)(params, x)
         grads, x_slope = slopes if shared else (slopes, None)
-        attacked = self.attack(params, x, rows, clock, x_slope) if self.views.attacks else None
+        attacked = self.attack(params, x, rows, at, x_slope) if self.views.attacks else None
         plain = Gradients(grads, {CLEAN: moments}, {CLEAN: loss}, outputs)
-        return self.add_hard_views(plain, params, x, attacked, rows, clock)
+        return self.add_hard_views(plain, params, x, attacked, rows, at)
 
-    def add_hard_views(
-        self, plain: Gradients, params: Any, x: Any, attacked: Any, rows: Rows, clock: Clock
-    ) -> Gradients:
+    def add_hard_views(self, plain: Gradients, params: Any, x: Any, attacked: Any, rows: Rows, at: Draws) -> Gradients:
         """The clean part's gradients plus those of the hard views of the crops x; `attacked` are their adversarial views."""
         grads, all_moments, losses = plain.params, dict(plain.moments), dict(plain.losses)
-        inputs = self._hard_inputs(x, attacked, rows, clock)
+        inputs = self._hard_inputs(x, attacked, rows, at)
         for view, weight in self.views.weights.items():
             if view == CLEAN:
                 continue
@@ -266,34 +253,33 @@ class Objective:
             grads = jax.tree.map(jnp.add, grads, more)
         return Gradients(grads, all_moments, losses, plain.outputs)
 
-    def _hard_inputs(self, x: Any, attacked: Any, rows: Rows, clock: Clock) -> dict[str, tuple[Any, Any]]:
+    def _hard_inputs(self, x: Any, attacked: Any, rows: Rows, at: Draws) -> dict[str, tuple[Any, Any]]:
         """Per hard view of the objective: its images, and how its pseudo-labels are mixed (None: not at all)."""
         weights = self.views.weights
         inputs: dict[str, tuple[Any, Any]] = {}
         if ADVERSARIAL in weights:
             inputs[ADVERSARIAL] = (attacked, None)
         if CUTMIX in weights:
-            inputs[CUTMIX] = self.mix(x, rows, clock)
+            inputs[CUTMIX] = self.mix(x, rows, at)
         if CUTMIX_ADVERSARIAL in weights:
-            inputs[CUTMIX_ADVERSARIAL] = self.mix(attacked, rows, clock, SECOND_CUTMIX_DRAWS)
+            inputs[CUTMIX_ADVERSARIAL] = self.mix(attacked, rows, at, draws.SECOND_CUTMIX)
         return inputs
 
-    def views_of(self, params: Any, x: Any, attacked: Any, rows: Rows, clock: Clock) -> "Shown":
+    def views_of(self, params: Any, x: Any, attacked: Any, rows: Rows, at: Draws) -> "Shown":
         """What a step learns from, to look at: PICTURES rows of images, all rows of outputs."""
-        inputs = self._hard_inputs(x, attacked, rows, clock)
+        inputs = self._hard_inputs(x, attacked, rows, at)
         lam = {view: mix[0] for view, (_, mix) in inputs.items() if mix is not None}
         images = {CLEAN: x} | {view: view_inputs[0] for view, view_inputs in inputs.items()}
         outputs = {view: self.forward(params, crops, view)[0] for view, crops in images.items()}
-        if (
-            attacked is not None
-        ):  # through the same BatchNorm set as the attacked ones: what differs is the attack alone
+        if attacked is not None:
+            # Through the same BatchNorm set as the attacked ones: what differs is the attack alone.
             outputs[UNATTACKED] = self.forward(params, x, ADVERSARIAL)[0]
         row = rows.batch.row
-        partner, mask = self._cut(x, rows, clock) if CUTMIX in inputs else (jnp.arange(len(row)), ())
+        partner, mask = self._cut(x, rows, at) if CUTMIX in inputs else (jnp.arange(len(row)), ())
         cut = lambda tree: jax.tree.map(lambda leaf: leaf[:PICTURES], tree)  # noqa: E731
         return Shown(cut(images), cut(mask), lam, row, row[partner], rows.batch.index, outputs, rows.y)
 
-    def _cut(self, x: Any, rows: Rows, clock: Clock) -> tuple[jax.Array, Any]:
+    def _cut(self, x: Any, rows: Rows, at: Draws) -> tuple[jax.Array, Any]:
         """Partners [N], and where the cut-mixed crops show them: bool like x with one channel. Found by mixing numbers."""
         number = jnp.arange(x[0].shape[0], dtype=x[0].dtype)
 
@@ -301,18 +287,12 @@ class Objective:
             return jnp.broadcast_to(number.reshape(-1, 1, 1, 1, 1), (*crops.shape[:-1], 1))
 
         own = tuple(numbers(crops) for crops in x)
-        mixed, _ = self.mix(own, rows, clock)
+        mixed, _ = self.mix(own, rows, at)
         mask = jax.tree.map(lambda a, b: a != b, mixed, own)
-        return self._partners(clock.step, rows.batch.row), mask
+        return self._partners(at, rows.batch.row), mask
 
-    def example_keys(self, purpose: int, epoch: jax.Array, index: jax.Array) -> jax.Array:
-        """[N] keys, each a function of (seed, purpose, epoch, example) only: the batch's layout cannot matter."""
-        key = jax.random.fold_in(jax.random.fold_in(jax.random.key(self.seed), purpose), epoch)
-        return jax.vmap(lambda i: jax.random.fold_in(key, i))(index)
-
-    def _partners(self, step: jax.Array, row: jax.Array) -> jax.Array:
+    def _partners(self, at: Draws, row: jax.Array) -> jax.Array:
         """CutMix partners from the same block of rows, hence from the same device; keyed by (seed, step, block)."""
         block = self.layout.cutmix_block
-        key = jax.random.fold_in(jax.random.fold_in(jax.random.key(self.seed), PARTNER_DRAWS), step)
-        keys = jax.vmap(lambda r: jax.random.fold_in(key, r))(row[::block])
+        keys = at.of_rows(draws.PARTNER, row[::block])
         return views.block_permutation(keys, row.shape[0], block)

@@ -17,7 +17,7 @@ from sklearn.metrics import normalized_mutual_info_score
 from hexa_jax import report
 from hexa_jax.build import make_schedule, make_trainer, open_training_source
 from hexa_jax.checkpoint import Checkpoints
-from hexa_jax.data.sources import Source
+from hexa_jax.data.source import Source
 from hexa_jax.evals.online import Probe, make_probe
 from hexa_jax.inputs import Input
 from hexa_jax.objective import Shown
@@ -65,7 +65,7 @@ class _Run:
     def _restore(self) -> tuple[TrainState, int, dict]:
         restored = self.checkpoints.restore_latest(self.trainer.state_shapes())
         if restored is None:
-            return self.steps.init(), 0, {"first_pass": False}
+            return self.steps.init(np.uint32(self.config.seed)), 0, {"first_pass": False}
         step, state, metadata = restored
         say(f"resuming at step {step} from {self.checkpoints.directory}")
         return state, step, metadata

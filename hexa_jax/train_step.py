@@ -16,15 +16,13 @@ import optax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from hexa_jax import draws
+from hexa_jax.draws import Draws, purpose_key
 from hexa_jax.mesh import ROWS
 from hexa_jax.methods.base import Batch, Spec, Targets
 from hexa_jax.microbatch import accumulate
 from hexa_jax.models.norm import CLEAN, EVALUATION, blend, stats_collection
 from hexa_jax.objective import (
-    INIT_DRAWS,
-    REFRESH_DRAWS,
-    TASK_DRAWS,
-    Clock,
     Gradients,
     Objective,
     Rows,
@@ -38,6 +36,7 @@ class TrainState(NamedTuple):
     """Everything that a resumed run needs.
 
     Attributes:
+        seed: uint32, decides every random number of the run.
         step: int32, optimiser steps taken.
         params: the network's parameters, float32 (float64 under precision "float64").
         batch_stats: running mean and variance, one collection per BatchNorm set.
@@ -45,6 +44,7 @@ class TrainState(NamedTuple):
         method: the method's: queue and key encoder, or bank and clusters.
     """
 
+    seed: jax.Array
     step: jax.Array
     params: Any
     batch_stats: dict[str, Any]
@@ -62,10 +62,10 @@ class Trainer:
     mesh: Mesh
     dtype: Any = jnp.float32  # of the parameters
 
-    def init_state(self) -> TrainState:
-        """A fresh state; the seed decides every number in it."""
-        key = jax.random.fold_in(jax.random.key(self.objective.seed), INIT_DRAWS)
-        network_key, method_key = jax.random.split(key)
+    def init_state(self, seed: jax.Array) -> TrainState:
+        """A fresh state; the seed, a uint32 scalar, decides every number in it."""
+        seed = jnp.asarray(seed, jnp.uint32)
+        network_key, method_key = jax.random.split(purpose_key(seed, draws.INIT))
         crops = (jnp.zeros((1, 1, 32, 32, 3)),)  # parameters do not depend on the image size
         variables = self.objective.network.init(network_key, crops, EVALUATION)
         variables = jax.tree.map(lambda x: x.astype(self.dtype), variables)
@@ -74,12 +74,12 @@ class Trainer:
         if own:
             params = params | {"method": jax.tree.map(lambda x: x.astype(self.dtype), own)}
         method = self.objective.method.init(method_key, params, self.spec)
-        return TrainState(jnp.zeros([], jnp.int32), params, variables, self.optimizer.init(params), method)
+        return TrainState(seed, jnp.zeros([], jnp.int32), params, variables, self.optimizer.init(params), method)
 
     def state_sharding(self) -> TrainState:
         """A sharding for each leaf of the state: on every device, except what the method splits."""
-        shapes = jax.eval_shape(self.init_state)
-        specs = TrainState(P(), P(), P(), P(), self.objective.method.state_spec(self.spec))
+        shapes = self._shapes()
+        specs = TrainState(P(), P(), P(), P(), P(), self.objective.method.state_spec(self.spec))
 
         def expand(spec: P, leaves: Any) -> Any:
             return jax.tree.map(lambda _: NamedSharding(self.mesh, spec), leaves)
@@ -104,12 +104,14 @@ class Trainer:
 
     def state_shapes(self) -> TrainState:
         """The state as ShapeDtypeStructs with their shardings."""
-        shapes = jax.eval_shape(self.init_state)
         return jax.tree.map(
             lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-            shapes,
+            self._shapes(),
             self.state_sharding(),
         )
+
+    def _shapes(self) -> TrainState:
+        return jax.eval_shape(self.init_state, jax.ShapeDtypeStruct((), jnp.uint32))
 
     def train_step(self, state: TrainState, batch: Batch, data: jax.Array | None = None) -> tuple[TrainState, dict]:
         """One optimiser step on leaves [M, n, ...]; returns the new state and scalar metrics."""
@@ -123,6 +125,7 @@ class Trainer:
         if "method" in params:
             params = params | {"method": method.project(params["method"])}
         new_state = TrainState(
+            seed=state.seed,
             step=state.step + 1,
             params=params,
             batch_stats=_blend(state.batch_stats, result.moments),
@@ -140,14 +143,16 @@ class Trainer:
     def observe_step(self, state: TrainState, batch: Batch, data: jax.Array | None = None) -> TrainState:
         """Training-mode forward without gradient: writes BatchNorm statistics, and the bank of a method that has one."""
 
-        def local(params: Any, batch: Batch, data: jax.Array | None) -> tuple[jax.Array, Any]:
+        at = self._draws(state)._replace(epoch=jnp.int32(0))
+
+        def local(params: Any, batch: Batch, at: Draws, data: jax.Array | None) -> tuple[jax.Array, Any]:
             def one(rows: Batch) -> tuple[jax.Array, Any]:
-                return self.objective.forward(params, self.objective.online_crops(rows, jnp.int32(0), data))
+                return self.objective.forward(params, self.objective.online_crops(rows, at, data))
 
             outputs, moments = jax.lax.map(one, batch)
             return outputs, jax.tree.map(lambda m: jax.lax.pmean(jnp.mean(m, axis=0), "data"), moments)
 
-        outputs, moments = self._per_device(local, (P(), ROWS, P()), (ROWS, P()))(state.params, batch, data)
+        outputs, moments = self._per_device(local, (P(), ROWS, P(), P()), (ROWS, P()))(state.params, batch, at, data)
         state = state._replace(batch_stats=_blend(state.batch_stats, {CLEAN: moments}))
         if not self.objective.method.needs_first_pass:
             return state
@@ -156,13 +161,14 @@ class Trainer:
 
     def refresh_step(self, state: TrainState, epoch: jax.Array) -> tuple[TrainState, dict]:
         """What the method does before epoch `epoch` (int32, from 0), and scalars about it."""
-        key = jax.random.fold_in(jax.random.key(self.objective.seed), REFRESH_DRAWS)
+        key = purpose_key(state.seed, draws.REFRESH)
         method = self.objective.method.refresh(jax.random.fold_in(key, epoch), state.method)
         return state._replace(method=method), self.objective.method.describe(state.method, method)
 
     def compile(self) -> "Steps":
         """The jitted functions; the state is donated, its sharding is fixed."""
-        state, rows, whole = self.state_sharding(), NamedSharding(self.mesh, ROWS), NamedSharding(self.mesh, P())
+        state = self.state_sharding()
+        rows, whole = NamedSharding(self.mesh, ROWS), NamedSharding(self.mesh, P())
         return Steps(
             init=jax.jit(self.init_state, out_shardings=state),
             train=jax.jit(
@@ -180,24 +186,24 @@ class Trainer:
     def _per_device(self, function: Callable, in_specs: Any, out_specs: Any) -> Callable:
         return jax.shard_map(function, mesh=self.mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
 
-    def _encode_keys(self, params: Any, batch: Batch, epoch: jax.Array, data: jax.Array | None) -> jax.Array:
-        def local(params: Any, batch: Batch, epoch: jax.Array, data: jax.Array | None) -> jax.Array:
-            return jax.lax.map(lambda rows: self.objective.encode_keys(params, rows, epoch, data), batch)
+    def _encode_keys(self, params: Any, batch: Batch, at: Draws, data: jax.Array | None) -> jax.Array:
+        def local(params: Any, batch: Batch, at: Draws, data: jax.Array | None) -> jax.Array:
+            return jax.lax.map(lambda rows: self.objective.encode_keys(params, rows, at, data), batch)
 
-        return self._per_device(local, (P(), ROWS, P(), P()), ROWS)(params, batch, epoch, data)
+        return self._per_device(local, (P(), ROWS, P(), P()), ROWS)(params, batch, at, data)
 
     def _gradients(self, state: TrainState, batch: Batch, data: jax.Array | None) -> tuple[Targets | None, Gradients]:
         """The objective over all microbatches and devices, one reduction of gradients; and targets known before the step."""
-        method, clock = self.objective.method, self._clock(state)
+        method, at = self.objective.method, self._draws(state)
 
         def reduce(grads: Any, moments: Any, losses: Any, outputs: jax.Array) -> Gradients:
             moments = jax.tree.map(lambda m: jax.lax.pmean(m, "data"), moments)
             return Gradients(jax.lax.psum(grads, "data"), moments, jax.lax.psum(losses, "data"), outputs)
 
-        def local(params: Any, rows: Rows, clock: Clock, data: jax.Array | None) -> Gradients:
+        def local(params: Any, rows: Rows, at: Draws, data: jax.Array | None) -> Gradients:
             def one(leaves: Any) -> tuple[Any, jax.Array]:
                 batch, y, weight = leaves
-                result = self.objective.gradients(params, Rows(batch, y, weight, rows.dictionary), clock, data)
+                result = self.objective.gradients(params, Rows(batch, y, weight, rows.dictionary), at, data)
                 return result[:3], result.outputs
 
             (grads, moments, losses), outputs = accumulate(one, rows[:3])
@@ -209,19 +215,19 @@ class Trainer:
 
         out_specs = Gradients(P(), P(), P(), ROWS)
         if method.needs_outputs:
-            whole, specs = self._whole_step(state, batch, clock, data)
+            whole, specs = self._whole_step(state, batch, at, data)
             return None, self._per_device(local_whole, specs, out_specs)(*whole)
-        rows, targets = self._rows(state, batch, clock, data)
+        rows, targets = self._rows(state, batch, at, data)
         specs = (P(), Rows(ROWS, ROWS, ROWS, P()), P(), P())
-        return targets, self._per_device(local, specs, out_specs)(state.params, rows, clock, data)
+        return targets, self._per_device(local, specs, out_specs)(state.params, rows, at, data)
 
-    def _clock(self, state: TrainState) -> Clock:
-        return Clock(epoch=1 + state.step // self.spec.steps_per_epoch, step=state.step)
+    def _draws(self, state: TrainState) -> Draws:
+        return Draws(state.seed, epoch=1 + state.step // self.spec.steps_per_epoch, step=state.step)
 
-    def _rows(self, state: TrainState, batch: Batch, clock: Clock, data: jax.Array | None) -> tuple[Rows, Targets]:
+    def _rows(self, state: TrainState, batch: Batch, at: Draws, data: jax.Array | None) -> tuple[Rows, Targets]:
         """Pseudo-labels and weights of a step's rows, for a method that knows them before the step."""
-        encode_keys = lambda params: self._encode_keys(params, batch, clock.epoch, data)  # noqa: E731
-        keys = self.objective.example_keys(TASK_DRAWS, clock.epoch, batch.index.reshape(-1)).reshape(batch.index.shape)
+        encode_keys = lambda params: self._encode_keys(params, batch, at, data)  # noqa: E731
+        keys = at.of_examples(draws.TASK, batch.index)
         targets = self.objective.method.targets(encode_keys, state.method, batch, keys)
         return Rows(batch, targets.y, self._weight(batch.valid & targets.known), targets.dictionary), targets
 
@@ -229,35 +235,35 @@ class Trainer:
         weight = counted.astype(self.dtype)
         return weight / jnp.maximum(jnp.sum(weight), 1)
 
-    def _whole_step(self, state: TrainState, batch: Batch, clock: Clock, data: jax.Array | None) -> tuple[tuple, tuple]:
+    def _whole_step(self, state: TrainState, batch: Batch, at: Draws, data: jax.Array | None) -> tuple[tuple, tuple]:
         """Arguments of WholeStep after the objective, and how they are split over devices."""
-        arguments = (state.params, state.method, batch, self._weight(batch.valid), clock, data)
+        arguments = (state.params, state.method, batch, self._weight(batch.valid), at, data)
         return arguments, (P(), self.objective.method.state_spec(self.spec), ROWS, ROWS, P(), P())
 
     def view_step(self, state: TrainState, batch: Batch, data: jax.Array | None = None) -> Shown:
         """What the next step would learn from, to look at: leaves [M, rows, ...], PICTURES rows of images a device."""
-        objective, clock = self.objective, self._clock(state)
+        objective, at = self.objective, self._draws(state)
 
-        def local(params: Any, rows: Rows, clock: Clock, data: jax.Array | None) -> Shown:
+        def local(params: Any, rows: Rows, at: Draws, data: jax.Array | None) -> Shown:
             def one(leaves: Any) -> tuple[Any, Shown]:
                 batch, y, weight = leaves
                 rows_here = Rows(batch, y, weight, rows.dictionary)
-                x = objective.online_crops(batch, clock.epoch, data)
-                attacked = objective.attack(params, x, rows_here, clock) if objective.views.attacks else None
-                return (), objective.views_of(params, x, attacked, rows_here, clock)
+                x = objective.online_crops(batch, at, data)
+                attacked = objective.attack(params, x, rows_here, at) if objective.views.attacks else None
+                return (), objective.views_of(params, x, attacked, rows_here, at)
 
             return accumulate(one, rows[:3])[1]
 
         if objective.method.needs_outputs:
-            whole, specs = self._whole_step(state, batch, clock, data)
+            whole, specs = self._whole_step(state, batch, at, data)
             return self._per_device(lambda *args: WholeStep(objective, *args).views(), specs, ROWS)(*whole)
-        rows, _ = self._rows(state, batch, clock, data)
+        rows, _ = self._rows(state, batch, at, data)
         specs = (P(), Rows(ROWS, ROWS, ROWS, P()), P(), P())
-        return self._per_device(local, specs, ROWS)(state.params, rows, clock, data)
+        return self._per_device(local, specs, ROWS)(state.params, rows, at, data)
 
 
 class Steps(NamedTuple):
-    """Compiled functions of a run: init(), train(state, batch, data), observe(same), views(same), refresh(state, epoch)."""
+    """Compiled functions of a run: init(seed), train(state, batch, data), observe(same), views(same), refresh(state, epoch)."""
 
     init: Any
     train: Any

@@ -16,10 +16,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from hexa_jax import draws
+from hexa_jax.draws import Draws
 from hexa_jax.methods.base import Batch, Targets
 from hexa_jax.microbatch import accumulate, twice
 from hexa_jax.models.norm import CLEAN
-from hexa_jax.objective import ATTACK_DRAWS, Clock, Gradients, Objective, Rows, Shown, own_params
+from hexa_jax.objective import Gradients, Objective, Rows, Shown, own_params
 
 
 class Known(NamedTuple):
@@ -54,7 +56,7 @@ class WholeStep:
         state: the method's state, this device's part.
         batch: the step's rows on this device.
         weight: [M, n] each row's share in the mean of the whole step.
-        clock: pass and step.
+        at: seed, pass and step.
         data: the resident data set, or None.
     """
 
@@ -63,7 +65,7 @@ class WholeStep:
     state: Any
     batch: Batch
     weight: jax.Array
-    clock: Clock
+    at: Draws
     data: jax.Array | None
 
     def gradients(self) -> Gradients:
@@ -76,7 +78,7 @@ class WholeStep:
             grads, x_slope = pull(slope)
             attacked = self._attacked(x, rows, x_slope, attack, attack_again)
             plain = Gradients(grads, {CLEAN: moments}, {}, ())
-            result = self.objective.add_hard_views(plain, self.params, x, attacked, rows, self.clock)
+            result = self.objective.add_hard_views(plain, self.params, x, attacked, rows, self.at)
             return (result.params, result.moments, result.losses), ()
 
         (grads, moments, losses), _ = accumulate(one, self._leaves(known))
@@ -93,7 +95,7 @@ class WholeStep:
             rows, slope, attack = self._rows(leaves, known)
             _, (x, pull, _) = clean_again(rows.batch)
             attacked = self._attacked(x, rows, pull(slope)[1], attack, attack_again)
-            return (), self.objective.views_of(self.params, x, attacked, rows, self.clock)
+            return (), self.objective.views_of(self.params, x, attacked, rows, self.at)
 
         return accumulate(one, self._leaves(known))[1]
 
@@ -163,12 +165,12 @@ class WholeStep:
         views = self.objective.views
         if not views.random_start:
             return x
-        return views.ball.random_point(self.objective.example_keys(ATTACK_DRAWS, self.clock.epoch, batch.index), x)
+        return views.ball.random_point(self.at.of_examples(draws.ATTACK, batch.index), x)
 
     # ---- One microbatch -----------------------------------------------------------------------------------------------
 
     def _crops(self, batch: Batch) -> tuple[jax.Array, ...]:
-        return self.objective.online_crops(batch, self.clock.epoch, self.data)
+        return self.objective.online_crops(batch, self.at, self.data)
 
     def _leaves(self, known: Known) -> Any:
         return self.batch, self.weight, known.targets.y, known.slope, known.point, known.attack_slope
@@ -184,7 +186,7 @@ class WholeStep:
             return None
         if not self._attacks_whole:
             shared = x_slope if views.shared_gradient else None
-            return self.objective.attack(self.params, x, rows, self.clock, shared)
+            return self.objective.attack(self.params, x, rows, self.at, shared)
         point, slope = attack
         _, (_, point, pull) = attack_again((rows.batch, point))
         return jax.lax.stop_gradient(views.ball.ascend(x, point, pull(slope)[0]))

@@ -41,7 +41,7 @@ class SmallRun:
         self.steps = self.trainer.compile()
         self.losses = []
         with jax.set_mesh(self.trainer.mesh):
-            self.state = self.steps.init()
+            self.state = self.steps.init(config.seed)
 
     def batches(self, start=0):
         """Batches from step `start` of the first pass on."""

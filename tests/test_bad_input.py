@@ -240,6 +240,7 @@ def test_data(mistake, tmp_path):
         ("moco", {"runtime.log_every": 0}, "config.runtime.log_every=0 must be positive"),
         ("moco", {"runtime.keep_last": 0}, "keep_last (0) and keep_every (None) must be at least 1"),
         ("moco", {"seed": -1}, "config.seed=-1 must be 0 or more"),
+        ("moco", {"seed": 2**32}, "config.seed=4294967296 must be below 2^32"),
         ("moco", {"data.crop_size": "(0,)"}, "config.data.crop_size=(0,) must be positive"),
         ("moco", {"data.min_scale": "(2.0,)"}, "crop scales are shares of the image with 0 < min <= max <= 1, not 2.0"),
         ("moco", {"data.min_scale": "(0.1, 0.2)"}, "data.num_crops, crop_size, min_scale and max_scale need one entry"),

@@ -157,7 +157,7 @@ def test_swav_goes_on_with_its_queue(tmp_path, x64):
         stopped.train(3)
         saved = Checkpoints(tmp_path)
         saved.save(3, stopped.state)
-        stopped.state = stopped.steps.init()
+        stopped.state = stopped.steps.init(0)
         _, stopped.state, _ = saved.restore_latest(stopped.trainer.state_shapes())
         batches = stopped.batches(start=stopped.steps_per_epoch + 3)
         state, _ = stopped.steps.train(stopped.state, next(batches), None)

@@ -12,6 +12,7 @@ Exit codes: 0 everything is there, 1 a cell failed (the rest was done), 2 a mist
 """
 
 import argparse
+import os
 import pathlib
 import sys
 from collections.abc import Sequence
@@ -53,6 +54,8 @@ def main(argv: list[str]) -> int:
             raise GridError(f"--seeds takes whole numbers such as 0,1,2, not {known.seeds!r}")
         seeds = [int(seed) for seed in known.seeds.split(",") if seed]
         workdir = known.workdir.expanduser().absolute()
+        # Cells that differ in their seed alone are one program: compiled once for all of them.
+        os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(workdir / "compiled"))
         outcomes = run_grid(GRIDS[known.name](known.preset, methods, seeds), workdir, extra)
     except GridError as error:
         print(f"hexa_jax.experiments: {error}", file=sys.stderr)

@@ -14,7 +14,7 @@ from matplotlib.lines import Line2D
 from sklearn.decomposition import PCA
 
 from hexa_jax.data.decode import decode, resize_center_crop
-from hexa_jax.data.sources import Source
+from hexa_jax.data.source import Source
 from hexa_jax.data.subset import spread
 from hexa_jax.experiments.figures import save
 from hexa_jax.inputs import Input

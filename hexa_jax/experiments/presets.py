@@ -52,6 +52,19 @@ def _small(name: str) -> dict[str, str]:
     return {method: f"{name}_{recipe}.py:epochs={{epochs}}" for method, recipe in recipes.items()}
 
 
+_IMAGENETTE = Preset(
+    configs=_small("imagenette"),
+    fig1=100,
+    fig2={"moco": 50, "deepcluster": 50},
+    fig3=200,
+    evaluate_every=20,
+    fig4=40,
+    fig5=20,
+    probe=(0, 20, 0),
+    probe_settings={"data.crop": 128, "data.resize": 128},
+    six_crops=_six_crops(96, 64),
+)
+
 PRESETS = {
     "imagenet": Preset(
         configs={
@@ -71,27 +84,11 @@ PRESETS = {
         probe=(1, 100, 100),
         six_crops=_six_crops(160, 96) | {"data.min_scale": (0.08, 0.05)},
     ),
-    "imagenette": Preset(
-        configs=_small("imagenette"),
-        fig1=100,
-        fig2={"moco": 50, "deepcluster": 50},
-        fig3=200,
-        evaluate_every=20,
-        fig4=40,
-        fig5=20,
-        probe=(0, 20, 0),
-        probe_settings={"data.crop": 128, "data.resize": 128},
-        six_crops=_six_crops(96, 64),
-    ),
-    "cifar10": Preset(
+    "imagenette": _IMAGENETTE,
+    "cifar10": dataclasses.replace(
+        _IMAGENETTE,
         configs=_small("cifar10"),
         fig1=50,
-        fig2={"moco": 50, "deepcluster": 50},
-        fig3=200,
-        evaluate_every=20,
-        fig4=40,
-        fig5=20,
-        probe=(0, 20, 0),
         probe_settings={"data.crop": 32, "data.resize": 32, "data.min_scale": 0.2},
         six_crops=_six_crops(32, 16),
     ),
