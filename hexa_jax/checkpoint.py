@@ -6,7 +6,6 @@ Orbax restores a flipped byte without a word, so the manifest is verified first.
 """
 
 import asyncio
-import hashlib
 import itertools
 import json
 import logging
@@ -22,9 +21,9 @@ import numpy as np
 from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
 
-MANIFEST = "MANIFEST.json"
+from hexa_jax.manifest import MANIFEST, CheckpointError, one_line, read_manifest, verify, write_manifest
+
 _FOLDER = re.compile(r"step_(\d+)(?:_(\d+))?(?:\.orbax-checkpoint-tmp.*)?")  # orbax writes under the long name first
-_KNOWN = re.compile("No space left on device|Read-only file system|Permission denied|Disk quota exceeded")
 _saves = itertools.count()  # numbers barriers; the same on every process, because all save in the same order
 _log = logging.getLogger(__name__)
 
@@ -32,10 +31,6 @@ _log = logging.getLogger(__name__)
 logging.getLogger("absl").addFilter(
     lambda record: "orbax" not in record.pathname or (record.levelno >= logging.WARNING and not record.exc_info)
 )
-
-
-class CheckpointError(ValueError):
-    """A checkpoint cannot be written or used; the message is one line for the user."""
 
 
 class _Folder(NamedTuple):
@@ -122,7 +117,7 @@ class Checkpoints:
         """The metadata saved with `step`; CheckpointError where there is none, or its manifest is damaged."""
         for folder in reversed(self._folders()):
             if folder.step == step and folder.complete:
-                return _read_manifest(folder.path)["metadata"]
+                return read_manifest(folder.path)["metadata"]
         raise self._no_such(step)
 
     def restore(self, step: int, like: Any) -> tuple[int, Any, dict]:
@@ -166,7 +161,7 @@ class Checkpoints:
         step, attempt = (-2 if any(folder.complete for folder in folders) else -1), 0
         for folder in reversed(folders if jax.process_index() == 0 else []):  # not every host need hash every file
             try:
-                _verify(folder.path)
+                verify(folder.path)
             except CheckpointError as error:
                 _log.warning("skipping a checkpoint that is not intact: %s", error)
             else:
@@ -184,7 +179,7 @@ class Checkpoints:
             response.result()  # all processes have written
             try:
                 if jax.process_index() == 0:
-                    _write_manifest(folder.path, manifest)
+                    write_manifest(folder.path, manifest)
                     self._delete_old(folder)
             finally:  # the others wait here, for a manifest that may have failed
                 asyncio.run(ocp.multihost.sync_global_processes("manifest", operation_id=barrier))
@@ -199,7 +194,7 @@ class Checkpoints:
             for leftover in self._folders():
                 if leftover[:2] == folder[:2] and not leftover.complete:
                     shutil.rmtree(leftover.path, ignore_errors=True)
-        return CheckpointError(f"cannot save step {folder.step} in {self.directory}: {_one_line(error)}")
+        return CheckpointError(f"cannot save step {folder.step} in {self.directory}: {one_line(error)}")
 
     def _delete_old(self, saved: _Folder) -> None:
         """Keeps the newest up to `saved`, every k-th, and all that are newer; half-written ones go."""
@@ -213,7 +208,7 @@ class Checkpoints:
                 if not folder.complete:
                     shutil.rmtree(folder.path)
             except OSError as error:
-                _log.warning("cannot delete the old checkpoint %s: %s", folder.path, _one_line(error))
+                _log.warning("cannot delete the old checkpoint %s: %s", folder.path, one_line(error))
 
 
 def _from_first_process(*values: int) -> tuple[int, ...]:
@@ -221,13 +216,6 @@ def _from_first_process(*values: int) -> tuple[int, ...]:
     if jax.process_count() > 1:
         values = tuple(int(value) for value in multihost_utils.broadcast_one_to_all(np.array(values, np.int32)))
     return values
-
-
-def _one_line(error: Exception) -> str:
-    """The reason inside an error of the system, or of orbax, whose own text runs over many lines."""
-    text = getattr(error, "strerror", None) or " ".join(str(error).split())
-    known = _KNOWN.search(text)
-    return known[0] if known else text[:300] or type(error).__name__
 
 
 def _named_leaves(tree: Any) -> dict[str, Any]:
@@ -247,69 +235,6 @@ def _spec(leaf: Any) -> dict:
     return {"shape": list(leaf.shape), "dtype": str(leaf.dtype)}
 
 
-def _checksum(path: pathlib.Path) -> str:
-    with open(path, "rb") as file:  # in small pieces: memory does not grow with the file
-        return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
-
-
-def _own_checksum(manifest: dict) -> str:
-    return hashlib.blake2b(json.dumps(manifest, sort_keys=True).encode(), digest_size=16).hexdigest()
-
-
-def _sync(path: pathlib.Path) -> None:
-    """Makes a file's content, or a folder's list of names, survive a power cut."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _write_manifest(path: pathlib.Path, manifest: dict) -> None:
-    """Brings all files to the disk, then puts the manifest beside them in one atomic rename."""
-    files = {}
-    for entry in sorted(path.rglob("*")):
-        _sync(entry)
-        if entry.is_file():
-            files[str(entry.relative_to(path))] = {"bytes": entry.stat().st_size, "blake2b": _checksum(entry)}
-    _sync(path.parent)
-    manifest = {**manifest, "files": files}
-    temporary = path / f"{MANIFEST}.tmp"
-    temporary.write_text(json.dumps({**manifest, "checksum": _own_checksum(manifest)}, indent=1))
-    _sync(temporary)
-    temporary.rename(path / MANIFEST)
-    _sync(path)
-
-
-def _read_manifest(path: pathlib.Path) -> dict:
-    """The manifest; CheckpointError where it is missing or damaged."""
-    try:
-        manifest = json.loads((path / MANIFEST).read_bytes())
-        if manifest.pop("checksum") == _own_checksum(manifest):
-            return manifest
-        reason = "does not match its own checksum"
-    except FileNotFoundError:
-        reason = "is missing: the save did not finish"
-    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
-        reason = f"is damaged: {_one_line(error)}"
-    raise CheckpointError(f"{path}: {MANIFEST} {reason}")
-
-
-def _verify(path: pathlib.Path) -> None:
-    """CheckpointError unless every file is the one that was written."""
-    files = _read_manifest(path)["files"]
-    name = MANIFEST
-    try:
-        for name, entry in files.items():  # all sizes first: they cost nothing
-            if (size := (path / name).stat().st_size) != entry["bytes"]:
-                raise CheckpointError(f"{path}: {name} has {size} bytes instead of {entry['bytes']}")
-        for name, entry in files.items():
-            if _checksum(path / name) != entry["blake2b"]:
-                raise CheckpointError(f"{path}: {name} does not match its checksum")
-    except OSError as error:
-        raise CheckpointError(f"{path}: {name} cannot be read: {_one_line(error)}") from None
-
-
 def _check_same(path: pathlib.Path, saved: dict[str, dict], wanted: dict[str, dict]) -> None:
     """CheckpointError that names the first differences between two sets of leaves."""
 
@@ -327,7 +252,7 @@ def _check_same(path: pathlib.Path, saved: dict[str, dict], wanted: dict[str, di
 
 def _load(path: pathlib.Path, like: Any, partial: bool = False) -> tuple[int, Any, dict]:
     """Reads a verified checkpoint, or those of its leaves that `like` has, into the structure and shardings of `like`."""
-    manifest = _read_manifest(path)
+    manifest = read_manifest(path)
     wanted = _named_leaves(like)
     saved = {name: spec for name, spec in manifest["leaves"].items() if name in wanted or not partial}
     _check_same(path, saved, {name: _spec(leaf) for name, leaf in wanted.items()})
@@ -346,7 +271,7 @@ def _load(path: pathlib.Path, like: Any, partial: bool = False) -> tuple[int, An
         with context:
             arrays = ocp.load(path, stored) if stored else {}
     except Exception as error:
-        raise CheckpointError(f"{path}: cannot be read: {_one_line(error)}") from error
+        raise CheckpointError(f"{path}: cannot be read: {one_line(error)}") from error
     originals, treedef = jax.tree.flatten(like)
     leaves = []
     for original, (name, leaf) in zip(originals, wanted.items(), strict=True):

@@ -153,13 +153,13 @@ def test_other_number_of_devices(tmp_path, saved_on, restored_on):
 @pytest.fixture
 def gate(monkeypatch):
     """Holds saves just before their manifest, until the event is set."""
-    event, write = threading.Event(), checkpoint._write_manifest
+    event, write = threading.Event(), checkpoint.write_manifest
 
     def write_later(path, manifest):
         assert event.wait(30)
         write(path, manifest)
 
-    monkeypatch.setattr(checkpoint, "_write_manifest", write_later)
+    monkeypatch.setattr(checkpoint, "write_manifest", write_later)
     yield event
     event.set()
 
@@ -332,7 +332,7 @@ def test_verification_takes_no_memory(tmp_path):
     checkpoints.wait()
     assert data_file(tmp_path / "step_00000001").stat().st_size > 4_000_000
     tracemalloc.start()
-    checkpoint._verify(tmp_path / "step_00000001")
+    checkpoint.verify(tmp_path / "step_00000001")
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 1_000_000
@@ -385,13 +385,13 @@ def test_keep_last_and_keep_every(tmp_path):
 
 def test_old_ones_go_only_after_the_new_one_is_complete(tmp_path, monkeypatch):
     checkpoints = save_all(tmp_path, [1], keep_last=1)
-    seen, write = [], checkpoint._write_manifest
+    seen, write = [], checkpoint.write_manifest
 
     def spy(path, manifest):
         seen.append(Checkpoints(tmp_path).restore_latest(make_state())[0])
         write(path, manifest)
 
-    monkeypatch.setattr(checkpoint, "_write_manifest", spy)
+    monkeypatch.setattr(checkpoint, "write_manifest", spy)
     for step in (2, 2, 3):  # 2 twice: replaced only when its successor is complete
         checkpoints.save(step, make_state(step), {"at": step})
     checkpoints.wait()
@@ -497,7 +497,7 @@ def test_manifest_cannot_be_written(tmp_path, monkeypatch):
     def fail(path, manifest):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(checkpoint, "_write_manifest", fail)
+    monkeypatch.setattr(checkpoint, "write_manifest", fail)
     checkpoints.save(2, make_state(2))
     with pytest.raises(CheckpointError, match=r"cannot save step 2 in .*: No space left on device$"):
         checkpoints.wait()

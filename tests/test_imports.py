@@ -18,7 +18,9 @@ LEVELS = {
     "workdir": 0,
     "progress": 0,
     "stops": 0,
-    "checkpoint": 0,
+    "checkpoint": 1,
+    "manifest": 0,
+    "draws": 0,
     "mesh": 1,
     "optim": 1,
     "views": 1,
@@ -93,7 +95,7 @@ def test_the_parser_sees_imports():
     assert own(MODULES["models.heads"]) == {"models.norm", "models.resnet"}
     assert {"train_step", "methods.base"} <= own(MODULES["inputs"]) and len(MODULES) > 25
     assert "report" in own(MODULES["pretrain"])  # from hexa_jax import report
-    lazy = imported(MODULES["data.sources"]) - imported(MODULES["data.sources"], module_level=True)
+    lazy = imported(MODULES["data.tfds_source"]) - imported(MODULES["data.tfds_source"], module_level=True)
     assert lazy == {"tensorflow_datasets"}
 
 

@@ -115,11 +115,16 @@ def resize_center_crop(image: np.ndarray, short_side: int, crop: int) -> np.ndar
     """
     if crop > short_side:
         raise ValueError(f"a centre crop of {crop} pixels does not fit a short side of {short_side}")
-    height, width = image.shape[:2]
-    shorter = min(height, width)
-    image = resize(image, short_side * height // shorter, short_side * width // shorter)
+    image = resize_short_side(image, short_side)
     top, left = round((image.shape[0] - crop) / 2), round((image.shape[1] - crop) / 2)
     return np.ascontiguousarray(image[top : top + crop, left : left + crop])
+
+
+def resize_short_side(image: np.ndarray, short_side: int) -> np.ndarray:
+    """uint8 [H, W, 3] with its shape kept and the shorter side as long as said; the longer one is rounded down."""
+    height, width = image.shape[:2]
+    shorter = min(height, width)
+    return resize(image, short_side * height // shorter, short_side * width // shorter)
 
 
 def resize(image: np.ndarray, height: int, width: int) -> np.ndarray:

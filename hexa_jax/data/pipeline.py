@@ -19,7 +19,7 @@ from absl import flags
 
 from hexa_jax.data.crops import Resolution
 from hexa_jax.data.decode import BadImage, crop_generator, decode, random_resized_crop
-from hexa_jax.data.sources import DataError
+from hexa_jax.data.source import DataError
 from hexa_jax.mesh import Layout, place
 from hexa_jax.methods.base import Batch
 

@@ -4,7 +4,8 @@ from typing import Any
 
 import numpy as np
 
-from hexa_jax.data.sources import Source, TfdsSource
+from hexa_jax.data.source import Source
+from hexa_jax.data.tfds_source import TfdsSource
 
 
 class Subset:

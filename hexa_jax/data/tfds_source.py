@@ -1,0 +1,100 @@
+"""Examples of a prepared tfds data set, without TensorFlow."""
+
+import os
+import re
+from typing import Any
+
+import numpy as np
+
+from hexa_jax.data.decode import BadImage
+from hexa_jax.data.source import DataError, checked_index, one_line
+
+
+class TfdsSource:
+    """A split of a data set prepared by tfds as ArrayRecord; images stay encoded.
+
+    It is read from its files alone: neither the data set's own code, nor TensorFlow, nor the network is needed.
+
+    Args:
+      spec: NAME[/CONFIG][:VERSION][:SPLIT], what follows `tfds:`.
+      data_dir: the directory given to tfds for preparing; by default tfds's own.
+    Raises:
+      DataError: not prepared (with the command that does it), not ArrayRecord, no such split, or no image feature.
+    """
+
+    def __init__(self, spec: str, *, data_dir: str | None = None):
+        match = re.fullmatch(r"(?P<name>[^:]+?)(:(?P<version>\d[\d.*]*))?(:(?P<split>\D.*))?", spec)
+        if match is None:
+            raise DataError(f"unknown data source 'tfds:{spec}': use tfds:NAME[/CONFIG][:VERSION][:SPLIT]")
+        self._name = match["name"] + (f":{match['version']}" if match["version"] else "")
+        self._split, self._data_dir = match["split"] or "train", data_dir and os.path.expanduser(data_dir)
+        self._labels: np.ndarray | None = None
+        self._open()
+
+    def _open(self) -> None:
+        import tensorflow_datasets as tfds  # takes half a second
+
+        try:
+            builder = tfds.core.read_only_builder.builder_from_files(self._name, data_dir=self._data_dir)
+        except tfds.core.DatasetNotFoundError:
+            where = f", data_dir={self._data_dir!r}" if self._data_dir else ""
+            raise DataError(
+                f"tfds:{self._name} is not prepared in {self._data_dir or 'the data directory of tfds'}: run python -c "
+                f'"import tensorflow_datasets as t; t.builder({self._name!r}{where}, '
+                "file_format='array_record').download_and_prepare()\" (after pip install 'hexa_jax[prepare]')"
+            ) from None
+        except (ValueError, OSError) as error:
+            raise DataError(f"tfds:{self._name} cannot be opened: {one_line(error)}") from None
+        features, splits = dict(builder.info.features), sorted(builder.info.splits)
+        images = [key for key, feature in features.items() if isinstance(feature, tfds.features.Image)]
+        if not images:
+            raise DataError(f"tfds:{self._name} has no image feature (it has: {', '.join(features)})")
+        self._image_key = "image" if "image" in images else images[0]
+        keys = [key for key, feature in features.items() if isinstance(feature, tfds.features.ClassLabel)]
+        self._label_key = "label" if "label" in keys else keys[0] if len(keys) == 1 else None
+        self.class_names = list(features[self._label_key].names) if self._label_key else None
+        self.num_classes = len(self.class_names) if self.class_names else None
+        try:
+            skip = {key: tfds.decode.SkipDecoding() for key in images}
+            self._records = builder.as_data_source(self._split, decoders=skip)
+        except NotImplementedError:
+            raise DataError(
+                f"tfds:{self._name} is stored as {builder.info.file_format.value}, without random access: prepare it "
+                "again in another data_dir with file_format='array_record'"
+            ) from None
+        except (ValueError, KeyError):
+            raise DataError(f"tfds:{self._name} has no split {self._split!r} (it has: {', '.join(splits)})") from None
+        self._process = os.getpid()
+
+    def record(self, index: int) -> dict[str, Any]:
+        """All features of a record, images encoded."""
+        if self._process != os.getpid():  # readers survive neither a fork nor a pickle
+            self._open()
+        return self._records[checked_index(index, len(self))]
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        try:
+            example = self.record(index)
+        except (ValueError, RuntimeError) as error:
+            raise BadImage(self.name(index), f"unreadable record: {one_line(error)}") from None
+        image = {"image": example[self._image_key]}
+        return {**image, "label": int(example[self._label_key])} if self._label_key else image
+
+    def name(self, index: int) -> str:
+        return f"tfds:{self._name}:{self._split}, index {index}"
+
+    def labels(self) -> np.ndarray | None:
+        """int32 [N], or None. The first call reads every record, as labels lie beside images: 140 GB of ImageNet."""
+        if self._labels is None and self._label_key is not None:
+            self._labels = np.array([self.record(i)[self._label_key] for i in range(len(self))], np.int32)
+        return self._labels
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"_name": self._name, "_split": self._split, "_data_dir": self._data_dir, "_labels": self._labels}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._open()

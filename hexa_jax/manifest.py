@@ -1,0 +1,84 @@
+"""The file that makes a folder of files count: their sizes and checksums, written last, read first."""
+
+import hashlib
+import json
+import os
+import pathlib
+import re
+
+MANIFEST = "MANIFEST.json"
+_KNOWN = re.compile("No space left on device|Read-only file system|Permission denied|Disk quota exceeded")
+
+
+class CheckpointError(ValueError):
+    """A checkpoint cannot be written or used; the message is one line for the user."""
+
+
+def one_line(error: Exception) -> str:
+    """The reason inside an error of the system, or of orbax, whose own text runs over many lines."""
+    text = getattr(error, "strerror", None) or " ".join(str(error).split())
+    known = _KNOWN.search(text)
+    return known[0] if known else text[:300] or type(error).__name__
+
+
+def _checksum(path: pathlib.Path) -> str:
+    with open(path, "rb") as file:  # in small pieces: memory does not grow with the file
+        return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
+
+
+def _own_checksum(manifest: dict) -> str:
+    return hashlib.blake2b(json.dumps(manifest, sort_keys=True).encode(), digest_size=16).hexdigest()
+
+
+def _sync(path: pathlib.Path) -> None:
+    """Makes a file's content, or a folder's list of names, survive a power cut."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_manifest(path: pathlib.Path, manifest: dict) -> None:
+    """Brings all files to the disk, then puts the manifest beside them in one atomic rename."""
+    files = {}
+    for entry in sorted(path.rglob("*")):
+        _sync(entry)
+        if entry.is_file():
+            files[str(entry.relative_to(path))] = {"bytes": entry.stat().st_size, "blake2b": _checksum(entry)}
+    _sync(path.parent)
+    manifest = {**manifest, "files": files}
+    temporary = path / f"{MANIFEST}.tmp"
+    temporary.write_text(json.dumps({**manifest, "checksum": _own_checksum(manifest)}, indent=1))
+    _sync(temporary)
+    temporary.rename(path / MANIFEST)
+    _sync(path)
+
+
+def read_manifest(path: pathlib.Path) -> dict:
+    """The manifest; CheckpointError where it is missing or damaged."""
+    try:
+        manifest = json.loads((path / MANIFEST).read_bytes())
+        if manifest.pop("checksum") == _own_checksum(manifest):
+            return manifest
+        reason = "does not match its own checksum"
+    except FileNotFoundError:
+        reason = "is missing: the save did not finish"
+    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+        reason = f"is damaged: {one_line(error)}"
+    raise CheckpointError(f"{path}: {MANIFEST} {reason}")
+
+
+def verify(path: pathlib.Path) -> None:
+    """CheckpointError unless every file is the one that was written."""
+    files = read_manifest(path)["files"]
+    name = MANIFEST
+    try:
+        for name, entry in files.items():  # all sizes first: they cost nothing
+            if (size := (path / name).stat().st_size) != entry["bytes"]:
+                raise CheckpointError(f"{path}: {name} has {size} bytes instead of {entry['bytes']}")
+        for name, entry in files.items():
+            if _checksum(path / name) != entry["blake2b"]:
+                raise CheckpointError(f"{path}: {name} does not match its checksum")
+    except OSError as error:
+        raise CheckpointError(f"{path}: {name} cannot be read: {one_line(error)}") from None
