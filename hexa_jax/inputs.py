@@ -9,7 +9,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
 from hexa_jax.data.pipeline import BadImages, HostSteps, device_batches, host_iterator, resident_images
-from hexa_jax.data.sources import Source
+from hexa_jax.data.source import Source
 from hexa_jax.data.subset import labels_are_free
 from hexa_jax.mesh import local_rows
 from hexa_jax.methods.base import Batch

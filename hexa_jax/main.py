@@ -16,7 +16,7 @@ import jax
 from hexa_jax.build import ConfigError
 from hexa_jax.checkpoint import CheckpointError
 from hexa_jax.command import parse_command
-from hexa_jax.data.sources import DataError
+from hexa_jax.data.source import DataError
 from hexa_jax.evals.features_task import features
 from hexa_jax.evals.finetune import finetune
 from hexa_jax.evals.knn_task import knn

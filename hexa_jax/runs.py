@@ -9,7 +9,7 @@ from ml_collections import ConfigDict
 
 from hexa_jax.build import make_trainer, open_training_source
 from hexa_jax.checkpoint import CheckpointError, Checkpoints
-from hexa_jax.data.sources import Source
+from hexa_jax.data.source import Source
 from hexa_jax.train_step import Trainer, TrainState
 
 

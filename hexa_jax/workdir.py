@@ -5,6 +5,7 @@ import json
 import logging
 import os
 import pathlib
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -39,6 +40,23 @@ def write_json(path: pathlib.Path, value: Any) -> None:
     temporary = path.with_suffix(".tmp")
     temporary.write_text(json.dumps(value, indent=1, sort_keys=True) + "\n")
     os.replace(temporary, path)
+
+
+class Finished:
+    """What the parts of a long task gave, in a JSON file that is written after each: a second start computes the others."""
+
+    def __init__(self, path: pathlib.Path, about: Any):
+        """Reads the file; what it holds of something else than `about` (a JSON value) is forgotten."""
+        self.path, self.about = path, json.loads(json.dumps(about))
+        saved = json.loads(path.read_text()) if path.is_file() else {}
+        self.values = saved["values"] if saved.get("about") == self.about else {}
+
+    def get(self, name: str, compute: Callable[[], Any]) -> Any:
+        """The JSON value of a part: from the file, or computed and saved."""
+        if name not in self.values:
+            self.values[name] = compute()
+            write_json(self.path, {"about": self.about, "values": self.values})
+        return self.values[name]
 
 
 def open_workdir(path: str, config: ConfigDict, *, extend: bool = False) -> pathlib.Path:

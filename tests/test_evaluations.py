@@ -8,7 +8,12 @@ from command_line import REPOSITORY, finished, image_folder
 from sklearn.neighbors import KNeighborsClassifier
 
 import hexa_jax
+from configs.eval import common as evaluation
 from hexa_jax import main
+from hexa_jax.data.sources import ArraySource
+from hexa_jax.evals import labelled
+from hexa_jax.evals.backbone import random_backbone
+from hexa_jax.evals.labelled import Extractor
 
 DATA = {"data.source": "shapes:train", "data.eval_source": "shapes:test", "data.limit": 60}
 PIXELS = {"data.resize": 8, "data.crop": 8, "runtime.num_devices": 1, "runtime.batch_size": 32}
@@ -114,3 +119,48 @@ def test_mistakes_are_one_line(run, tmp_path, capsys):
         assert evaluate(name, tmp_path / f"run{number}", checkpoint, **settings) == 2
         (line,) = capsys.readouterr().err.splitlines()
         assert line.startswith("hexa_jax: ") and message in line
+
+
+# ---- Going on after a kill ---------------------------------------------------------------------------------------------
+
+
+class Counted(ArraySource):
+    """Remembers which examples were read, and dies when one of them is read again."""
+
+    def __init__(self, images, labels, fatal=None):
+        super().__init__(images, labels)
+        self.read, self.fatal = [], fatal
+
+    def __getitem__(self, index):
+        if index == self.fatal and index in self.read:
+            raise KeyboardInterrupt
+        self.read.append(index)
+        return super().__getitem__(index)
+
+
+def test_extraction_goes_on_behind_its_last_part(tmp_path, monkeypatch):
+    monkeypatch.setattr(labelled, "PART_BATCHES", 2)
+    images = np.random.default_rng(0).integers(0, 256, (42, 8, 8, 3), np.uint8)
+    labels = np.arange(42) % 5
+    config = evaluation.get_config("knn")
+    config.update_from_flattened_dict(PIXELS | {"checkpoint": "random", "runtime.batch_size": 8, "runtime.threads": 1})
+    backbone = random_backbone(backbone="resnet10", base_channels=2)
+
+    def extracted(source, folder, **settings):
+        config.update_from_flattened_dict(settings)
+        return Extractor(config, backbone, folder)(source, "some features")
+
+    expected = extracted(Counted(images, labels), None)
+    assert expected.values.shape == (42, 16) and expected.known.all() and (expected.labels == labels).all()
+    with pytest.raises(KeyboardInterrupt):
+        extracted(Counted(images, labels, fatal=37), tmp_path)
+    (tmp_path / "some_features" / "unfinished").write_bytes(b"cut off")
+    again = Counted(images, labels)
+    for got, wanted in zip(extracted(again, tmp_path), expected, strict=True):
+        np.testing.assert_array_equal(got, wanted)
+    calibration = 42  # a random network sees the images once more for its statistics
+    assert sorted(again.read[calibration:]) == list(range(32, 42))
+    for settings in ({"data.resize": 9}, {"seed": 1}):  # other features: nothing old is used
+        other = Counted(images, labels)
+        extracted(other, tmp_path, **settings)
+        assert len(other.read) == 2 * calibration

@@ -119,6 +119,18 @@ def test_each_example_counts_exactly_once(batch_size):
     np.testing.assert_array_equal(images.labels, indices % 3)
 
 
+def test_squashed_images_show_all_of_themselves():
+    """Goyal's VOC images: the short side resized, then both sides to one length; the centre crop has lost the border."""
+    pixels = np.full((1, 12, 24, 3), 50, np.uint8)
+    pixels[:, :, :4], pixels[:, :, -4:] = 0, 250
+    whole = EvalImages(ArraySource(pixels, np.zeros(1, int)), np.arange(1), 12, 12, squash=True)
+    row = whole.image(0)[6, :, 0].astype(int)
+    assert row.shape == (12,) and row[0] == 0 and row[-1] == 250 and (np.diff(row) >= 0).all()
+    assert (dataclasses.replace(whole, squash=False).image(0) == 50).all()
+    (batch, count) = next(whole.batches(2))
+    assert count == 1 and (batch[0] == whole.image(0)).all()
+
+
 def test_unreadable_and_unlabelled_examples_are_left_out(caplog):
     class Broken(ArraySource):
         def __getitem__(self, index):

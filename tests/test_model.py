@@ -231,15 +231,21 @@ def test_resnet_has_torchvision_geometry(x64, stem, height, width):
 
     @jax.jit
     def run(variables, x):
-        return network.apply(variables, x, EVALUATION, method=ResNet.stages), network.apply(variables, x, EVALUATION)
+        stages = network.apply(variables, x, EVALUATION, method=ResNet.stages)
+        return stages, network.apply(variables, x, EVALUATION), network.apply(variables, x, EVALUATION, 2)
 
-    stages, pooled = run(variables, jnp.asarray(x))
+    stages, pooled, corners = run(variables, jnp.asarray(x))
     expected = resnet_reference(x, params, stats, stem)
     for got, wanted in zip(stages, expected, strict=True):
         assert got.shape == wanted.shape
         np.testing.assert_allclose(got, wanted, rtol=1e-9, atol=1e-9 * np.abs(wanted).max())
     assert pooled.shape == (2, network.feature_dim) == (2, 24)
     np.testing.assert_allclose(pooled, expected[-1].mean((1, 2)), rtol=1e-9)
+    rows, columns = (slice(0, -1), slice(1, None)), (slice(0, -1), slice(1, None))  # 7 x 7 would have two windows of 6
+    windows = [expected[-1][:, row, column].mean((1, 2)) for row in rows for column in columns]
+    np.testing.assert_allclose(corners, np.concatenate(windows, axis=1), rtol=1e-9)
+    with pytest.raises(ValueError, match="has no 4 x 4 windows: use larger images"):
+        jax.eval_shape(lambda x: network.apply(variables, x, EVALUATION, 4), x)
 
 
 @pytest.mark.parametrize("height, width, stride", [(6, 5, 1), (8, 6, 2), (7, 9, 2)])

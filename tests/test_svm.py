@@ -271,7 +271,7 @@ def given(monkeypatch):
     data = types.SimpleNamespace(
         names=["cat", "dog", "train"], step=7, train=x, test=test, labels=labels(x, 3), wanted=labels(test, 4)
     )
-    monkeypatch.setattr(module, "_Data", lambda config: data)
+    monkeypatch.setattr(module, "_Data", lambda config, workdir: data)
     return data
 
 
@@ -355,6 +355,30 @@ def test_low_shot_improves_with_shots(given, tmp_path):
     ]
     assert 0 < shown.sum() < 120
     assert everything["std_k120"] == 0 and everything["map_k120"] == pytest.approx(100 * np.mean(aps))
+
+
+def test_a_second_start_computes_what_is_missing(given, tmp_path, monkeypatch):
+    (tmp_path / "once").mkdir()
+    expected = module.svm(settings("pcl"), tmp_path / "once")
+    calls = []
+
+    def counted(train, train_labels, *rest):
+        column = int(np.flatnonzero((given.labels == train_labels[:, None]).all(axis=0))[0])
+        if column == 2 and len(calls) < 5:
+            raise KeyboardInterrupt
+        calls.append(column)
+        return class_ap(train, train_labels, *rest)
+
+    (tmp_path / "again").mkdir()
+    monkeypatch.setattr(module, "class_ap", counted)
+    with pytest.raises(KeyboardInterrupt):
+        module.svm(settings("pcl"), tmp_path / "again")
+    calls += ["second start"]
+    assert module.svm(settings("pcl"), tmp_path / "again") == expected
+    assert calls == [0, 0, 1, 1, "second start", 2, 2]  # two costs a class
+    given.step = 8  # other weights: everything anew
+    module.svm(settings("pcl"), tmp_path / "again")
+    assert calls[7:] == [0, 0, 1, 1, 2, 2]
 
 
 @pytest.mark.parametrize("task", [module.svm, module.lowshot])

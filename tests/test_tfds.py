@@ -2,13 +2,11 @@
 
 import io
 import json
-import os
-import subprocess
-import sys
 import tarfile
 
 import numpy as np
 import pytest
+from official_archives import encoded, prepare, run_python, write_official_tars
 from PIL import Image
 
 from hexa_jax.data.sources import DataError, make_source
@@ -16,13 +14,6 @@ from hexa_jax.data.sources import DataError, make_source
 # The first images of the official validation set, and their official synsets; the archive holds them in another order.
 VALIDATION = {"00000001": "n01751748", "00000002": "n09193705", "00000003": "n02105855"}
 CLASS_IDS = {"n01440764": 0, "n01443537": 1, "n01751748": 65, "n02077923": 150, "n02105855": 230, "n09193705": 970}
-
-PREPARE = """
-import sys, tensorflow_datasets as tfds
-data_dir, manual_dir, file_format = sys.argv[1:]
-builder = tfds.builder("imagenet2012", data_dir=data_dir, file_format=file_format)
-builder.download_and_prepare(download_config=tfds.download.DownloadConfig(manual_dir=manual_dir, num_shards=2))
-"""
 
 READ = """
 import json, pickle, sys
@@ -47,43 +38,6 @@ print(json.dumps(result))
 """
 
 
-def run_python(code: str, *arguments) -> str:
-    environment = {**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3", "CUDA_VISIBLE_DEVICES": ""}
-    process = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", code, *map(str, arguments)],
-        capture_output=True, text=True, env=environment, timeout=300,
-    )  # fmt: skip
-    assert process.returncode == 0, process.stderr[-3000:]
-    return process.stdout
-
-
-def encoded(color: tuple[int, ...], size=(40, 30), mode="RGB", kind="JPEG") -> bytes:
-    stream = io.BytesIO()
-    Image.new(mode, size, color).save(stream, kind)
-    return stream.getvalue()
-
-
-def write_tar(target, members: dict[str, bytes]) -> None:
-    with tarfile.open(fileobj=target, mode="w") as archive:
-        for name, data in members.items():
-            header = tarfile.TarInfo(name)
-            header.size = len(data)
-            archive.addfile(header, io.BytesIO(data))
-
-
-def write_official_tars(folder, train: dict[str, dict[str, bytes]], validation: dict[str, bytes]) -> None:
-    """ILSVRC2012_img_train.tar holds one tar per synset; ILSVRC2012_img_val.tar holds the images themselves."""
-    folder.mkdir(parents=True)
-    synsets = {}
-    for synset, members in train.items():
-        stream = io.BytesIO()
-        write_tar(stream, members)
-        synsets[f"{synset}.tar"] = stream.getvalue()
-    for name, members in (("train", synsets), ("val", validation)):
-        with open(folder / f"ILSVRC2012_img_{name}.tar", "wb") as file:
-            write_tar(file, members)
-
-
 @pytest.fixture(scope="module")
 def miniature():
     """Two images that the builder must repair are among them, under their official names: a CMYK JPEG and a PNG."""
@@ -101,7 +55,7 @@ def miniature():
 def prepared(tmp_path_factory, miniature):
     root = tmp_path_factory.mktemp("tfds")
     write_official_tars(root / "manual", *miniature)
-    run_python(PREPARE, root / "data", root / "manual", "array_record")
+    prepare("imagenet2012", root / "data", root / "manual")
     return root / "data"
 
 
@@ -132,7 +86,7 @@ def test_genuine_photos_survive_the_official_tars(tmp_path, hexa_data):
     numbers = [f"{i + 1:08d}" for i in range(3)]
     validation = {f"ILSVRC2012_val_{n}.JPEG": data for n, data in zip(numbers, photos.values(), strict=False)}
     write_official_tars(tmp_path / "manual", train, validation)
-    run_python(PREPARE, tmp_path / "data", tmp_path / "manual", "array_record")
+    prepare("imagenet2012", tmp_path / "data", tmp_path / "manual")
     result = json.loads(run_python(READ, tmp_path / "data"))
     assert len(result["train"]) == len(photos) == 26
     names = read_class_names(tmp_path / "data")
@@ -162,7 +116,7 @@ def test_errors_are_one_line_that_says_what_to_do(tmp_path, prepared, miniature)
 
 def test_other_formats_are_refused_with_the_way_out(tmp_path, miniature):
     write_official_tars(tmp_path / "manual", *miniature)
-    run_python(PREPARE, tmp_path / "data", tmp_path / "manual", "tfrecord")
+    prepare("imagenet2012", tmp_path / "data", tmp_path / "manual", file_format="tfrecord")
     with pytest.raises(DataError, match=r"stored as tfrecord, without random access.*array_record") as caught:
         make_source("tfds:imagenet2012", data_dir=str(tmp_path / "data"))
     assert "\n" not in str(caught.value)

@@ -23,6 +23,7 @@ def get_config(task: str) -> ml_collections.ConfigDict:
     data.eval_source = ""  # held-out ones
     data.resize = 256  # short side
     data.crop = 224  # centre crop
+    data.squash = False  # the whole image, squashed to data.crop x data.crop, instead of its centre
     data.limit = 0  # training examples, spread evenly over the data set; 0: all
     data.list = ""  # text file that lists the training examples to use, one path or file name a line; empty: all
     data.max_bad_fraction = 0.001
@@ -36,6 +37,17 @@ def get_config(task: str) -> ml_collections.ConfigDict:
     runtime.data_dir = ""
     runtime.log_every = 50
     runtime.writer = "tensorboardX"
+    return config
+
+
+def voc07(task: str, protocol: str) -> ml_collections.ConfigDict:
+    """Linear SVMs on Pascal VOC 2007: what both published protocols fix for all and for few training images."""
+    config = get_config(task)
+    goyal = protocol == "goyal"
+    config.protocol = protocol
+    config.costs = (0.01, 0.1) if goyal else (0.5,)
+    config.grid = 2 if goyal else 1  # features are means over grid x grid windows of the last map
+    config.data.squash = goyal
     return config
 
 

@@ -1,6 +1,7 @@
 """The CIFAR linear probe: a linear classifier on frozen features of images resized to 224, no augmentation.
 
 Command:   python -m hexa_jax.main --config=configs/eval/linear_cifar.py --config.checkpoint=WORKDIR --workdir=DIR
+Arguments: dataset=cifar10 (or cifar100); epochs=20
 Hardware:  any.
 Time:      not measured.
 Expected:  no number in the paper's text for CIFAR-10 that we could compare without ImageNet weights; docs/results.md has ours.
@@ -14,9 +15,9 @@ from configs.eval import common as evaluation
 
 def get_config(text=None):
     """The protocol."""
-    choice = common.arguments(text, epochs=20)
+    choice = common.arguments(text, dataset="cifar10", epochs=20)
     config = evaluation.get_config("linear_features")
-    config.data.source, config.data.eval_source = "tfds:cifar10:train", "tfds:cifar10:test"
+    config.data.source, config.data.eval_source = f"tfds:{choice.dataset}:train", f"tfds:{choice.dataset}:test"
     config.data.resize = config.data.crop = 224
     config.epochs = choice.epochs
     config.batch_size = 256

@@ -16,10 +16,7 @@ from configs.eval import common as evaluation
 
 def get_config(text=None):
     """The protocol."""
-    choice = common.arguments(text, protocol="pcl")
-    config = evaluation.get_config("lowshot")
-    config.protocol = choice.protocol
-    config.costs = (0.5,) if choice.protocol == "pcl" else (0.01, 0.1)
+    config = evaluation.voc07("lowshot", common.arguments(text, protocol="pcl").protocol)
     config.shots = (1, 2, 4, 8, 16, 32, 64, 96)
     config.draws = 5
     return config

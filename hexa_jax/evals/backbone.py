@@ -40,11 +40,11 @@ class Backbone(NamedTuple):
         """Length of a pooled feature."""
         return self.network.backbone.feature_dim
 
-    def features(self, variables: Any, images: jax.Array, mode: NormMode = EVALUATION) -> jax.Array:
-        """Pooled features [N, F] of images [N, H, W, 3]: uint8, or float in [0, 1]."""
+    def features(self, variables: Any, images: jax.Array, mode: NormMode = EVALUATION, grid: int = 1) -> jax.Array:
+        """Features [N, grid * grid * F] of images [N, H, W, 3]: uint8, or float in [0, 1]; pooled whole where grid is 1."""
         images = jnp.asarray(images)
         pixels = images.astype(jnp.float32) / 255 if images.dtype == jnp.uint8 else images
-        return self.network.apply(variables, pixels, mode, method=Network.features)
+        return self.network.apply(variables, pixels, mode, grid, method=Network.features)
 
 
 def load_backbone(checkpoint: str, **random: Any) -> Backbone:

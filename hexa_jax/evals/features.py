@@ -2,7 +2,6 @@
 
 import concurrent.futures
 import dataclasses
-import functools
 import logging
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -12,21 +11,23 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from hexa_jax.data.decode import BadImage, decode, resize_center_crop
-from hexa_jax.data.sources import Source
+from hexa_jax.data.decode import BadImage, decode, resize, resize_center_crop, resize_short_side
+from hexa_jax.data.source import Source
 from hexa_jax.models.heads import Network
 from hexa_jax.models.norm import CLEAN, EVALUATION, stats_collection
+
+_NOT_READ = -2  # in place of a label
 
 
 @dataclasses.dataclass(frozen=True)
 class EvalImages:
-    """Centre crops of chosen examples of a source.
+    """Chosen examples of a source as images of one size.
 
     Attributes:
         source: random-access examples.
         indices: which of them, in order.
         resize: short side in pixels.
-        crop: side of the centre crop.
+        crop: side of the result in pixels: its centre, or all of it where `squash`.
         unreadable: examples that turned out to be so when their pixels were wanted; black stands in for them.
     """
 
@@ -34,41 +35,69 @@ class EvalImages:
     indices: np.ndarray
     resize: int
     crop: int
+    squash: bool = False
     unreadable: set[int] = dataclasses.field(default_factory=set)
 
-    @functools.cached_property
+    def __post_init__(self):
+        object.__setattr__(self, "_labels", np.full(len(self.indices), _NOT_READ, np.int32))
+
+    @property
     def labels(self) -> np.ndarray:
-        """int32 [N] labels of the examples, -1 where an example is gone; the source must have them."""
-
-        def label(index: int) -> int:
-            try:
-                return self.source[index]["label"]
-            except BadImage:
-                return -1
-
-        return np.array([label(int(index)) for index in self.indices], np.int32)
+        """int32 [N] labels of the examples, -1 where there is none or the example is gone."""
+        return self.facts()[0]
 
     @property
     def known(self) -> np.ndarray:
         """bool [N]: which examples have a label and could be read so far; the others are left out of every accuracy."""
-        return (self.labels >= 0) & ~np.isin(self.indices, list(self.unreadable))
+        labels, readable = self.facts()
+        return (labels >= 0) & readable
 
-    def image(self, index: int) -> np.ndarray:
-        """uint8 [crop, crop, 3]."""
+    def facts(self, positions: slice = slice(None)) -> tuple[np.ndarray, np.ndarray]:
+        """(labels int32, whether nothing was wrong so far) of some positions.
+
+        Those whose pixels were wanted are known from then on; the others are read now.
+        """
+        labels: np.ndarray = self._labels  # type: ignore[attr-defined]
+        for position in np.arange(len(labels))[positions][labels[positions] == _NOT_READ]:
+            self._example(int(position))
+        return labels[positions], ~np.isin(self.indices[positions], list(self.unreadable))
+
+    def _example(self, position: int) -> dict[str, Any] | None:
+        """The example at a position, whose label is kept; None where it is gone."""
+        index = int(self.indices[position])
         try:
-            pixels = decode(self.source[int(index)]["image"], self.source.name(int(index)))
+            example = self.source[index]
         except BadImage as error:
-            if int(index) not in self.unreadable:
-                logging.warning("left out of the evaluation: %s", error)
-            self.unreadable.add(int(index))
-            return np.zeros((self.crop, self.crop, 3), np.uint8)
-        return resize_center_crop(pixels, self.resize, self.crop)
+            self._miss(index, error)
+            example = None
+        self._labels[position] = -1 if example is None else example.get("label", -1)  # type: ignore[attr-defined]
+        return example
 
-    def batches(self, batch_size: int, threads: int = 2) -> Iterator[tuple[np.ndarray, int]]:
-        """(uint8 [batch_size, crop, crop, 3], how many of them are real); the last batch is padded with zeros."""
+    def _miss(self, index: int, error: BadImage) -> None:
+        if index not in self.unreadable:
+            logging.warning("left out of the evaluation: %s", error)
+        self.unreadable.add(index)
+
+    def image(self, position: int) -> np.ndarray:
+        """uint8 [crop, crop, 3] of `indices[position]`; black where it cannot be read."""
+        index, example = int(self.indices[position]), self._example(position)
+        try:
+            pixels = None if example is None else decode(example["image"], self.source.name(index))
+        except BadImage as error:
+            self._miss(index, error)
+            pixels = None
+        if pixels is None:
+            return np.zeros((self.crop, self.crop, 3), np.uint8)
+        if not self.squash:
+            return resize_center_crop(pixels, self.resize, self.crop)
+        return resize(resize_short_side(pixels, self.resize), self.crop, self.crop)
+
+    def batches(self, batch_size: int, threads: int = 2, start: int = 0) -> Iterator[tuple[np.ndarray, int]]:
+        """(uint8 [batch_size, crop, crop, 3], how many of them are real) from position `start` on; zeros fill the last batch."""
         with concurrent.futures.ThreadPoolExecutor(threads) as pool:
-            for first in range(0, len(self.indices), batch_size):
-                images = np.stack(list(pool.map(self.image, self.indices[first : first + batch_size])))
+            for first in range(start, len(self.indices), batch_size):
+                positions = range(first, min(first + batch_size, len(self.indices)))
+                images = np.stack(list(pool.map(self.image, positions)))
                 padding = [(0, batch_size - len(images))] + [(0, 0)] * 3
                 yield np.pad(images, padding), len(images)
 

@@ -18,7 +18,7 @@ def features(config: ConfigDict, workdir: pathlib.Path) -> dict[str, Any]:
         raise ConfigError(f"config.format={config.format!r} is not known: use one of npz, parquet")
     backbone = open_backbone(config)
     source = open_split(config, backbone, "source", labelled=False)
-    found = Extractor(config, backbone)(source, "features")
+    found = Extractor(config, backbone, workdir / "parts")(source, "features")
     names = np.array([str(source.name(index)) for index in range(len(source))])
     path = workdir / f"features.{config.format}"
     if config.format == "npz":

@@ -23,11 +23,11 @@ from hexa_jax.build import ConfigError, choose
 from hexa_jax.checkpoint import Checkpoints
 from hexa_jax.data.crops import Resolution
 from hexa_jax.data.decode import decode, resize_center_crop
-from hexa_jax.data.pipeline import BadImages, HostSteps, device_batches, host_iterator
-from hexa_jax.data.sources import Source
+from hexa_jax.data.source import Source
 from hexa_jax.evals.labelled import Extractor, Features, open_backbone, open_both, top_k, usable
+from hexa_jax.evals.labelled_batches import LabelledBatches
 from hexa_jax.evals.pictures import curves
-from hexa_jax.mesh import ROWS, Layout, local_rows
+from hexa_jax.mesh import ROWS
 from hexa_jax.methods.base import Batch
 from hexa_jax.models.heads import Network
 from hexa_jax.models.norm import CLEAN, NormMode, blend, stats_collection
@@ -107,17 +107,8 @@ class _Tuning:
         self.classes = int(self.source.num_classes or 0)
         self.extractor = Extractor(config, self.backbone)  # for its mesh, and images of the test
         self.mesh = self.extractor.mesh
-        batch = config.batch_size
-        if batch > len(self.source):
-            raise ConfigError(f"batch_size={batch} is more than the {len(self.source)} images: use a smaller one")
-        self.layout = Layout(batch, 1, self.mesh.size, bn_group_size=batch, cutmix_block=0)
-        try:
-            self.layout.check()
-        except ValueError as error:
-            raise ConfigError(str(error)) from None
-        self.steps_per_epoch = len(self.source) // batch
-        self.total = config.epochs * self.steps_per_epoch
-        self.bad_images = BadImages(self.source, config.data.max_bad_fraction)
+        self.batches = LabelledBatches(config, self.source, self.mesh, bn_group_size=config.batch_size)
+        self.steps_per_epoch, self.total = self.batches.steps_per_epoch, self.batches.total
         self.test = self._test_images()
 
     def train(self, number: int, rate: float, stop: Interruptible) -> list[dict[str, float]]:
@@ -232,22 +223,7 @@ class _Tuning:
         if not config.data.augment:
             source = _CentreCropped(source, config.data.resize, config.data.crop)
             resolution = Resolution(1, config.data.crop, (1.0, 1.0), ratio=(1.0, 1.0), flip=0.0)
-        steps = HostSteps(
-            source=source,
-            num_examples=len(source),
-            labels=None,
-            resolutions=(resolution,),
-            key_crops=0,
-            layout=self.layout,
-            rows=local_rows(self.mesh, self.layout),
-            seed=config.seed,
-            num_steps=self.total,
-            max_failures=int(config.data.max_bad_fraction * len(source)),
-        )
-        runtime = config.runtime
-        elements = host_iterator(steps, start, runtime.workers, runtime.threads, runtime.prefetch)
-        labels = np.full(len(source), -1, np.int32)
-        return device_batches(elements, self.mesh, self.layout, self.bad_images, labels)
+        return self.batches.after(start, resolution, source)
 
     def _test_images(self) -> Any:
         rows, whole = NamedSharding(self.mesh, P("data")), NamedSharding(self.mesh, P())

@@ -11,7 +11,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from hexa_jax.data.decode import decode, resize_center_crop
-from hexa_jax.data.sources import Source
+from hexa_jax.data.source import Source
 from hexa_jax.evals.knn import accuracy, knn_predict, nearest
 from hexa_jax.evals.labelled import Extractor, open_backbone, open_both, open_split, usable
 from hexa_jax.evals.pictures import confusion_matrix
@@ -24,7 +24,7 @@ ROWS, COLUMNS, SIDE = 8, 8, 96
 def knn(config: ConfigDict, workdir: pathlib.Path) -> dict[str, Any]:
     """Accuracy for each number of neighbours and temperature; returns what `result.json` holds."""
     backbone = open_backbone(config)
-    extractor = Extractor(config, backbone)
+    extractor = Extractor(config, backbone, workdir / "features")
     if config.leave_one_out:
         train = held_out = open_split(config, backbone, "source")
         bank = queries = extractor(train, "features")

@@ -1,7 +1,9 @@
 """What most evaluations begin with: a backbone, and the features of labelled training and held-out images."""
 
+import dataclasses
+import functools
 import pathlib
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,23 +13,18 @@ from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
 from hexa_jax.build import ConfigError, make_devices, open_source
-from hexa_jax.data.sources import DataError, Source
+from hexa_jax.data.source import DataError, Source
 from hexa_jax.data.subset import Subset, spread
 from hexa_jax.evals.backbone import RANDOM, Backbone, load_backbone, random_backbone
 from hexa_jax.evals.features import EvalImages
+from hexa_jax.evals.stored_features import Features, StoredFeatures, join
 from hexa_jax.mesh import make_mesh
 from hexa_jax.models.norm import CLEAN, NormMode, stats_collection
 from hexa_jax.progress import Clock, say
 
+_FEATURES_OF = ("checkpoint", "random", "seed", "data", "grid", "precision")  # what else has no influence on features
+PART_BATCHES = 50  # what a kill can cost
 CALIBRATION_IMAGES = 512  # whose statistics a random network gets
-
-
-class Features(NamedTuple):
-    """Float32 [N, F], int32 [N] labels (-1: none), and which rows could be read."""
-
-    values: np.ndarray
-    labels: np.ndarray
-    known: np.ndarray
 
 
 def open_backbone(config: ConfigDict) -> Backbone:
@@ -120,40 +117,55 @@ class Extractor:
     Attributes:
         backbone: what computes them; a random one gets BatchNorm statistics from the first images it sees.
         mesh: of the devices.
+        folder: where features are kept as they come, for a second start; None: nowhere.
     """
 
-    def __init__(self, config: ConfigDict, backbone: Backbone):
-        self.config, self.backbone = config, backbone
+    def __init__(self, config: ConfigDict, backbone: Backbone, folder: pathlib.Path | None = None):
+        self.config, self.backbone, self.folder = config, backbone, folder
         self._fresh = config.checkpoint == RANDOM
         self.mesh: Mesh = make_mesh(make_devices(config))
         rows, self._whole = NamedSharding(self.mesh, P("data")), NamedSharding(self.mesh, P())
-        self._forward = jax.jit(backbone.features, in_shardings=(self._whole, rows), out_shardings=self._whole)
+        features = functools.partial(backbone.features, grid=config.get("grid", 1))
+        self._forward = jax.jit(features, in_shardings=(self._whole, rows), out_shardings=self._whole)
         self.batch_size = -(-config.runtime.batch_size // self.mesh.size) * self.mesh.size
 
     def __call__(self, source: Source, what: str) -> Features:
-        """Features of the centre crops of a source's examples, in order."""
+        """Features of a source's examples, in order; `what` names them in messages and in the folder."""
         images = self.images(source)
         if self._fresh:
             self._calibrate(images)
             self._fresh = False
-        parts, clock, done = [], Clock(1, len(source)), 0
-        for batch, count in images.batches(self.batch_size, self.config.runtime.threads):
-            parts.append(np.asarray(self._forward(self.backbone.variables, batch), np.float32)[:count])
+        store = None
+        if self.folder:
+            of = {name: value for name, value in self.config.to_dict().items() if name in _FEATURES_OF}
+            about = of | {"step": self.backbone.step, "images": len(source)}
+            store = StoredFeatures(self.folder / what.replace(" ", "_"), about)
+        parts = store.load() if store else []
+        done = sum(len(part.values) for part in parts)
+        clock, values = Clock(1, len(source)), []
+        clock.start(done)
+        for number, (batch, count) in enumerate(images.batches(self.batch_size, self.config.runtime.threads, done), 1):
+            values.append(np.asarray(self._forward(self.backbone.variables, batch), np.float32)[:count])
             done += count
-            if len(parts) % self.config.runtime.log_every == 0:
+            if number % PART_BATCHES == 0 or done == len(source):
+                labels, known = images.facts(slice(done - sum(map(len, values)), done))
+                parts.append(Features(np.concatenate(values), labels, known))
+                values = []
+                if store:
+                    store.add(len(parts) - 1, parts[-1])
+            if number % self.config.runtime.log_every == 0:
                 speed, left = clock.read(done)
                 say(f"{what}: {done} of {len(source)} images  {speed:.0f} images/s  ETA {left}")
-        labels = images.labels if source.num_classes is not None else np.full(len(source), -1, np.int32)
-        known = ~np.isin(images.indices, list(images.unreadable))
-        return Features(np.concatenate(parts), labels, known)
+        return join(parts)
 
     def images(self, source: Source) -> EvalImages:
-        """The centre crops that features are computed of."""
-        return EvalImages(source, np.arange(len(source)), self.config.data.resize, self.config.data.crop)
+        """The images that features are computed of."""
+        data = self.config.data
+        return EvalImages(source, np.arange(len(source)), data.resize, data.crop, data.squash)
 
     def _calibrate(self, images: EvalImages) -> None:
         """Give a random network the BatchNorm statistics of some images: with mean 0 and variance 1 it would not be one."""
-        chosen = EvalImages(images.source, spread(len(images.indices), CALIBRATION_IMAGES), images.resize, images.crop)
+        chosen = dataclasses.replace(images, indices=spread(len(images.indices), CALIBRATION_IMAGES))
         sums: Any = None
         weight = 0
         network = self.backbone.network
@@ -194,8 +206,3 @@ def top_k(logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
     above = np.sum((logits > own) | ((logits == own) & earlier), axis=1)
     sound = np.isfinite(logits).all(axis=1)
     return {f"top{k}": 100 * float(np.mean(sound & (above < k))) for k in (1, 5)}
-
-
-def source_name(source: Source, index: int) -> str:
-    """A file's name, or a number."""
-    return str(pathlib.PurePath(source.name(index)))

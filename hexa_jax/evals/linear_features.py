@@ -93,7 +93,7 @@ def linear_features(config: ConfigDict, workdir: pathlib.Path) -> dict[str, Any]
         raise ConfigError("epochs and batch_size must be positive, and learning_rates not empty")
     backbone = open_backbone(config)
     train, held_out = open_both(config, backbone)
-    extractor = Extractor(config, backbone)
+    extractor = Extractor(config, backbone, workdir / "features")
     x, labels = usable(extractor(train, "training features"))
     q, wanted = usable(extractor(held_out, "held-out features"))
     predictions = adamax_probe(

@@ -17,13 +17,13 @@ from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
 from hexa_jax import optim
-from hexa_jax.build import ConfigError, choose
+from hexa_jax.build import choose
 from hexa_jax.checkpoint import Checkpoints
 from hexa_jax.data.crops import Resolution
-from hexa_jax.data.pipeline import BadImages, HostSteps, device_batches, host_iterator
 from hexa_jax.evals.backbone import Backbone
 from hexa_jax.evals.labelled import Extractor, Features, open_backbone, open_both, top_k, usable
-from hexa_jax.mesh import ROWS, Layout, local_rows
+from hexa_jax.evals.labelled_batches import LabelledBatches
+from hexa_jax.mesh import ROWS
 from hexa_jax.methods.base import Batch
 from hexa_jax.progress import Clock, say
 from hexa_jax.stops import Interruptible, Terminated
@@ -106,17 +106,9 @@ class _Probe:
         self.source, self.held_out = open_both(config, self.backbone)
         self.extractor = Extractor(config, self.backbone)
         self.mesh = self.extractor.mesh
-        batch, devices = config.batch_size, self.mesh.size
-        if batch > len(self.source):
-            raise ConfigError(f"batch_size={batch} is more than the {len(self.source)} images: use a smaller one")
-        self.layout = Layout(batch, 1, devices, bn_group_size=max(batch // devices, 1), cutmix_block=0)
-        try:
-            self.layout.check()
-        except ValueError as error:
-            raise ConfigError(str(error)) from None
-        self.steps_per_epoch = len(self.source) // batch
-        self.total = config.epochs * self.steps_per_epoch
-        self.bad_images = BadImages(self.source, config.data.max_bad_fraction)
+        groups = max(config.batch_size // self.mesh.size, 1)  # of no consequence: statistics are the running ones
+        self.batches = LabelledBatches(config, self.source, self.mesh, bn_group_size=groups)
+        self.steps_per_epoch, self.total = self.batches.steps_per_epoch, self.batches.total
 
     def run(self) -> dict[str, Any]:
         config = self.config
@@ -132,7 +124,8 @@ class _Probe:
         stop, train = Interruptible(), self._compile()
         held_out = self.extractor(self.held_out, "held-out features")
         self.backbone = self.extractor.backbone
-        batches, results = self._batches(start), self._accuracy(state, held_out)
+        resolution = Resolution(1, config.data.crop, (config.data.min_scale, 1.0))
+        batches, results = self.batches.after(start, resolution), self._accuracy(state, held_out)
         try:
             clock.start(start)
             for step in range(start + 1, self.total + 1):
@@ -201,25 +194,6 @@ class _Probe:
             "epoch_cosine": lambda: optim.epoch_cosine(1.0, epochs, self.steps_per_epoch),
         }
         return choose("optimizer.schedule", o.schedule, makers)()
-
-    def _batches(self, start: int) -> Any:
-        config = self.config
-        labels = np.full(len(self.source), -1, np.int32)
-        steps = HostSteps(
-            source=self.source,
-            num_examples=len(self.source),
-            labels=None,
-            resolutions=(Resolution(1, config.data.crop, (config.data.min_scale, 1.0)),),
-            key_crops=0,
-            layout=self.layout,
-            rows=local_rows(self.mesh, self.layout),
-            seed=config.seed,
-            num_steps=self.total,
-            max_failures=int(config.data.max_bad_fraction * len(self.source)),
-        )
-        runtime = config.runtime
-        elements = host_iterator(steps, start, runtime.workers, runtime.threads, runtime.prefetch)
-        return device_batches(elements, self.mesh, self.layout, self.bad_images, labels)
 
     def _accuracy(self, state: ProbeState, held_out: Features) -> dict[str, float]:
         """Top-1 and top-5 of the first learning rate in per cent, and top-1 of each."""

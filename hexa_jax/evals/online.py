@@ -8,7 +8,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from hexa_jax.build import open_source
-from hexa_jax.data.sources import DataError, Source
+from hexa_jax.data.source import DataError, Source
 from hexa_jax.data.subset import spread
 from hexa_jax.evals.features import EvalImages, extract, make_extractor, raw_pixels
 from hexa_jax.evals.knn import accuracy, knn_predict

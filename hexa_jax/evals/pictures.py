@@ -17,7 +17,7 @@ def confusion_matrix(
     labels: np.ndarray, predictions: np.ndarray, names: Sequence[str] | None, path: pathlib.Path
 ) -> None:
     """Shares of each true class (rows) that were predicted as each class (columns)."""
-    classes = int(max(labels.max(initial=0), predictions.max(initial=0))) + 1
+    classes = max(int(max(labels.max(initial=0), predictions.max(initial=0))) + 1, len(names or ()))
     counts = count_confusions(labels, predictions, labels=np.arange(classes)).astype(float)
     shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
     figure, axis = plt.subplots(figsize=(5.5, 5))

@@ -12,6 +12,7 @@ precision-recall curve; mAP the mean over classes.
 Legend: N images, F features, C classes, k positives per class.
 """
 
+import functools
 import pathlib
 import warnings
 from collections.abc import Sequence
@@ -24,13 +25,13 @@ from sklearn.model_selection import cross_val_score
 from sklearn.svm import LinearSVC
 
 from hexa_jax.build import ConfigError
-from hexa_jax.data.sources import DataError
+from hexa_jax.data.source import DataError
 from hexa_jax.data.voc import ABSENT, DIFFICULT, PRESENT, open_voc
 from hexa_jax.evals.average_precision import average_precision
 from hexa_jax.evals.labelled import Extractor, open_backbone
 from hexa_jax.evals.pictures import error_bars
 from hexa_jax.progress import Clock, say
-from hexa_jax.workdir import write_json
+from hexa_jax.workdir import Finished, write_json
 
 PROTOCOLS = ("pcl", "goyal")
 POWERS = tuple(0.5**exponent for exponent in range(4, 20))  # goyal's costs besides the listed ones
@@ -136,13 +137,13 @@ def _check(config: ConfigDict) -> None:
 class _Data:
     """Features and labels of both splits."""
 
-    def __init__(self, config: ConfigDict):
+    def __init__(self, config: ConfigDict, workdir: pathlib.Path):
         backbone = open_backbone(config)
         data_dir = config.runtime.data_dir or None
         train, test = (open_voc(spec, data_dir) for spec in (config.data.source, config.data.eval_source))
         if train.class_names != test.class_names:
             raise DataError("training and held-out images have other classes: are they of the same data set?")
-        extractor = Extractor(config, backbone)
+        extractor = Extractor(config, backbone, workdir / "features")
         both = [extractor(source, what) for source, what in ((train, "training features"), (test, "held-out features"))]
         self.names = train.class_names
         self.step = backbone.step
@@ -155,16 +156,24 @@ class _Data:
 def svm(config: ConfigDict, workdir: pathlib.Path) -> dict[str, Any]:
     """mAP on all training images; returns what `result.json` holds."""
     _check(config)
-    data = _Data(config)
+    data = _Data(config, workdir)
+    finished = Finished(workdir / "classes.json", data.step)
     table, chosen = {}, {}
     clock = Clock(1, len(data.names))
-    for number, name in enumerate(data.names):
+
+    def one_class(number: int) -> dict[str, Any]:
         labels, wanted = data.labels[:, number], data.wanted[:, number]
         costs = tuple(config.costs)
         if config.protocol == "goyal":
             costs = (choose_cost(data.train, labels, tuple(sorted({*costs, *POWERS}))),)
-            chosen[f"cost_{name}"] = costs[0]
-        table[name] = [class_ap(data.train, labels, data.test, wanted, cost, config.protocol) for cost in costs]
+        ap = [class_ap(data.train, labels, data.test, wanted, cost, config.protocol) for cost in costs]
+        return {"costs": costs, "ap": ap}
+
+    for number, name in enumerate(data.names):
+        found = finished.get(name, functools.partial(one_class, number))
+        table[name] = found["ap"]
+        if config.protocol == "goyal":
+            chosen[f"cost_{name}"] = found["costs"][0]
         say(f"{name:14}AP {100 * np.nanmax([*table[name], 0]):6.2f} %   ETA {clock.read(number + 1)[1]}")
     ap = np.array(list(table.values()))  # [C, costs]
     means = np.nanmean(ap, axis=0)
@@ -185,15 +194,18 @@ def lowshot(config: ConfigDict, workdir: pathlib.Path) -> dict[str, Any]:
     _check(config)
     if not config.shots or config.draws < 1:
         raise ConfigError("config.shots must not be empty, and config.draws positive")
-    data = _Data(config)
+    data = _Data(config, workdir)
     costs = tuple(config.costs) if config.protocol == "pcl" else tuple(sorted({*config.costs, *POWERS}))
     results: dict[str, Any] = {"pretraining_step": data.step}
     means, deviations = [], []
     clock = Clock(1, len(config.shots))
+    finished = Finished(workdir / "shots.json", data.step)
+
+    def draws(k: int) -> list[list[float]]:
+        return [[_low_shot_map(data, config, k, draw, cost) for cost in costs] for draw in range(config.draws)]
+
     for done, k in enumerate(config.shots, 1):
-        table = np.array(
-            [[_low_shot_map(data, config, k, draw, cost) for cost in costs] for draw in range(config.draws)]
-        )
+        table = np.array(finished.get(f"k{k}", functools.partial(draws, k)))
         best = int(np.argmax(table.mean(axis=0)))  # both protocols pick the cost with the best mean on the test images
         values = 100 * table[:, best]
         means.append(float(values.mean()))

@@ -80,9 +80,9 @@ class Network(nn.Module):
             z = z / jnp.maximum(jnp.linalg.norm(z, axis=-1, keepdims=True), 1e-12)
         return z.reshape(num, stacked.shape[1], -1)
 
-    def features(self, images: jax.Array, mode: NormMode) -> jax.Array:
-        """Pooled backbone features [N, F] of images [N, H, W, 3] in [0, 1]."""
+    def features(self, images: jax.Array, mode: NormMode, grid: int = 1) -> jax.Array:
+        """Backbone features [N, grid * grid * F] of images [N, H, W, 3] in [0, 1], pooled as in `ResNet.__call__`."""
         shape = (1, 1, 1, 3)
         mean = jnp.asarray(self.pixel_mean, images.dtype).reshape(shape)
         std = jnp.asarray(self.pixel_std, images.dtype).reshape(shape)
-        return self.backbone((images - mean) / std, mode)
+        return self.backbone((images - mean) / std, mode, grid)

@@ -82,8 +82,17 @@ class ResNet(nn.Module):
         """Length of the pooled feature."""
         return self.base_channels * 8 * (4 if self.depth >= 50 else 1)
 
-    def __call__(self, x: jax.Array, mode: NormMode) -> jax.Array:
-        return self.stages(x, mode)[-1].astype(jnp.promote_types(jnp.float32, self.dtype)).mean(axis=(1, 2))
+    def __call__(self, x: jax.Array, mode: NormMode, grid: int = 1) -> jax.Array:
+        """Means over the whole last map, or over grid x grid windows of it that overlap as far as they can (7 x 7: two of 6)."""
+        last = self.stages(x, mode)[-1].astype(jnp.promote_types(jnp.float32, self.dtype))
+        if grid == 1:
+            return last.mean(axis=(1, 2))
+        window = tuple(side - grid + 1 for side in last.shape[1:3])
+        if min(window) < 1:
+            raise ValueError(
+                f"a map of {last.shape[1]} x {last.shape[2]} has no {grid} x {grid} windows: use larger images"
+            )
+        return nn.avg_pool(last, window).reshape(len(last), -1)
 
     @nn.compact
     def stages(self, x: jax.Array, mode: NormMode) -> Sequence[jax.Array]:
