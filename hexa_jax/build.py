@@ -247,6 +247,8 @@ def make_devices(config: ConfigDict) -> list[jax.Device]:
     devices, wanted = jax.devices(), config.runtime.num_devices
     if wanted > len(devices):
         raise ConfigError(f"runtime.num_devices={wanted}, but there are {len(devices)}")
+    if wanted and wanted < len(devices) and jax.process_count() > 1:
+        raise ConfigError(f"runtime.num_devices={wanted}: several processes use all {len(devices)} devices")
     return devices[:wanted] if wanted else devices
 
 

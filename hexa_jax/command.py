@@ -8,6 +8,7 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from hexa_jax.build import ConfigError
+from hexa_jax.hosts import Place
 from hexa_jax.workdir import closest, flatten
 
 HELP = "see python -m hexa_jax.main --help"
@@ -19,6 +20,7 @@ class Command(NamedTuple):
     config: ConfigDict
     workdir: str
     extend: bool
+    place: Place
 
 
 def parse_command(argv: list[str]) -> Command:
@@ -49,7 +51,8 @@ def parse_command(argv: list[str]) -> Command:
     if values.workdir is None:
         raise ConfigError(f"--workdir is missing: {HELP}")
     _check_tuples(known, flatten(values.config.to_dict()), overrides)
-    return Command(values.config, values.workdir, values.extend)
+    place = Place(values.coordinator, values.num_processes, values.process_id)
+    return Command(values.config, values.workdir, values.extend, place)
 
 
 def _flags(argv: list[str]) -> flags.FlagValues:
@@ -58,6 +61,9 @@ def _flags(argv: list[str]) -> flags.FlagValues:
     config_flags.DEFINE_config_file("config", None, "config file", lock_config=True, flag_values=values, sys_argv=argv)
     flags.DEFINE_string("workdir", None, "folder of the run", flag_values=values)
     flags.DEFINE_bool("extend", False, "allow more epochs than the run in the workdir had", flag_values=values)
+    flags.DEFINE_string("coordinator", None, "HOST:PORT of the first process", flag_values=values)
+    flags.DEFINE_integer("num_processes", None, "processes of the run", flag_values=values)
+    flags.DEFINE_integer("process_id", None, "number of this process", flag_values=values)
     return values
 
 

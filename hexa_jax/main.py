@@ -3,16 +3,20 @@
 --config   a file with a get_config() function; configs/common.py lists every key with its meaning
 --workdir  the folder of the run; starting again in it resumes
 --extend   allow more epochs than the run in the workdir had
+--coordinator=HOST:PORT --num_processes=N --process_id=I
+           for runs over several processes whose launcher is not recognised (srun, mpirun, GKE and Cloud TPU pods are)
 
 Exit codes: 0 the work was done, 1 the run failed, 2 a mistake in the command or its data, 130 interrupted,
 143 stopped by SIGTERM and saved.
 """
 
 import logging
+import os
 import sys
 
 import jax
 
+from hexa_jax import hosts
 from hexa_jax.build import ConfigError
 from hexa_jax.checkpoint import CheckpointError
 from hexa_jax.command import parse_command
@@ -29,7 +33,7 @@ from hexa_jax.stops import Diverged, Terminated
 from hexa_jax.weights import WeightsError
 from hexa_jax.workdir import WorkdirError, abandon, open_workdir
 
-USER_ERRORS = (ConfigError, DataError, WorkdirError, CheckpointError, WeightsError)
+USER_ERRORS = (hosts.HostsError, ConfigError, DataError, WorkdirError, CheckpointError, WeightsError)
 TASKS = {
     "pretrain": pretrain,
     "knn": knn,
@@ -49,12 +53,13 @@ def main(argv: list[str]) -> int:
         print(__doc__)
         return 0
     try:
-        config, folder, extend = parse_command(argv)
+        config, folder, extend, place = parse_command(argv)
         if config.task not in TASKS:
             raise ConfigError(f"config.task={config.task!r} is not known: use one of {', '.join(TASKS)}")
         logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s", force=True)
         if config.precision == "float64":
             jax.config.update("jax_enable_x64", True)
+        hosts.join(place)
         workdir = open_workdir(folder, config, extend=extend)
         try:
             TASKS[config.task](config, workdir)
@@ -67,6 +72,10 @@ def main(argv: list[str]) -> int:
         return _stop(f"{error.filename or 'input or output'}: {error.strerror or error}", 2)
     except Diverged as error:
         return _stop(error, 1)
+    except jax.errors.JaxRuntimeError as error:
+        if jax.process_count() == 1:
+            raise
+        return _stop(f"a step failed, perhaps because another process is gone: {str(error).splitlines()[0][:200]}", 1)
     except Terminated as stopped:
         return _stop(stopped, 143)
     except KeyboardInterrupt:
@@ -80,4 +89,7 @@ def _stop(message: object, code: int) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv))
+    code = main(sys.argv)
+    if code not in (0, 143) and jax.distributed.is_initialized():
+        os._exit(code)  # the usual way out would wait for the other processes, which may be gone
+    sys.exit(code)

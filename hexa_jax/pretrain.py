@@ -14,7 +14,7 @@ from clu import parameter_overview
 from ml_collections import ConfigDict
 from sklearn.metrics import normalized_mutual_info_score
 
-from hexa_jax import report
+from hexa_jax import hosts, report
 from hexa_jax.build import make_schedule, make_trainer, open_training_source
 from hexa_jax.checkpoint import Checkpoints
 from hexa_jax.data.source import Source
@@ -103,12 +103,13 @@ class _Run:
                 pending = None
                 with self.clock.paused():
                     self._evaluate(self.step // self.steps_per_epoch, due)
-            if self.step % every == 0 or self.step == self.total or self.stop.wanted:
+            stopping = self.stop.reached()
+            if self.step % every == 0 or self.step == self.total or stopping:
                 if pending:
                     self._report(*pending)  # also the check that what is saved is finite
                 pending = None
                 self._save()
-            if self.stop.wanted and self.step < self.total:
+            if stopping and self.step < self.total:
                 self.checkpoints.wait()
                 raise Terminated(f"SIGTERM: saved step {self.step} in {self.workdir}; the same command resumes it")
 
@@ -119,7 +120,7 @@ class _Run:
             say(f"first pass: {self.steps_per_epoch} forward steps fill the bank")
             for batch in itertools.islice(self.input.batches(0), self.steps_per_epoch):
                 self.state = self.steps.observe(self.state, batch, self.input.resident)
-                if self.stop.wanted:
+                if self.stop.reached():
                     raise Terminated(f"SIGTERM during the first pass, nothing to save yet: {self.workdir}")
         if self.config.knn.every_epochs and self.probe:
             self._measure_random(calibrated=needed)
@@ -149,18 +150,15 @@ class _Run:
         return results | ({} if linear is None else {"linear_accuracy": linear})
 
     def _refresh(self, epoch: int) -> None:
-        self.state, scalars = self.steps.refresh(self.state, jnp.int32(epoch))
+        self.state, scalars = self.steps.refresh(self.state, np.int32(epoch))
         values = {name: float(value) for name, value in scalars.items()}
-        if self.assignments is not None and self._labels_complete():
-            values["nmi"] = _nmi(self.assignments, self.input.labels)
+        if self.assignments is not None:
+            labels = hosts.largest(self.input.labels)  # each process has seen those of its own rows
+            if (labels[(self.assignments >= 0).all(axis=0)] >= 0).all():  # after a resume, tfds's are gathered anew
+                values["nmi"] = _nmi(self.assignments, labels)
         if values:
             self.metrics.write(self.step, {"epoch": epoch} | values)
             say(f"epoch {epoch}: " + ", ".join(f"{name} {value:.4g}" for name, value in values.items()))
-
-    def _labels_complete(self) -> bool:
-        """Whether every clustered example has a label: after a resume, those of a tfds source are gathered anew."""
-        assert self.assignments is not None
-        return bool((self.input.labels[(self.assignments >= 0).all(axis=0)] >= 0).all())
 
     def _due(self, epoch: int) -> list[str]:
         """Accuracies to measure after this epoch."""
@@ -226,8 +224,10 @@ class _Run:
             if pixels is not None:
                 results |= {f"pixels_{name}": value for name, value in self._accuracies(pixels).items()}
         write_json(self.workdir / "result.json", results)
-        path = report.write_report(self.workdir, self.config, self, results)
-        say(report.table(results) + f"\nreport: {path}")
+        shown = report.Pictured(self.views(), self.source, self.assignments)
+        if hosts.first():
+            path = report.write_report(self.workdir, self.config, shown, results)
+            say(report.table(results) + f"\nreport: {path}")
         return results
 
     # ---- What the report shows ----------------------------------------------------------------------------------------
@@ -241,11 +241,11 @@ class _Run:
     def assignments(self) -> np.ndarray | None:
         """int32 [heads, examples] clusters, for methods that have them."""
         assignments = getattr(self.state.method, "assignments", None)
-        return None if assignments is None else np.asarray(assignments)
+        return None if assignments is None else hosts.gather(assignments)
 
     def views(self) -> Shown:
         """The views of the first batch."""
-        return self.steps.views(self.state, next(self.input.batches(0)), self.input.resident)
+        return hosts.gather(self.steps.views(self.state, next(self.input.batches(0)), self.input.resident))
 
 
 def _nmi(assignments: np.ndarray, labels: np.ndarray) -> float:

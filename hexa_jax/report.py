@@ -3,7 +3,7 @@
 import html
 import json
 import pathlib
-from typing import Any
+from typing import Any, NamedTuple
 
 import matplotlib
 
@@ -14,6 +14,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from hexa_jax.data.decode import decode, resize_center_crop
+from hexa_jax.data.source import Source
 from hexa_jax.data.subset import spread
 from hexa_jax.objective import Shown
 
@@ -33,13 +34,21 @@ def table(results: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def write_report(workdir: pathlib.Path, config: ConfigDict, run: Any, results: dict[str, Any]) -> pathlib.Path:
+class Pictured(NamedTuple):
+    """What a report shows: views of a batch, the training examples, and their clusters int32 [heads, examples] or None."""
+
+    views: Shown
+    source: Source
+    assignments: np.ndarray | None
+
+
+def write_report(workdir: pathlib.Path, config: ConfigDict, run: Pictured, results: dict[str, Any]) -> pathlib.Path:
     """Write `report/` of a workdir: pictures and index.html.
 
     Args:
         workdir: of the run; its metrics.jsonl is read.
         config: of the run.
-        run: gives `views()`, the result of the trainer's view_step, `source`, and `assignments` or None.
+        run: what to show of it.
         results: for the table.
 
     Returns:
@@ -49,7 +58,7 @@ def write_report(workdir: pathlib.Path, config: ConfigDict, run: Any, results: d
     folder.mkdir(exist_ok=True)
     pictures = {"curves.png": "Loss and accuracy", "hard_examples.png": "What the network learns from"}
     _curves(workdir / "metrics.jsonl", folder / "curves.png")
-    _hard_examples(run.views(), folder / "hard_examples.png")
+    _hard_examples(run.views, folder / "hard_examples.png")
     if run.assignments is not None:
         pictures["clusters.png"] = "Clusters of the first head: each row shows members of one cluster"
         _clusters(run.source, run.assignments[0], folder / "clusters.png")

@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
+from hexa_jax import hosts
+
 logging.getLogger("tensorboardX").setLevel(logging.ERROR)
 
 
@@ -36,7 +38,9 @@ def closest(name: str, names: list[str]) -> str:
 
 
 def write_json(path: pathlib.Path, value: Any) -> None:
-    """Write a JSON file in one step: readers see the old one or the new one, whole."""
+    """Write a JSON file in one step: readers see the old one or the new one, whole. Only the first process writes."""
+    if not hosts.first():
+        return
     temporary = path.with_suffix(".tmp")
     temporary.write_text(json.dumps(value, indent=1, sort_keys=True) + "\n")
     os.replace(temporary, path)
@@ -98,7 +102,7 @@ def abandon(path: pathlib.Path) -> None:
         *path.glob("*/metrics.jsonl"),
         *path.glob("*/checkpoints"),
     ]
-    if not began:
+    if not began and hosts.first():
         (path / "config.json").unlink(missing_ok=True)
         if not any(path.iterdir()):
             path.rmdir()
@@ -123,11 +127,15 @@ class Metrics:
     """Appends scalars to metrics.jsonl, one JSON object per line with its step, and to TensorBoard events.
 
     A resumed run drops lines from steps that it will do again, and a torn last line. What it measures again at the very step
-    of the checkpoint (the clusters of the epoch that starts there) is the same and is not written twice.
+    of the checkpoint (the clusters of the epoch that starts there) is the same and is not written twice. Only the first
+    process writes.
     """
 
     def __init__(self, workdir: pathlib.Path, writer: str, resume_step: int):
         self.path = workdir / "metrics.jsonl"
+        self._file = None
+        if not hosts.first():
+            return
         kept = [line for line in self._lines() if line["step"] <= resume_step]
         self._known = {frozenset(line) for line in kept if line["step"] == resume_step}
         self._resume_step = resume_step
@@ -150,6 +158,8 @@ class Metrics:
     def write(self, step: int, values: dict[str, Any]) -> None:
         """Write scalars of one step; arrays of one element count as scalars."""
         numbers = {name: float(np.asarray(value)) for name, value in values.items()}
+        if self._file is None:
+            return
         if step == self._resume_step and {"step", *numbers} in self._known:
             return
         self._file.write(json.dumps({"step": step} | numbers) + "\n")
@@ -157,8 +167,9 @@ class Metrics:
 
     def close(self) -> None:
         """Flush and close."""
-        self._file.close()
-        self._board(None, {})
+        if self._file is not None:
+            self._file.close()
+            self._board(None, {})
 
 
 def _board(folder: pathlib.Path, writer: str, resume_step: int):

@@ -15,7 +15,8 @@ LEVELS = {
     "kmeans": 0,
     "models": 0,
     "data": 0,  # sources, decoding, augmentation
-    "workdir": 0,
+    "hosts": 0,
+    "workdir": 1,
     "progress": 0,
     "stops": 0,
     "checkpoint": 1,

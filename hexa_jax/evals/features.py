@@ -3,7 +3,7 @@
 import concurrent.futures
 import dataclasses
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -11,6 +11,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from hexa_jax import hosts
 from hexa_jax.data.decode import BadImage, decode, resize, resize_center_crop, resize_short_side
 from hexa_jax.data.source import Source
 from hexa_jax.models.heads import Network
@@ -92,14 +93,46 @@ class EvalImages:
             return resize_center_crop(pixels, self.resize, self.crop)
         return resize(resize_short_side(pixels, self.resize), self.crop, self.crop)
 
-    def batches(self, batch_size: int, threads: int = 2, start: int = 0) -> Iterator[tuple[np.ndarray, int]]:
-        """(uint8 [batch_size, crop, crop, 3], how many of them are real) from position `start` on; zeros fill the last batch."""
+    def batches(
+        self, batch_size: int, threads: int = 2, start: int = 0, columns: Sequence[int] | None = None
+    ) -> Iterator[tuple[np.ndarray, int]]:
+        """Batches from position `start` on, and how many of their images are real; zeros fill the last one.
+
+        Args:
+            batch_size: images of a batch.
+            threads: that decode.
+            start: position of the first image.
+            columns: rows of each batch to make; all by default.
+
+        Yields:
+            uint8 [columns, crop, crop, 3], and the number of real images in the whole batch.
+        """
+        columns = range(batch_size) if columns is None else columns
         with concurrent.futures.ThreadPoolExecutor(threads) as pool:
             for first in range(start, len(self.indices), batch_size):
-                positions = range(first, min(first + batch_size, len(self.indices)))
-                images = np.stack(list(pool.map(self.image, positions)))
-                padding = [(0, batch_size - len(images))] + [(0, 0)] * 3
-                yield np.pad(images, padding), len(images)
+                positions = [first + column for column in columns if first + column < len(self.indices)]
+                images = np.zeros((len(columns), self.crop, self.crop, 3), np.uint8)
+                for row, image in enumerate(pool.map(self.image, positions)):
+                    images[row] = image
+                yield images, min(batch_size, len(self.indices) - first)
+
+    def device_batches(
+        self, mesh: Mesh, batch_size: int, threads: int = 2, start: int = 0
+    ) -> Iterator[tuple[jax.Array | np.ndarray, int]]:
+        """The same, rows split over the mesh: each process reads its own, then all know of each what was found."""
+        if jax.process_count() == 1:
+            yield from self.batches(batch_size, threads, start)
+            return
+        sharding, shape = NamedSharding(mesh, P("data")), (batch_size, self.crop, self.crop, 3)
+        owned = sharding.addressable_devices_indices_map(shape).values()
+        columns = sorted(row for index in owned for row in range(*index[0].indices(batch_size)))
+        labels: np.ndarray = self._labels  # type: ignore[attr-defined]
+        for number, (local, count) in enumerate(self.batches(batch_size, threads, start, columns)):
+            positions = slice(start + number * batch_size, start + number * batch_size + count)
+            labels[positions] = hosts.largest(labels[positions])
+            missed = hosts.largest(np.isin(self.indices[positions], list(self.unreadable)).astype(np.int32))
+            self.unreadable.update(self.indices[positions][missed > 0].tolist())
+            yield jax.make_array_from_process_local_data(sharding, local, shape), count
 
 
 def make_extractor(network: Network, mesh: Mesh, dtype: Any) -> Callable[[Any, Any, jax.Array], jax.Array]:
@@ -114,10 +147,10 @@ def make_extractor(network: Network, mesh: Mesh, dtype: Any) -> Callable[[Any, A
     return jax.jit(features, in_shardings=(whole, whole, rows), out_shardings=whole)
 
 
-def extract(forward: Callable[[jax.Array], jax.Array], images: EvalImages, batch_size: int) -> np.ndarray:
-    """float32 [N, F] features of the images; `forward` maps uint8 [batch_size, crop, crop, 3] to [batch_size, F]."""
-    parts = [np.asarray(forward(batch), np.float32)[:count] for batch, count in images.batches(batch_size)]
-    return np.concatenate(parts)
+def extract(forward: Callable[[Any], Any], images: EvalImages, batch_size: int, mesh: Mesh | None = None) -> np.ndarray:
+    """float32 [N, F] features of the images; `forward` maps uint8 [batch_size, crop, crop, 3], split over the mesh."""
+    batches = images.device_batches(mesh, batch_size) if mesh else images.batches(batch_size)
+    return np.concatenate([np.asarray(forward(batch), np.float32)[:count] for batch, count in batches])
 
 
 def raw_pixels(images: EvalImages, batch_size: int = 256) -> np.ndarray:

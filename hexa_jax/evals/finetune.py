@@ -143,9 +143,10 @@ class _Tuning:
                     epoch = step // self.steps_per_epoch
                     metrics.write(step, {"epoch": epoch, **history[-1]})
                     say(f"epoch {epoch}: top-1 {history[-1]['top1']:.2f} %, top-5 {history[-1]['top5']:.2f} %")
-                if ends or stop.wanted:
+                stopping = stop.reached()
+                if ends or stopping:
                     checkpoints.save(step, state, {"history": history})
-                if stop.wanted:
+                if stopping:
                     checkpoints.wait()
                     raise Terminated(f"SIGTERM: saved step {step} in {folder}; the same command resumes it")
         finally:
@@ -238,7 +239,7 @@ class _Tuning:
     def _accuracy(self, state: TuneState) -> dict[str, float]:
         """Top-1 and top-5 on the held-out centre crops, in per cent; each image counts exactly once."""
         images, parts = self.extractor.images(self.held_out), []
-        for batch, count in images.batches(self.extractor.batch_size, self.config.runtime.threads):
+        for batch, count in images.device_batches(self.mesh, self.extractor.batch_size, self.config.runtime.threads):
             parts.append(np.asarray(self.test(state.params, state.stats, batch))[:count])
         logits, labels = usable(Features(np.concatenate(parts), images.labels, images.known))
         return top_k(logits, labels)

@@ -51,12 +51,13 @@ def nearest(
     search = functools.partial(_search(mesh, neighbours), split, np.int32(len(bank)))
     queries, own = _unit(queries), np.full(len(queries), -1) if own is None else own
     found = []
-    for first in range(0, len(queries), QUERIES):
-        chunk = slice(first, first + QUERIES)
-        missing = QUERIES - len(queries[chunk])
-        excluded = np.pad(own[chunk], (0, missing), constant_values=-1).astype(np.int32)
-        result = search(np.pad(queries[chunk], ((0, missing), (0, 0))), excluded)
-        found.append([np.asarray(leaf)[: QUERIES - missing] for leaf in result])
+    with jax.set_mesh(mesh):  # that of a training run, inside which this may be called, has more devices
+        for first in range(0, len(queries), QUERIES):
+            chunk = slice(first, first + QUERIES)
+            missing = QUERIES - len(queries[chunk])
+            excluded = np.pad(own[chunk], (0, missing), constant_values=-1).astype(np.int32)
+            result = search(np.pad(queries[chunk], ((0, missing), (0, 0))), excluded)
+            found.append([np.asarray(leaf)[: QUERIES - missing] for leaf in result])
     similarity, position = (np.concatenate(leaves) for leaves in zip(*found, strict=True))
     return similarity, position.astype(np.int64)
 

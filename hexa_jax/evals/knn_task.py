@@ -3,6 +3,7 @@
 import pathlib
 from typing import Any
 
+import jax
 import matplotlib
 
 matplotlib.use("Agg")
@@ -43,7 +44,7 @@ def knn(config: ConfigDict, workdir: pathlib.Path) -> dict[str, Any]:
                 neighbours=neighbours,
                 temperature=temperature,
                 leave_one_out=config.leave_one_out,
-                mesh=extractor.mesh,
+                mesh=extractor.mesh if jax.process_count() == 1 else None,  # else each process its own devices
             )
             results[f"knn{neighbours}_tau{temperature:g}"] = accuracy(predictions, wanted)
     results["knn_accuracy"] = results[f"knn{config.neighbours[0]}_tau{config.temperatures[0]:g}"]

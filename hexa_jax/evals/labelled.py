@@ -12,6 +12,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
+from hexa_jax import hosts
 from hexa_jax.build import ConfigError, make_devices, open_source
 from hexa_jax.data.source import DataError, Source
 from hexa_jax.data.subset import Subset, spread
@@ -141,17 +142,19 @@ class Extractor:
             about = of | {"step": self.backbone.step, "images": len(source)}
             store = StoredFeatures(self.folder / what.replace(" ", "_"), about)
         parts = store.load() if store else []
+        parts = parts[: hosts.of_first(len(parts))]
         done = sum(len(part.values) for part in parts)
         clock, values = Clock(1, len(source)), []
         clock.start(done)
-        for number, (batch, count) in enumerate(images.batches(self.batch_size, self.config.runtime.threads, done), 1):
+        batches = images.device_batches(self.mesh, self.batch_size, self.config.runtime.threads, done)
+        for number, (batch, count) in enumerate(batches, 1):
             values.append(np.asarray(self._forward(self.backbone.variables, batch), np.float32)[:count])
             done += count
             if number % PART_BATCHES == 0 or done == len(source):
                 labels, known = images.facts(slice(done - sum(map(len, values)), done))
                 parts.append(Features(np.concatenate(values), labels, known))
                 values = []
-                if store:
+                if store and hosts.first():
                     store.add(len(parts) - 1, parts[-1])
             if number % self.config.runtime.log_every == 0:
                 speed, left = clock.read(done)

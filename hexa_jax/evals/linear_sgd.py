@@ -146,9 +146,10 @@ class _Probe:
                     say(
                         f"epoch {step // self.steps_per_epoch}: top-1 {results['top1']:.1f} %, top-5 {results['top5']:.1f} %"
                     )
-                if ends or stop.wanted:
+                stopping = stop.reached()
+                if ends or stopping:
                     checkpoints.save(step, state)
-                if stop.wanted and step < self.total:
+                if stopping and step < self.total:
                     checkpoints.wait()
                     raise Terminated(f"terminated after step {step}, which is saved; the same command resumes there")
         finally:

@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from hexa_jax.build import open_source
@@ -28,6 +29,7 @@ class Probe:
     queries: EvalImages
     leave_one_out: bool
     extractor: Any
+    mesh: Mesh
     batch_size: int  # a multiple of the number of devices
 
     def features(self, state: TrainState) -> tuple[np.ndarray, np.ndarray]:
@@ -36,10 +38,10 @@ class Probe:
         def forward(images: np.ndarray) -> jax.Array:
             return self.extractor(state.params, state.batch_stats, images)
 
-        bank = extract(forward, self.bank, self.batch_size)
+        bank = extract(forward, self.bank, self.batch_size, self.mesh)
         if self.leave_one_out:
             return bank, bank[: len(self.queries.indices)]
-        return bank, extract(forward, self.queries, self.batch_size)
+        return bank, extract(forward, self.queries, self.batch_size, self.mesh)
 
     def pixels(self) -> tuple[np.ndarray, np.ndarray] | None:
         """Raw pixels of bank and queries; None where they would not fit in PIXEL_BYTES."""
@@ -102,4 +104,4 @@ def make_probe(config: ConfigDict, source: Source, trainer: Trainer) -> Probe | 
         leave_one_out = False
     extractor = make_extractor(trainer.objective.network, trainer.mesh, trainer.dtype)
     batch_size = -(-BATCH // trainer.mesh.size) * trainer.mesh.size
-    return Probe(config, bank, queries, leave_one_out, extractor, batch_size)
+    return Probe(config, bank, queries, leave_one_out, extractor, trainer.mesh, batch_size)

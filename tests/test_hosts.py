@@ -1,0 +1,178 @@
+"""Several processes: what they are told, and that two of them do what one does. Real processes, which talk over gloo."""
+
+import contextlib
+import os
+import signal
+import socket
+import time
+
+import numpy as np
+import pytest
+from command_line import arguments, environment, final_state, finish, lines, run, run_until, start
+
+from hexa_jax import hosts
+from hexa_jax.hosts import HostsError, Place
+
+# Two views besides the clean one, two resolutions for DeepCluster; groups and blocks that fit a quarter of the batch.
+SETTINGS = {
+    "precision": "float64",
+    "epochs": 2,
+    "bn_group_size": 4,
+    "cutmix_block": 4,
+    "views.alpha1": 1.0,
+    "views.alpha2": 1.0,
+    "runtime.num_devices": 0,
+    "knn.every_epochs": 1,
+    "linear.at_end": False,
+}
+CROPS = {"data.num_crops": "(2, 2)", "data.crop_size": "(8, 6)", "data.min_scale": "(0.3, 0.1)"}
+CROPS |= {"data.max_scale": "(1.0, 0.3)", "augment.blur_probability": "(0.0,)"}
+KINDS = {"moco": SETTINGS, "deepcluster": SETTINGS | CROPS}
+
+
+def devices(count):
+    return environment() | {"JAX_NUM_CPU_DEVICES": str(count), "XLA_FLAGS": "--xla_backend_optimization_level=0"}
+
+
+def free_port():
+    with contextlib.closing(socket.socket()) as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def start_pair(words):
+    """Two processes with two devices each; the second finds its place in the variables."""
+    address = f"127.0.0.1:{free_port()}"
+    flags = [f"--coordinator={address}", "--num_processes=2", "--process_id=0"]
+    variables = dict(zip(hosts.VARIABLES, (address, "2", "1"), strict=True))
+    return start([*words, *flags], env=devices(2)), start(words, env=devices(2) | variables)
+
+
+def what_was_learned(workdir):
+    """Leaves of the newest checkpoint, without the bank, whose order is that of the devices."""
+    step, state = final_state(workdir)
+    return {name: leaf for name, leaf in state.items() if "bank" not in name} | {"step": step}
+
+
+def assert_same(got, wanted):
+    assert got.keys() == wanted.keys() and got["step"] == wanted["step"] > 0
+    for name, leaf in wanted.items():
+        scale = max(np.abs(leaf).max(initial=0), 1)
+        np.testing.assert_allclose(got[name], leaf, atol=1e-9 * scale, rtol=0, err_msg=name)
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """Workdirs of runs in one process with four devices."""
+    root = tmp_path_factory.mktemp("alone")
+    started = {kind: start(arguments(kind, root / kind, **KINDS[kind]), env=devices(4)) for kind in KINDS}
+    for process in started.values():
+        ended = finish(process)
+        assert ended.code == 0, ended.stderr
+    return {kind: root / kind for kind in KINDS}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_two_processes_do_what_one_does(alone, tmp_path, kind):
+    ended = [finish(process) for process in start_pair(arguments(kind, tmp_path, **KINDS[kind]))]
+    assert [process.code for process in ended] == [0, 0], ended[0].stderr + ended[1].stderr
+    assert_same(what_was_learned(tmp_path), what_was_learned(alone[kind]))
+    assert "step 8/8" in ended[0].stdout and "step" not in ended[1].stdout  # one of them speaks
+    losses, expected = (
+        [line["loss"] for line in lines(folder) if "loss" in line] for folder in (tmp_path, alone[kind])
+    )
+    assert losses == pytest.approx(expected, rel=1e-6) and len(losses) == 8
+    assert (tmp_path / "report" / "hard_examples.png").is_file()
+    accuracy = [line["knn_accuracy"] for line in lines(tmp_path) if "knn_accuracy" in line]
+    assert (
+        accuracy == [line["knn_accuracy"] for line in lines(alone[kind]) if "knn_accuracy" in line]
+        and len(accuracy) == 3
+    )
+
+
+@pytest.mark.slow  # test_parallel does the same in one process
+@pytest.mark.parametrize("kind", KINDS)
+def test_four_microbatches_do_what_four_devices_do(alone, tmp_path, kind):
+    ended = run(arguments(kind, tmp_path, **KINDS[kind], **{"runtime.microbatches": 4}), env=devices(1))
+    assert ended.code == 0, ended.stderr
+    assert_same(what_was_learned(tmp_path), what_was_learned(alone[kind]))
+
+
+def test_sigterm_to_one_stops_both_and_one_process_goes_on(alone, tmp_path):
+    words = arguments("deepcluster", tmp_path, **KINDS["deepcluster"])
+    first, second = start_pair(words)
+    run_until(first, "step 2/8")
+    second.send_signal(signal.SIGTERM)
+    ended = [finish(process) for process in (first, second)]
+    assert [process.code for process in ended] == [143, 143], ended[0].stderr + ended[1].stderr
+    assert all("SIGTERM: saved step" in process.stderr for process in ended)
+    assert final_state(tmp_path)[0] < 8
+    ended = run(words, env=devices(4))
+    assert ended.code == 0, ended.stderr
+    assert "resuming at step" in ended.stdout
+    assert_same(what_was_learned(tmp_path), what_was_learned(alone["deepcluster"]))
+
+
+@pytest.mark.slow  # two minutes
+def test_a_killed_process_takes_the_other_with_it_and_the_pair_resumes(alone, tmp_path):
+    words = arguments("moco", tmp_path, **KINDS["moco"])
+    first, second = start_pair(words)
+    run_until(first, "step 4/8")  # a checkpoint of step 3 is there, or on its way
+    second.kill()
+    begin = time.monotonic()
+    ended = finish(first, timeout=120)
+    assert time.monotonic() - begin < 60 and ended.code not in (0, 143) and ended.stderr
+    ended = [finish(process) for process in start_pair(words)]
+    assert [process.code for process in ended] == [0, 0], ended[0].stderr + ended[1].stderr
+    assert_same(what_was_learned(tmp_path), what_was_learned(alone["moco"]))
+
+
+# ---- Who the others are --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "variables, expected",
+    [
+        ({}, None),
+        ({"SLURM_JOB_ID": "7", "SLURM_NTASKS": "4"}, None),  # inside sbatch or salloc, but not under srun
+        ({"SLURM_STEP_NUM_TASKS": "4", "SLURM_PROCID": "1"}, "SLURM"),
+        ({"SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0"}, None),
+        ({"OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_RANK": "1"}, "Open MPI"),
+        ({"TPU_WORKER_HOSTNAMES": "a,b", "TPU_WORKER_ID": "1"}, "GKE"),
+        ({"TPU_WORKER_HOSTNAMES": "localhost", "TPU_WORKER_ID": "0"}, None),
+    ],
+)
+def test_launchers(variables, expected):
+    assert hosts.launcher(variables) == expected
+
+
+@pytest.mark.parametrize(
+    "given, variables, message",
+    [
+        (Place("host:1"), {}, "--num_processes is missing: a run of several processes needs all of"),
+        (Place("host:1", 2), {}, "--process_id is missing"),
+        (Place(None, 2, 0), {}, "--coordinator is missing"),
+        (Place("host", 2, 0), {}, "--coordinator='host' must be HOST:PORT"),
+        (Place("host:1", 2, 2), {}, "--process_id=2 must be 0 to 1"),
+        (Place("host:1", 0, 0), {}, "--num_processes=0 must be positive"),
+        (Place("host:1"), {"JAX_NUM_PROCESSES": "two"}, "num_processes='two' of the environment is no number"),
+    ],
+)
+def test_mistakes_are_one_line(given, variables, message):
+    with pytest.raises(HostsError) as caught:
+        hosts.join(given, variables)
+    assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_flags_come_before_variables_and_variables_before_the_launcher():
+    variables = {"JAX_COORDINATOR_ADDRESS": "b:2", "JAX_NUM_PROCESSES": "4", "JAX_PROCESS_ID": "3"}
+    assert hosts._complete(Place("a:1", None, 0), variables) == Place("a:1", 4, 0)
+    variables = {"JAX_COORDINATOR_ADDRESS": "b:2", "OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_RANK": "1"}
+    assert hosts._complete(Place(), variables) == Place("b:2", 2, 1)
+
+
+def test_one_process_alone_does_not_connect(monkeypatch):
+    monkeypatch.setattr(hosts.jax.distributed, "initialize", lambda *_, **__: pytest.fail("connected"))
+    hosts.join(Place(), {})
+    hosts.join(Place("127.0.0.1:1", 1, 0), {})
+    assert os.getpid() and hosts.first()
