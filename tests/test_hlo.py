@@ -1,8 +1,6 @@
 """What the compiled step sends between devices: no images, no bank, each gradient once."""
 
-import math
 import os
-import re
 import subprocess
 import sys
 
@@ -11,25 +9,7 @@ import pytest
 from small import small_config
 
 from hexa_jax.build import make_trainer
-
-COLLECTIVE = re.compile(r"= (.+?) (all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter)(?:-start)?\(")
-SHAPE = re.compile(r"(\w+)\[([\d,]*)\]")
-
-
-def collectives(hlo):
-    """[(kind, dtype, elements, in a loop)] for each operand of each collective."""
-    bodies = set(re.findall(r"(?:body|condition)=%?([\w.\-]+)", hlo))
-    found, computation = [], ""
-    for line in hlo.splitlines():
-        header = re.match(r"(?:ENTRY )?%?([\w.\-]+) \(.*\{$", line)
-        if header:
-            computation = header[1]
-        match = COLLECTIVE.search(line)
-        if match:
-            for dtype, shape in SHAPE.findall(match[1]):
-                elements = math.prod(int(size) for size in shape.split(",") if size)
-                found.append((match[2], dtype, elements, computation in bodies))
-    return found
+from launch.program import CHIPS, collectives, estimated_cycles, microbatches_that_fit, too_large
 
 
 def compiled(trainer):
@@ -111,6 +91,51 @@ ENTRY %main (a: u8[2]) -> f32[8] {
         ("all-gather", "u8", 12288, False),
         ("all-gather", "f32", 1, False),
     ]
+
+
+def test_a_copy_of_a_collective_is_counted_once():
+    hlo = """
+%body (p: f32[8]) -> f32[8] {
+  %b = f32[8] all-reduce(%p), channel_id=7, to_apply=%add
+}
+ENTRY %main (a: f32[8]) -> f32[8] {
+  %b = f32[8] all-reduce(%a), channel_id=7, to_apply=%add
+  %w = f32[8] while(%b), condition=%c, body=%body
+  %c = f32[4] all-reduce(%b), channel_id=7, to_apply=%add
+  %d = bf16[4] all-reduce(%b), channel_id=8, to_apply=%add
+  %e = bf16[4] all-reduce(%b), channel_id=8, to_apply=%add
+}
+"""
+    found = sorted((kind, dtype, elements) for kind, dtype, elements, _ in collectives(hlo))
+    assert found == [("all-reduce", "bf16", 4)] * 2 + [("all-reduce", "f32", 4), ("all-reduce", "f32", 8)]
+
+
+def test_cycles_of_a_loop_count_as_often_as_it_runs():
+    hlo = """
+%inner (p: f32[8]) -> f32[8] {
+  %x = f32[8] fusion(%p), backend_config={"estimated_cycles":"10"}
+}
+%body (p: f32[8]) -> f32[8] {
+  %x = f32[8] fusion(%p), backend_config={"estimated_cycles":"100"}
+  %y = f32[8] while(%x), condition=%c, body=%inner, backend_config={"known_trip_count":{"n":"3"}}
+}
+ENTRY %main (a: f32[8]) -> f32[8] {
+  %x = f32[8] fusion(%a), backend_config={"estimated_cycles":"1000"}
+  %y = f32[8] while(%x), condition=%c, body=%body, backend_config={"known_trip_count":{"n":"4"}}
+}
+"""
+    assert estimated_cycles(hlo) == 1000 + 4 * (100 + 3 * 10)
+
+
+def test_what_does_not_fit():
+    message = "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 20.50G of 15.75G hbm. Exceeded by 4.75G."
+    assert too_large(message) == {"fits": False, "peak_bytes": int(20.5 * 2**30), "limit_bytes": int(15.75 * 2**30)}
+    assert too_large("INTERNAL: something else") is None
+    # 2 bytes stay and 18 shrink: at 4 microbatches 2 + 18 / 4 = 6.5 of 10, at 2 it is 11.
+    assert microbatches_that_fit(1, 20, 2, 10, [1, 2, 4, 8]) == 4
+    assert microbatches_that_fit(2, 20, 2, 10, [1, 2, 4, 8]) == 8
+    assert microbatches_that_fit(1, 20, 12, 10, [1, 2, 4]) is None
+    assert CHIPS["v5e"].memory == 16 * 2**30
 
 
 TPU_SCRIPT = """
