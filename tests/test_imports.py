@@ -44,6 +44,7 @@ LEVELS = {
     "runs": 6,
     "pretrain": 7,
     "main": 8,
+    "prepare": 1,
     "experiments": 8,
 }
 PURE = ("methods", "losses", "kmeans", "models", "views", "objective", "microbatch", "whole_step")

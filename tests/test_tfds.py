@@ -103,7 +103,7 @@ def read_class_names(data_dir) -> list[str]:
 
 def test_errors_are_one_line_that_says_what_to_do(tmp_path, prepared, miniature):
     cases = {
-        "imagenet2012": (tmp_path, r"is not prepared in .*download_and_prepare"),
+        "imagenet2012": (tmp_path, r"is not prepared in .*python -m hexa_jax.prepare imagenet2012 --data_dir="),
         "imagenet2012:tset": (prepared, r"has no split 'tset' \(it has: train, validation\)"),
         "imagenet2012:4.0.0": (prepared, "is not prepared"),
         ":": (prepared, "use tfds:NAME"),

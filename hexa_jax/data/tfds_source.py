@@ -37,11 +37,10 @@ class TfdsSource:
         try:
             builder = tfds.core.read_only_builder.builder_from_files(self._name, data_dir=self._data_dir)
         except tfds.core.DatasetNotFoundError:
-            where = f", data_dir={self._data_dir!r}" if self._data_dir else ""
+            where = f" --data_dir={self._data_dir}" if self._data_dir else ""
             raise DataError(
-                f"tfds:{self._name} is not prepared in {self._data_dir or 'the data directory of tfds'}: run python -c "
-                f'"import tensorflow_datasets as t; t.builder({self._name!r}{where}, '
-                "file_format='array_record').download_and_prepare()\" (after pip install 'hexa_jax[prepare]')"
+                f"tfds:{self._name} is not prepared in {self._data_dir or 'the data directory of tfds'}: run "
+                f"python -m hexa_jax.prepare {self._name}{where} (after pip install 'hexa_jax[prepare]')"
             ) from None
         except (ValueError, OSError) as error:
             raise DataError(f"tfds:{self._name} cannot be opened: {one_line(error)}") from None
