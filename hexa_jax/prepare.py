@@ -3,7 +3,7 @@
 python -m hexa_jax.prepare imagenet2012 --manual_dir=DIR [--data_dir=DIR]      any data set of tfds, by its name
 python -m hexa_jax.prepare folder:DIR --name=NAME [--data_dir=DIR]             a folder of images, one sub-folder per class or none
 
---data_dir    where it goes; by default TFDS_DATA_DIR, or ~/tensorflow_datasets; may be gs://BUCKET/PATH
+--data_dir    where it goes; by default TFDS_DATA_DIR, or ~/tensorflow_datasets
 --manual_dir  where you put the archives that tfds may not download (ImageNet: ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar)
 --name        of the new data set: lower case, digits and underscores; --config.data.source=tfds:NAME reads it
 
