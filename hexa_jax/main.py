@@ -31,7 +31,7 @@ from hexa_jax.evals.tables import tables
 from hexa_jax.pretrain import pretrain
 from hexa_jax.stops import Diverged, Terminated
 from hexa_jax.weights import WeightsError
-from hexa_jax.workdir import WorkdirError, abandon, open_workdir
+from hexa_jax.workdir import WorkdirError, abandon, held, open_workdir
 
 USER_ERRORS = (hosts.HostsError, ConfigError, DataError, WorkdirError, CheckpointError, WeightsError)
 TASKS = {
@@ -60,12 +60,13 @@ def main(argv: list[str]) -> int:
         if config.precision == "float64":
             jax.config.update("jax_enable_x64", True)
         hosts.join(place)
-        workdir = open_workdir(folder, config, extend=extend)
-        try:
-            TASKS[config.task](config, workdir)
-        except USER_ERRORS:
-            abandon(workdir)
-            raise
+        with held(folder):
+            workdir = open_workdir(folder, config, extend=extend)
+            try:
+                TASKS[config.task](config, workdir)
+            except USER_ERRORS:
+                abandon(workdir)
+                raise
     except USER_ERRORS as error:
         return _stop(error, 2)
     except OSError as error:

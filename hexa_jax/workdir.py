@@ -1,11 +1,14 @@
 """The folder of a run: its config, metrics, TensorBoard events and result, all written so that a crash leaves them readable."""
 
+import contextlib
 import difflib
+import fcntl
 import json
 import logging
 import os
 import pathlib
-from collections.abc import Callable
+import socket
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -14,6 +17,9 @@ from ml_collections import ConfigDict
 from hexa_jax import hosts
 
 logging.getLogger("tensorboardX").setLevel(logging.ERROR)
+
+
+LOCK = ".lock"
 
 
 class WorkdirError(ValueError):
@@ -74,7 +80,7 @@ def open_workdir(path: str, config: ConfigDict, *, extend: bool = False) -> path
     Raises:
         WorkdirError: not writable, or another config lies there (runtime settings aside).
     """
-    workdir = pathlib.Path(path).expanduser().absolute()
+    workdir = _absolute(path)
     now = flatten(config.to_dict())
     saved = workdir / "config.json"
     try:
@@ -94,6 +100,40 @@ def open_workdir(path: str, config: ConfigDict, *, extend: bool = False) -> path
     return workdir
 
 
+@contextlib.contextmanager
+def held(path: str) -> Iterator[None]:
+    """Makes a workdir and keeps other runs out of it, by a lock that the system frees however the process ends.
+
+    Raises:
+        WorkdirError: it cannot be made, or another run is in there.
+    """
+    workdir = _absolute(path)
+    if not hosts.first():
+        yield
+        return
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        file = (workdir / LOCK).open("a+")
+    except OSError as error:
+        raise WorkdirError(f"cannot write to workdir {workdir}: {error.strerror or error}") from None
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            raise WorkdirError(f"workdir {workdir} is in use by {file.read().strip() or 'another run'}") from None
+        except OSError as error:  # a file system without locks
+            logging.warning("cannot lock %s (%s): do not start two runs in it", workdir, error.strerror or error)
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}")
+        file.flush()
+        yield
+
+
+def _absolute(path: str) -> pathlib.Path:
+    return pathlib.Path(path).expanduser().absolute()
+
+
 def abandon(path: pathlib.Path) -> None:
     """Undo `open_workdir` after a mistake, so that the corrected command may use the folder; a run that began stays."""
     began = [
@@ -103,7 +143,8 @@ def abandon(path: pathlib.Path) -> None:
         *path.glob("*/checkpoints"),
     ]
     if not began and hosts.first():
-        (path / "config.json").unlink(missing_ok=True)
+        for name in ("config.json", LOCK):
+            (path / name).unlink(missing_ok=True)
         if not any(path.iterdir()):
             path.rmdir()
 

@@ -21,6 +21,7 @@ from command_line import (
 )
 
 from hexa_jax import main
+from hexa_jax.workdir import LOCK
 
 
 def one_line(ended):
@@ -278,7 +279,8 @@ def used(tmp_path):
 
 
 def contents(folder):
-    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    """Files but the lock, which names the process that was there last."""
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file() and path.name != LOCK}
 
 
 def test_workdir_of_another_config(used, mistake):

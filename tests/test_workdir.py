@@ -4,6 +4,8 @@ import json
 import logging
 import os
 import pathlib
+import subprocess
+import sys
 
 import jax.numpy as jnp
 import numpy as np
@@ -11,7 +13,7 @@ import pytest
 
 import configs.common
 from hexa_jax import workdir
-from hexa_jax.workdir import Metrics, WorkdirError, abandon, closest, flatten, open_workdir, write_json
+from hexa_jax.workdir import Metrics, WorkdirError, abandon, closest, flatten, held, open_workdir, write_json
 
 
 @pytest.fixture
@@ -195,3 +197,33 @@ def test_closest():
 def test_flatten():
     nested = {"a": {"b": (1, 2), "c": {"d": None}}, "e": 0.5}
     assert flatten(nested) == {"a.b": [1, 2], "a.c.d": None, "e": 0.5}
+
+
+# ---- One run at a time -------------------------------------------------------------------------------------------------
+
+
+def test_a_second_run_is_refused_until_the_first_ends_however_it_ends(tmp_path):
+    folder = tmp_path / "run"
+    code = f"""
+import sys, time
+from hexa_jax.workdir import held
+with held({str(folder)!r}):
+    print("in", flush=True)
+    time.sleep(600)
+"""
+    other = subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, cwd=pathlib.Path(__file__).parent.parent
+    )
+    try:
+        assert other.stdout.readline() == "in\n"
+        with pytest.raises(WorkdirError, match=f"is in use by process {other.pid} on ") as caught, held(str(folder)):
+            pytest.fail("two runs in one workdir")
+        assert "\n" not in str(caught.value)
+    finally:
+        other.kill()
+        other.wait()
+    with held(str(folder)):
+        pass
+    with held(str(folder)):  # and again
+        abandon(folder)
+    assert not folder.exists()
