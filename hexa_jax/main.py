@@ -20,6 +20,7 @@ from hexa_jax import hosts
 from hexa_jax.build import ConfigError
 from hexa_jax.checkpoint import CheckpointError
 from hexa_jax.command import parse_command
+from hexa_jax.data.pipeline import InputLost
 from hexa_jax.data.source import DataError
 from hexa_jax.evals.features_task import features
 from hexa_jax.evals.finetune import finetune
@@ -71,7 +72,7 @@ def main(argv: list[str]) -> int:
         return _stop(error, 2)
     except OSError as error:
         return _stop(f"{error.filename or 'input or output'}: {error.strerror or error}", 2)
-    except Diverged as error:
+    except (Diverged, InputLost) as error:
         return _stop(error, 1)
     except jax.errors.JaxRuntimeError as error:
         if jax.process_count() == 1:

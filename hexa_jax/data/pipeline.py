@@ -24,6 +24,7 @@ from hexa_jax.mesh import Layout, place
 from hexa_jax.methods.base import Batch
 
 ORDER_STREAM, SHUFFLE_STREAM = 1, 2
+WORKER_DEATHS = 3  # after which a run gives up
 
 
 @functools.lru_cache(maxsize=2)
@@ -197,8 +198,40 @@ def resident_images(source: Any, bad_images: BadImages, max_failures: int) -> np
     return images
 
 
+class InputLost(RuntimeError):
+    """Data workers keep dying; one line."""
+
+
 def host_iterator(steps: HostSteps, start: int, workers: int, threads: int, buffer: int) -> Iterator[dict]:
-    """Elements `start`, `start` + 1, ... of the steps, read ahead by grain in threads or worker processes."""
+    """Elements `start`, `start` + 1, ... of the steps, read ahead by grain in threads or worker processes.
+
+    An element is a function of its number, so when a worker process dies (the system kills the largest when memory is short), new
+    ones begin where it was missed.
+
+    Raises:
+        InputLost: that happened more than WORKER_DEATHS times.
+    """
+    position, deaths = start, 0
+    while True:
+        try:
+            for element in _grain(steps, position, workers, threads, buffer):
+                position += 1
+                yield element
+            return
+        except RuntimeError as error:
+            if "terminated unexpectedly" not in str(error):
+                raise
+            deaths += 1
+            reason = str(error).splitlines()[0]
+            if deaths > WORKER_DEATHS:
+                raise InputLost(
+                    f"{reason} It is the {deaths}th; the same command resumes from the last checkpoint. If memory is "
+                    "short, use fewer config.runtime.workers or a smaller config.runtime.prefetch"
+                ) from None
+            logging.warning("%s Starting workers again at element %d", reason, position)
+
+
+def _grain(steps: HostSteps, start: int, workers: int, threads: int, buffer: int) -> Iterator[dict]:
     dataset = grain.MapDataset.source(steps)[start:]
     options = grain.ReadOptions(num_threads=max(threads, 1), prefetch_buffer_size=max(buffer, 1))
     if workers:
