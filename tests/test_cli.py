@@ -161,6 +161,7 @@ def test_arrays_on_the_device(tmp_path):
     assert "linear probe" in ended.stdout
 
 
+@pytest.mark.slow  # tests/faults has the same with a worker that is killed on the way
 def test_worker_processes_give_the_same_run(tmp_path):
     workdir, _ = finished("deepcluster")
     ended = run(arguments("deepcluster", tmp_path / "run", **{"runtime.workers": 2}))

@@ -98,6 +98,7 @@ def test_four_microbatches_do_what_four_devices_do(alone, tmp_path, kind):
     assert_same(what_was_learned(tmp_path), what_was_learned(alone[kind]))
 
 
+@pytest.mark.slow  # two minutes
 def test_sigterm_to_one_stops_both_and_one_process_goes_on(alone, tmp_path):
     words = arguments("deepcluster", tmp_path, **KINDS["deepcluster"])
     first, second = start_pair(words)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from small import SmallRun, largest_difference, small_config
 
-METHODS = ("moco", "simclr", "deepcluster", "swav", "rotation")
+METHODS = ("moco", "simclr", "deepcluster", "swav")
 LAYOUTS = {"8 devices": (8, 1), "4 microbatches": (1, 4)}
 
 
@@ -15,6 +15,14 @@ def reference():
     """Four float64 steps (two epochs) on one device, per method."""
     with jax.enable_x64(True):
         return {method: SmallRun(small_config(method)).train(4) for method in METHODS}
+
+
+@pytest.mark.slow  # its pseudo-labels are drawn example by example, so less can go wrong than in the others
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_layout_does_not_change_rotation(layout, x64):
+    devices, microbatches = LAYOUTS[layout]
+    one = SmallRun(small_config("rotation")).train(4)
+    test_the_layout_does_not_change_the_run({"rotation": one}, "rotation", layout, None)
 
 
 @pytest.mark.parametrize("method", METHODS)
