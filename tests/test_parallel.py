@@ -20,7 +20,6 @@ def reference():
 @pytest.mark.slow  # its pseudo-labels are drawn example by example, so less can go wrong than in the others
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_the_layout_does_not_change_rotation(layout, x64):
-    devices, microbatches = LAYOUTS[layout]
     one = SmallRun(small_config("rotation")).train(4)
     test_the_layout_does_not_change_the_run({"rotation": one}, "rotation", layout, None)
 
