@@ -14,6 +14,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 HEARTBEAT_SECONDS = 30  # how long a process may be silent before the others give up
+TPU_VM = "Cloud TPU"
 VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 
 
@@ -54,6 +55,8 @@ def join(given: Place, environment: Mapping[str, str] = os.environ) -> None:
             place.coordinator, place.num_processes, place.process_id, heartbeat_timeout_seconds=HEARTBEAT_SECONDS
         )
     except (RuntimeError, ValueError, TypeError) as error:
+        if launched == TPU_VM and place == Place() and isinstance(error, ValueError):
+            return  # a TPU without the cloud's metadata, as in Colab: jax finds no others, so there are none
         raise HostsError(
             f"cannot join the other processes at {place.coordinator or launched}: {_line(error)}"
         ) from None
@@ -91,7 +94,7 @@ def launcher(environment: Mapping[str, str]) -> str | None:
         return "GKE"
     chips = any(pathlib.Path("/dev").glob("accel[0-9]*")) or pathlib.Path("/dev/vfio/0").exists()
     if chips and "TPU_SKIP_MDS_QUERY" not in environment and "TPU_WORKER_HOSTNAMES" not in environment:
-        return "Cloud TPU"
+        return TPU_VM
     return None
 
 

@@ -172,6 +172,19 @@ def test_flags_come_before_variables_and_variables_before_the_launcher():
     assert hosts._complete(Place(), variables) == Place("b:2", 2, 1)
 
 
+def test_a_tpu_without_metadata_is_alone_but_a_pod_that_does_not_answer_is_an_error(monkeypatch):
+    def initialize(*_, **__):
+        raise problem
+
+    monkeypatch.setattr(hosts.jax.distributed, "initialize", initialize)
+    monkeypatch.setattr(hosts, "launcher", lambda environment: hosts.TPU_VM)
+    problem = ValueError("coordinator_address should be defined.")
+    hosts.join(Place(), {})
+    problem = RuntimeError("DEADLINE_EXCEEDED: Barrier timed out.")
+    with pytest.raises(HostsError, match="cannot join the other processes at Cloud TPU: DEADLINE_EXCEEDED"):
+        hosts.join(Place(), {})
+
+
 def test_one_process_alone_does_not_connect(monkeypatch):
     monkeypatch.setattr(hosts.jax.distributed, "initialize", lambda *_, **__: pytest.fail("connected"))
     hosts.join(Place(), {})

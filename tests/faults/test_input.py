@@ -1,12 +1,65 @@
 """What feeds a run breaks: its worker processes, its record files. It goes on with the same numbers, or stops in one line."""
 
 import os
+import shutil
 import signal
 import subprocess
+import sys
 
 import numpy as np
 import pytest
-from command_line import arguments, final_state, finish, finished, run_until, start
+from command_line import arguments, environment, final_state, finish, finished, image_folder, run_until, start
+
+from hexa_jax.data.decode import BadImage, decode
+from hexa_jax.data.sources import DataError, make_source
+
+
+@pytest.fixture(scope="module")
+def records(tmp_path_factory):
+    """A folder of images packed as ArrayRecord: (data_dir, its one file, how many there are)."""
+    root = tmp_path_factory.mktemp("records")
+    image_folder(root / "photos", count=40)
+    command = [sys.executable, "-W", "ignore", "-m", "hexa_jax.prepare", f"folder:{root}/photos", "--name=photos"]
+    env = environment() | {"TF_CPP_MIN_LOG_LEVEL": "3", "CUDA_VISIBLE_DEVICES": ""}
+    subprocess.run([*command, f"--data_dir={root}/data"], check=True, capture_output=True, env=env, timeout=300)
+    (file,) = (root / "data").rglob("*.array_record*")
+    return root / "data", file, 40
+
+
+def damaged(records, folder, change):
+    """A copy of the data set whose record file `change` has rewritten."""
+    data_dir, file, _ = records
+    shutil.copytree(data_dir, folder)
+    copy = folder / file.relative_to(data_dir)
+    copy.write_bytes(change(bytearray(copy.read_bytes())))
+    return str(folder)
+
+
+def flipped(data):
+    data[len(data) // 3] ^= 0xFF
+    return data
+
+
+@pytest.mark.parametrize(
+    "change", [flipped, lambda data: data[: len(data) // 2], lambda data: b""], ids=["flipped", "truncated", "empty"]
+)
+def test_a_damaged_record_file_is_told(records, tmp_path, change):
+    """Each example is read, or told by its number; or the file as a whole is refused in one line."""
+    data_dir = damaged(records, tmp_path / "data", change)
+    missed = 0
+    try:
+        source = make_source("tfds:photos", data_dir=data_dir)
+        assert len(source) == 40
+        for index in range(40):
+            try:
+                decode(source[index]["image"], source.name(index))
+            except BadImage as error:
+                missed += 1
+                assert f"tfds:photos:train, index {index}" in str(error) and "\n" not in str(error)
+    except DataError as error:
+        missed += 1
+        assert "tfds:photos" in str(error) and "\n" not in str(error)
+    assert missed  # a flipped byte is noticed: records have checksums
 
 
 def workers_of(process):

@@ -1,0 +1,93 @@
+"""Spherical k-means beside faiss on the same cores: seconds of all iterations, and the objective that each reaches.
+
+python benchmarks/kmeans.py [--points=200000] [--dim=128] [--clusters=1000] [--iterations=10] [--repeats=3]
+
+Both begin from the same centroids and see the same unit vectors (a mixture of as many bumps as there are clusters). faiss is left
+out where it is not installed (pip install faiss-cpu). Turns alternate: quote the ratio.
+"""
+
+import argparse
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from hexa_jax.kmeans import spherical_kmeans
+
+
+def mixture(points: int, dim: int, bumps: int) -> np.ndarray:
+    """float32 [points, dim] unit vectors around random directions."""
+    rng = np.random.default_rng(0)
+    centres = rng.normal(size=(bumps, dim)).astype(np.float32)
+    x = centres[rng.integers(0, bumps, points)] + 1.2 * rng.normal(size=(points, dim)).astype(np.float32)
+    return x / np.linalg.norm(x, axis=1, keepdims=True)
+
+
+def faiss_turn(x: np.ndarray, init: np.ndarray, iterations: int) -> Callable[[], np.ndarray]:
+    """A function that clusters once and returns the centroids."""
+    import faiss
+
+    def run() -> np.ndarray:
+        settings = {
+            "niter": iterations,
+            "spherical": True,
+            "min_points_per_centroid": 1,
+            "max_points_per_centroid": len(x),
+        }
+        kmeans: Any = faiss.Kmeans(x.shape[1], len(init), **settings)
+        kmeans.train(x, init_centroids=init)
+        return kmeans.centroids
+
+    return run
+
+
+def objective(x: np.ndarray, centroids: np.ndarray) -> float:
+    """Mean cosine of the points with their nearest centroid."""
+    unit = centroids / np.maximum(np.linalg.norm(centroids, axis=1, keepdims=True), 1e-12)
+    return float(np.mean([(part @ unit.T).max(axis=1).mean() for part in np.array_split(x, 20)]))
+
+
+def main(argv: list[str]) -> int:
+    """Measure and print; returns the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name, default in (("points", 200_000), ("dim", 128), ("clusters", 1000), ("iterations", 10), ("repeats", 3)):
+        parser.add_argument(f"--{name}", type=int, default=default)
+    options = parser.parse_args(argv[1:])
+    x = mixture(options.points, options.dim, options.clusters)
+    init = x[np.random.default_rng(1).choice(len(x), options.clusters, replace=False)]
+    on_device, first = jnp.asarray(x), jnp.asarray(init)
+    cluster = jax.jit(
+        lambda x, init: (
+            spherical_kmeans(jax.random.key(0), x, options.clusters, options.iterations, init=init).centroids
+        )
+    )
+    turns = {"hexa_jax": lambda: np.asarray(cluster(on_device, first))}
+    try:
+        turns["faiss"] = faiss_turn(x, init, options.iterations)
+    except ImportError:
+        print("no faiss here: pip install faiss-cpu", file=sys.stderr)
+    seconds: dict[str, list[float]] = {name: [] for name in turns}
+    centroids = {}
+    for turn in range(options.repeats + 1):
+        for name, run in turns.items():
+            begin = time.perf_counter()
+            centroids[name] = run()
+            if turn:  # the first one compiles
+                seconds[name].append(time.perf_counter() - begin)
+    device = jax.devices()[0].device_kind
+    print(f"{options.points} x {options.dim}, {options.clusters} clusters, {options.iterations} iterations, {device}")
+    for name, values in seconds.items():
+        ratio = statistics.median(values) / statistics.median(seconds["hexa_jax"])
+        print(
+            f"{name:10}{statistics.median(values):8.2f} s  x {ratio:.2f}  objective {objective(x, centroids[name]):.5f}"
+        )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv))
