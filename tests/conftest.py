@@ -41,12 +41,17 @@ def hexa_data():
 # Files of many minutes, longest first: workers take files in this order, and none is left alone with one at the end.
 LONG = (
     "test_parallel",
+    "test_hosts",
     "test_cli",
     "test_resume",
     "test_experiments",
     "test_configs",
     "test_bad_input",
     "test_objective",
+    "test_notebooks",
+    "test_hlo",
+    "test_official_data",
+    "test_evaluations",
 )
 
 

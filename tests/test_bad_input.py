@@ -94,6 +94,7 @@ def small_disk(tmp_path):
     subprocess.run(["umount", "--lazy", str(folder)], check=True)
 
 
+@pytest.mark.slow  # tests/test_checkpoint.py fills a disk, too
 def test_full_disk_in_a_process(small_disk):
     finished("deepcluster")
     words = arguments("deepcluster", small_disk / "run", **{"runtime.keep_last": 100})

@@ -114,6 +114,7 @@ def test_a_grid_runs_once_and_goes_on_after_a_failure(tmp_path):
     assert other.returncode == 2 and "use another --workdir" in other.stderr
 
 
+@pytest.mark.slow
 def test_gallery_shows_what_the_attack_does(tmp_path):
     done = experiment(tmp_path, "fig1", "--methods=swav", *SMALL)
     assert done.returncode == 0, done.stdout + done.stderr

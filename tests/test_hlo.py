@@ -70,7 +70,11 @@ def traffic_config(method, microbatches, precision="float32"):
     )
 
 
-@pytest.mark.parametrize(("method", "microbatches"), [("moco", 1), ("deepcluster", 4), ("simclr", 4), ("swav", 1)])
+@pytest.mark.parametrize(
+    ("method", "microbatches"),
+    [("moco", 1), ("deepcluster", 4)]
+    + [pytest.param(*case, marks=pytest.mark.slow) for case in (("simclr", 4), ("swav", 1))],
+)
 def test_only_gradients_and_embeddings_travel(method, microbatches):
     trainer = make_trainer(traffic_config(method, microbatches), 1024, jax.devices())
     assert check_traffic(trainer, *compiled(trainer)) == {"f32"}

@@ -78,11 +78,12 @@ def test_cifar_is_read_byte_for_byte(cifar):
     assert make_source("tfds:cifar10:test", data_dir=str(data_dir)).class_names[3] == "kind3"
 
 
-@pytest.mark.parametrize("name", ["linear_cifar.py:dataset=cifar100", "linear_cifar.py"])
-def test_cifar_probe(cifar, tmp_path, name):
-    """The configs name the data themselves."""
-    result = evaluate(name, tmp_path, epochs=1, batch_size=4, **{"runtime.data_dir": cifar[0]})
-    assert (result["train_images"], result["test_images"]) == ((8, 8) if "100" in name else (40, 8))
+def test_cifar_probe(cifar, tmp_path):
+    """The config names the data itself."""
+    result = evaluate(
+        "linear_cifar.py:dataset=cifar100", tmp_path, epochs=1, batch_size=4, **{"runtime.data_dir": cifar[0]}
+    )
+    assert (result["train_images"], result["test_images"]) == (8, 8)
     assert 0 <= result["accuracy"] <= 100
 
 

@@ -50,7 +50,7 @@ def test_the_reference_run_learns_and_uses_its_views(reference):
     assert (reference["deepcluster"].method.assignments >= 0).sum() == 2 * 64  # two heads, 70 images in batches of 32
 
 
-@pytest.mark.parametrize("method", ["moco", "swav"])
+@pytest.mark.parametrize("method", ["moco", pytest.param("swav", marks=pytest.mark.slow)])
 def test_first_gradients_agree_in_float32_given_the_same_adversarial_input(method):
     """A last-bit difference flips the attack's signs in float32, so alpha1 is 0 and the attack is compared in float64."""
     gradients = []
@@ -63,7 +63,7 @@ def test_first_gradients_agree_in_float32_given_the_same_adversarial_input(metho
     np.testing.assert_allclose(gradients[1], gradients[0], rtol=0, atol=1e-5 * np.abs(gradients[0]).max())
 
 
-@pytest.mark.parametrize("method", ["deepcluster", "simclr"])
+@pytest.mark.parametrize("method", ["deepcluster", pytest.param("simclr", marks=pytest.mark.slow)])
 def test_sharing_the_clean_backward_gives_the_same_gradients(method, x64):
     """With attack_branch=main the attack's gradient is that of the clean pass: taking it from there changes nothing."""
     states = [
@@ -73,6 +73,7 @@ def test_sharing_the_clean_backward_gives_the_same_gradients(method, x64):
     assert largest_difference(states[0].params, states[1].params) < 1e-12
 
 
+@pytest.mark.slow  # one step and no random start, which the layouts above attack with, need less
 def test_attacks_through_a_live_dictionary_are_exact_in_microbatches(x64):
     """SimCLR's attack needs the embeddings of the whole step, at each of its points."""
     settings = {"scheme": "std+adv+cmxA", "views.steps": 2, "views.random_start": True, "views.epsilon": 4.0}

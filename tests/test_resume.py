@@ -53,7 +53,7 @@ def check_same_run(workdir, expected):
     assert results[0] == results[1]
 
 
-@pytest.mark.parametrize("kind", ["deepcluster", "moco"])
+@pytest.mark.parametrize("kind", ["deepcluster", pytest.param("moco", marks=pytest.mark.slow)])
 def test_killed_then_terminated_then_finished(kind, tmp_path):
     expected, _ = finished(kind)
     words = arguments(kind, tmp_path / "run")
@@ -107,6 +107,7 @@ def test_starting_a_finished_run_again_changes_nothing(tmp_path):
     check_same_run(tmp_path / "run", expected)
 
 
+@pytest.mark.slow
 def test_more_epochs_need_extend(tmp_path, capsys):
     expected, _ = finished("moco")
     shutil.copytree(expected, tmp_path / "run")
