@@ -80,6 +80,8 @@ class TfdsSource:
         except (ValueError, RuntimeError) as error:
             raise BadImage(self.name(index), f"unreadable record: {one_line(error)}") from None
         image = {"image": example[self._image_key]}
+        if image["image"] is None:  # what is left of a record whose file was cut off
+            raise BadImage(self.name(index), "unreadable record: it is empty")
         return {**image, "label": int(example[self._label_key])} if self._label_key else image
 
     def name(self, index: int) -> str:
@@ -88,7 +90,8 @@ class TfdsSource:
     def labels(self) -> np.ndarray | None:
         """int32 [N], or None. The first call reads every record, as labels lie beside images: 140 GB of ImageNet."""
         if self._labels is None and self._label_key is not None:
-            self._labels = np.array([self.record(i)[self._label_key] for i in range(len(self))], np.int32)
+            found = (self.record(i)[self._label_key] for i in range(len(self)))
+            self._labels = np.array([-1 if label is None else label for label in found], np.int32)
         return self._labels
 
     def __getstate__(self) -> dict[str, Any]:

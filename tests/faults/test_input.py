@@ -36,7 +36,8 @@ def damaged(records, folder, change):
 
 
 def flipped(data):
-    data[len(data) // 3] ^= 0xFF
+    used = np.flatnonzero(np.frombuffer(bytes(data), np.uint8))  # the rest is padding
+    data[used[len(used) // 2]] ^= 0xFF
     return data
 
 
