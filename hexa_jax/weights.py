@@ -249,7 +249,9 @@ def _load_torch(path: str) -> Mapping[str, Any]:
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        raise WeightsError(f"{path} cannot be read as weights alone (weights_only): {_one_line(error)}") from None
+        # torch's own text advises to run whatever the file holds.
+        reason = _one_line(error).partition("Weights only load failed")[0] or "damaged, or it holds more than tensors"
+        raise WeightsError(f"{path} cannot be read as weights alone (weights_only): {reason}") from None
 
 
 def _flat(loaded: Any, path: str) -> Arrays:

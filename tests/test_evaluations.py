@@ -100,12 +100,15 @@ def test_table_sets_random_weights_and_the_paper_beside(run, tmp_path, capsys):
 def test_mistakes_are_one_line(run, tmp_path, capsys):
     truncated = tmp_path / "weights.safetensors"
     truncated.write_bytes(b"\x10\x00\x00\x00")
+    other = tmp_path / "features.npz"  # of an evaluation
+    np.savez(other, features=np.zeros((3, 4), np.float32), labels=np.zeros(3, np.int32))
     flat = tmp_path / "flat"
     image_folder(flat, by_class=False, count=3)
     cases = {
         "config.checkpoint is missing": ("knn.py", "", DATA),
         "is neither a file nor the workdir": ("knn.py", tmp_path / "nothing", DATA),
         f"{truncated} cannot be read": ("knn.py", truncated, DATA),
+        f"{other}: no ResNet's conv1.weight among 2 arrays": ("knn.py", other, DATA),
         "has no labels": ("knn.py", run, DATA | {"data.eval_source": f"folder:{flat}"}),
         "config.format='csv' is not known": ("features.py:format=csv", run, {}),
         "no data to evaluate on": ("all.py", run, {}),

@@ -115,7 +115,10 @@ def random_backbone(
 
 def _from_file(path: pathlib.Path) -> Backbone:
     arrays = read_weights(str(path))
-    architecture = architecture_of(arrays)
+    try:
+        architecture = architecture_of(arrays)
+    except WeightsError as error:
+        raise WeightsError(f"{path}: {error}") from None
     resnet = make_resnet(f"resnet{architecture.depth}", architecture.base_channels, stem=architecture.stem)
     network = Network(resnet, None, *_pixel_statistics(path), normalize=False)
     try:
