@@ -4,7 +4,7 @@ import time
 
 import numpy as np
 import pytest
-from command_line import arguments, final_state, lines, run, run_until, start
+from command_line import arguments, final_state, finish, lines, run_until, start
 
 KILLS = 20
 LONG = {"epochs": 60, "runtime.checkpoint_every": 1}  # 240 steps, each with a checkpoint: many kills fall into a write
@@ -14,7 +14,7 @@ LONG = {"epochs": 60, "runtime.checkpoint_every": 1}  # 240 steps, each with a c
 @pytest.mark.parametrize("kind", ["deepcluster", "moco"])
 def test_killed_at_twenty_random_moments(tmp_path, kind):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    assert run(arguments(kind, whole, **LONG), timeout=600).code == 0
+    assert finish(start(arguments(kind, whole, **LONG)), timeout=600).code == 0
     rng, ended_at = np.random.default_rng(3), []
     for _ in range(KILLS):
         process = start(arguments(kind, killed, **LONG))
@@ -24,7 +24,7 @@ def test_killed_at_twenty_random_moments(tmp_path, kind):
         process.communicate()
         ended_at.append(final_state(killed)[0] if any(killed.glob("checkpoints/*/MANIFEST.json")) else 0)
     assert ended_at == sorted(ended_at) and ended_at[-1] < 240, ended_at  # always forward, and still not done
-    assert run(arguments(kind, killed, **LONG), timeout=600).code == 0
+    assert finish(start(arguments(kind, killed, **LONG)), timeout=600).code == 0
     (step, state), (wanted_step, wanted) = final_state(killed), final_state(whole)
     assert step == wanted_step == 240
     for name, leaf in wanted.items():
