@@ -51,6 +51,16 @@ def epoch_steps(base: float, milestones: Sequence[int], decay: float, steps_per_
     return schedule
 
 
+def warmed_up(schedule: Schedule, steps: int, start: float) -> Schedule:
+    """A schedule whose first `steps` are scaled by a factor that grows linearly from `start` to 1 (detectron2's WarmupParamScheduler)."""
+
+    def warm(step: jax.Array) -> jax.Array:
+        share = jnp.minimum(step / max(steps, 1), 1.0)
+        return schedule(step) * (start + (1 - start) * share if steps else 1.0)
+
+    return warm
+
+
 def adam(learning_rate: float | Schedule, weight_decay: float) -> optax.GradientTransformation:
     """torch's Adam: weight decay as part of the gradient."""
     return optax.chain(optax.add_decayed_weights(weight_decay), optax.adam(learning_rate))

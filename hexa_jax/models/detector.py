@@ -111,6 +111,7 @@ class Detector(nn.Module):
         num_classes: C.
         pixel_mean: per-channel mean of the pixels in [0, 1].
         pixel_std: per-channel standard deviation.
+        frozen_stages: how many of the backbone's stem and four stages read running statistics in training, too.
         pyramid_norm: BatchNorm in the pyramid.
         head_norm: BatchNorm in the box head.
         dtype: compute precision of pyramid and heads.
@@ -120,6 +121,7 @@ class Detector(nn.Module):
     num_classes: int
     pixel_mean: tuple[float, float, float]
     pixel_std: tuple[float, float, float]
+    frozen_stages: int = 0
     pyramid_norm: bool = False
     head_norm: bool = False
     dtype: jnp.dtype = jnp.float32
@@ -156,7 +158,8 @@ class Detector(nn.Module):
         """
         if images.shape[1] % STRIDE or images.shape[2] % STRIDE:
             raise ValueError(f"detection needs sides that are multiples of {STRIDE}, not {images.shape[1:3]}")
-        return self.fpn(self.backbone.stages(self.normalised(images, sizes), backbone_mode), mode)
+        stages = self.backbone.stages(self.normalised(images, sizes), backbone_mode, self.frozen_stages)
+        return self.fpn(stages, mode)
 
     def proposals(self, pyramid: Sequence[jax.Array]) -> list[tuple[jax.Array, jax.Array]]:
         """`ProposalHead` of each map, with shared weights."""

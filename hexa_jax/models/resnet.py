@@ -10,7 +10,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from hexa_jax.models.norm import BatchNorm, NormMode
+from hexa_jax.models.norm import EVALUATION, BatchNorm, NormMode
 
 STAGES = {10: (1, 1, 1, 1), 18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3)}
 STEMS = ("imagenet", "cifar")
@@ -95,12 +95,13 @@ class ResNet(nn.Module):
         return nn.avg_pool(last, window).reshape(len(last), -1)
 
     @nn.compact
-    def stages(self, x: jax.Array, mode: NormMode) -> Sequence[jax.Array]:
-        """Feature maps of the four stages, [N, H, W, C] each."""
+    def stages(self, x: jax.Array, mode: NormMode, frozen: int = 0) -> Sequence[jax.Array]:
+        """Feature maps of the four stages, [N, H, W, C] each; the first `frozen` of stem and stages read running statistics."""
+        modes = [EVALUATION] * frozen + [mode] * (5 - frozen)
         x = x.astype(self.dtype)
         size, stride = (7, 2) if self.stem == "imagenet" else (3, 1)
         x = _conv(self.base_channels, size, stride, self.dtype, "conv1")(x)
-        x = nn.relu(BatchNorm(self.dtype, self.auxiliary_norm, name="bn1")(x, mode))
+        x = nn.relu(BatchNorm(self.dtype, self.auxiliary_norm, name="bn1")(x, modes[0]))
         if self.stem == "imagenet":
             x = nn.max_pool(x, (3, 3), strides=(2, 2), padding=((1, 1), (1, 1)))
         maps = []
@@ -114,7 +115,7 @@ class ResNet(nn.Module):
                     auxiliary_norm=self.auxiliary_norm,
                     zero_init_residual=self.zero_init_residual,
                     name=f"layer{stage + 1}_{i}",
-                )(x, mode)
+                )(x, modes[stage + 1])
             maps.append(x)
         return maps
 

@@ -1,0 +1,101 @@
+"""The loop of evaluations that train: resume, step, log, evaluate after each epoch, save, stop when asked to."""
+
+import dataclasses
+import pathlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from hexa_jax.checkpoint import Checkpoints
+from hexa_jax.progress import Clock, say
+from hexa_jax.stops import Diverged, Interruptible, Terminated
+from hexa_jax.workdir import Metrics
+
+Results = dict[str, float]
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainingLoop:
+    """What stays the same from step to step.
+
+    Attributes:
+        config: its `batch_size` and `runtime` are read.
+        folder: of checkpoints and metrics.
+        total: steps in all.
+        steps_per_epoch: epochs may be cut off at the end.
+        step: (state, batch) -> (state, scalars), which have "loss" among them; the state has a `step`.
+        batches: the batches after a step.
+        evaluate: (state, epoch) -> results in a few numbers, or nothing; the time it takes is not training's.
+        advice: what to try when the loss is not finite.
+    """
+
+    config: ConfigDict
+    folder: pathlib.Path
+    total: int
+    steps_per_epoch: int
+    step: Callable[[Any, Any], tuple[Any, dict[str, jax.Array]]]
+    batches: Callable[[int], Iterator[Any]]
+    evaluate: Callable[[Any, float], Results]
+    advice: str
+
+    def run(self, state: Any, stop: Interruptible) -> tuple[Any, list[Results]]:
+        """The state after the last step, and what `evaluate` gave after each epoch that it said something of.
+
+        Raises:
+            Diverged: the loss became NaN or infinite.
+            Terminated: SIGTERM arrived; the state is saved.
+        """
+        self.folder.mkdir(exist_ok=True)
+        checkpoints = Checkpoints(self.folder / "checkpoints", keep_last=2)
+        try:
+            return self._run(state, stop, checkpoints)
+        finally:
+            checkpoints.close()
+
+    def _run(self, state: Any, stop: Interruptible, checkpoints: Checkpoints) -> tuple[Any, list[Results]]:
+        like = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), state)
+        history: list[Results] = []
+        if (restored := checkpoints.restore_latest(like)) is not None:
+            _, state, metadata = restored
+            history = metadata["history"]
+        start = int(state.step)
+        if start >= self.total:
+            return state, history
+        metrics = Metrics(self.folder, self.config.runtime.writer, start)
+        clock, batches = Clock(self.config.batch_size, self.total), self.batches(start)
+        try:
+            clock.start(start)
+            for step in range(start + 1, self.total + 1):
+                state, scalars = self.step(state, next(batches))
+                ends = step % self.steps_per_epoch == 0 or step == self.total
+                if step % self.config.runtime.log_every == 0 or ends:
+                    self._log(step, scalars, metrics, clock)
+                if ends:
+                    with clock.paused():
+                        results = self.evaluate(state, step / self.steps_per_epoch)
+                    if results:
+                        history = [*history, results]
+                        metrics.write(step, {"epoch": step / self.steps_per_epoch, **results})
+                stopping = stop.reached()
+                if ends or stopping:
+                    checkpoints.save(step, state, {"history": history})
+                if stopping and step < self.total:
+                    checkpoints.wait()
+                    raise Terminated(f"SIGTERM: saved step {step} in {self.folder}; the same command resumes it")
+        finally:
+            metrics.close()
+        return state, history
+
+    def _log(self, step: int, scalars: dict[str, jax.Array], metrics: Metrics, clock: Clock) -> None:
+        values = {name: float(value) for name, value in scalars.items()}
+        if not np.isfinite(values["loss"]):
+            raise Diverged(f"the loss is {values['loss']} at step {step}; {self.advice}")
+        speed, left = clock.read(step)
+        metrics.write(step, {**values, "images_per_second": speed})
+        epoch = step / self.steps_per_epoch
+        say(
+            f"step {step}/{self.total}  epoch {epoch:.2f}  loss {values['loss']:.4f}  {speed:.3g} images/s  ETA {left}"
+        )
