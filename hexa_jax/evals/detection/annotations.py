@@ -59,7 +59,7 @@ def read_annotation(path: pathlib.Path) -> Scene:
 def _text(path: pathlib.Path, element: Any, name: str) -> str:
     text = (element.findtext(name) or "").strip()
     if not text:
-        raise DataError(f"{path}: an {element.tag} has no {name}")
+        raise DataError(f"{path}: {element.tag} without {name}")
     return text
 
 
@@ -77,7 +77,7 @@ def _number(path: pathlib.Path, element: Any, name: str) -> float:
 def _corners(path: pathlib.Path, thing: Any) -> list[float]:
     box = thing.find("bndbox")
     if box is None:
-        raise DataError(f"{path}: an object has no bndbox")
+        raise DataError(f"{path}: object without bndbox")
     x1, y1, x2, y2 = values = [_number(path, box, name) for name in CORNERS]
     if x1 > x2 or y1 > y2:
         raise DataError(f"{path}: the corners {x1:g}, {y1:g} and {x2:g}, {y2:g} of a box are in the wrong order")

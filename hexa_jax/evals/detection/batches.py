@@ -179,6 +179,8 @@ class TrainingBatches:
             raise ConfigError(f"batch_size={batch} must be 1 to {len(source)}, the number of images")
         if data.max_boxes < 1:
             raise ConfigError(f"data.max_boxes={data.max_boxes} must be positive")
+        if not 0 <= data.flip <= 1:
+            raise ConfigError(f"data.flip={data.flip} must be a probability, 0 to 1")
         self.config, self.source, self.mesh = config, source, mesh
         self._rows = _local(mesh, batch)
         self.canvases = Canvases(data.canvases, data.short_sides, data.long_limit)

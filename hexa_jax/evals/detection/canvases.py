@@ -14,8 +14,8 @@ STRIDE = 32  # canvases are multiples of it: the last map of the backbone then h
 def content_sizes(sizes: np.ndarray, short: int, limit: int, canvas: tuple[int, int] | None = None) -> np.ndarray:
     """How large images become: the short side `short`, unless the long one then exceeds `limit`.
 
-    The arithmetic is that of torchvision's detection transform (a float32 scale, sides rounded down), so that a side may be one
-    pixel short of the number asked for.
+    The arithmetic is that of torchvision's detection transform: PyTorch divides a number by a tensor as the number times the
+    reciprocal, both float32; then sides are rounded down. So a side may be one pixel short of what was asked for.
 
     Args:
         sizes: int [..., 2] (height, width).
@@ -26,13 +26,18 @@ def content_sizes(sizes: np.ndarray, short: int, limit: int, canvas: tuple[int, 
         int64 [..., 2], at least 1.
     """
     sides = np.asarray(sizes).astype(np.float32)
-    scale = np.minimum(np.float32(short) / sides.min(-1), np.float32(limit) / sides.max(-1))
-    contents = np.floor(sides.astype(np.float64) * scale.astype(np.float64)[..., None]).astype(np.int64)
+    inverse = np.float32(1) / sides
+    scale = np.minimum(np.float32(short) * inverse.max(-1), np.float32(limit) * inverse.min(-1))
+    contents = _scaled(sides, scale)
     if canvas is not None:
-        room = np.minimum(scale, (np.array(canvas, np.float32) / sides).min(-1))
-        shrunk = np.floor(sides.astype(np.float64) * room.astype(np.float64)[..., None]).astype(np.int64)
-        contents = np.where((contents <= canvas).all(-1)[..., None], contents, shrunk)
+        fits = np.all(contents <= canvas, axis=-1, keepdims=True)
+        room = np.minimum(scale, (np.array(canvas, np.float32) * inverse).min(-1))
+        contents = np.where(fits, contents, np.minimum(_scaled(sides, room), canvas))
     return np.maximum(contents, 1)
+
+
+def _scaled(sides: np.ndarray, scale: np.ndarray) -> np.ndarray:
+    return np.floor(sides.astype(np.float64) * scale.astype(np.float64)[..., None]).astype(np.int64)
 
 
 class Canvases:
@@ -78,9 +83,9 @@ class Canvases:
         return list(dict.fromkeys(shape for portrait in (False, True) for shape in self.shapes(portrait)))
 
     def smallest(self, sizes: np.ndarray, short: int) -> tuple[int, int]:
-        """The smallest canvas for images int [n, 2] of a batch. It lies or stands as most of them do.
+        """The smallest canvas that holds images int [n, 2] of a batch; it lies or stands as most of them do.
 
-        It holds all of them, or if no canvas does, those that lie or stand like it; the others must be scaled down to fit.
+        If none holds all, the smallest that holds those that lie or stand like it: the others must be scaled down to fit.
         """
         tall = is_portrait(sizes)
         portrait = bool(2 * tall.sum() > len(tall))

@@ -17,6 +17,17 @@ from hexa_jax.evals.detection.annotations import Scene, read_annotation
 from hexa_jax.evals.detection.metrics import Truth
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".JPG", ".JPEG", ".PNG")
+# What can be mended or dropped, in words.
+KINDS = {
+    "unknown_labels": "boxes of other classes dropped",
+    "clipped_boxes": "boxes clipped to the image",
+    "empty_boxes": "boxes outside of the image dropped",
+    "difficult_boxes": "difficult boxes",
+    "images_without_boxes": "images without a box",
+    "sizes_from_images": "annotations without a size",
+    "repeated_images": "repeated images dropped",
+    "wrong_sizes": "annotations with a wrong size",
+}
 _UNREADABLE = (1, 1)  # size of an image whose header is broken and of which nothing else is known
 
 
@@ -34,15 +45,8 @@ class DetectionSource:
         class_names: what labels mean.
         sizes: int32 [n, 2] (height, width) as the annotations say, or the image's header where they do not.
         found: sizes of images that turned out to be of another size than `sizes` when they were decoded.
-        counts: how much of the data was mended or dropped, by kind:
-            unknown_labels: boxes dropped, as their class is not among `class_names`.
-            clipped_boxes: boxes that reached out of the image.
-            empty_boxes: boxes dropped, as nothing of them was inside.
-            difficult_boxes: boxes that training leaves out and evaluation ignores.
-            images_without_boxes: kept; pure background to train on.
-            sizes_from_images: annotations without a size.
-            repeated_images: listed more than once, kept once.
-            wrong_sizes: images in `found`.
+        counts: how many of each of KINDS. Difficult boxes are left out of training and ignored in evaluation; images without a
+            box are background to train on, and evaluated, too; wrong sizes are those in `found`.
 
     Args:
         files: the encoded images.
@@ -59,21 +63,14 @@ class DetectionSource:
         if class_names is None:
             class_names = CLASSES if set(occurring) <= set(CLASSES) else occurring
         self.class_names = list(class_names)
-        self.counts: Counter[str] = Counter()
+        self.counts = Counter(dict.fromkeys(KINDS, 0))
         rows = self._once(files)
         rows = rows[spread(len(rows), limit)]
         self._files = _Joined(files.parts, files.places[rows])
         scenes = [scenes[row] for row in rows]
         self.sizes = np.array([self._size(row, scene) for row, scene in enumerate(scenes)], np.int32).reshape(-1, 2)
         self.found: dict[int, tuple[int, int]] = {}
-        number = {name: label for label, name in enumerate(self.class_names)}
-        labels = [np.array([number.get(name, -1) for name in scene.names], np.int32) for scene in scenes]
-        known = [row >= 0 for row in labels]
-        self._ends = np.cumsum([0, *(row.sum() for row in known)])
-        self._labels = np.concatenate([row[keep] for row, keep in zip(labels, known, strict=True)])
-        self._boxes = np.concatenate([scene.boxes[keep] for scene, keep in zip(scenes, known, strict=True)])
-        self._difficult = np.concatenate([scene.difficult[keep] for scene, keep in zip(scenes, known, strict=True)])
-        self.counts["unknown_labels"] = sum(len(row) for row in labels) - len(self._labels)
+        self._keep_known(scenes)
         self._count()
 
     def _once(self, files: "_Joined") -> np.ndarray:
@@ -92,12 +89,25 @@ class DetectionSource:
         except BadImage:
             return _UNREADABLE  # whoever wants its pixels is told why
 
+    def _keep_known(self, scenes: list[Scene]) -> None:
+        """Objects of known classes, one after the other; those of image i lie from ends[i] to ends[i + 1]."""
+        number = {name: label for label, name in enumerate(self.class_names)}
+        labels = np.array([number.get(name, -1) for scene in scenes for name in scene.names], np.int32)
+        known = labels >= 0
+        self._labels = labels[known]
+        self._boxes = np.concatenate([scene.boxes for scene in scenes])[known]
+        self._difficult = np.concatenate([scene.difficult for scene in scenes])[known]
+        ends = np.cumsum([0, *(len(scene.names) for scene in scenes)])
+        self._ends = np.concatenate([[0], np.cumsum(known)])[ends]
+        self.counts["unknown_labels"] = int(np.sum(~known))
+
     def _count(self) -> None:
         for index in range(len(self)):
             truth, written = self.truth(index), self._boxes[self._ends[index] : self._ends[index + 1]]
             outside = (written[:, :2] < 0).any(axis=1) | (written[:, 2:] > self.sizes[index, ::-1]).any(axis=1)
-            self.counts["clipped_boxes"] += int(outside.sum())
-            self.counts["empty_boxes"] += len(written) - len(truth.labels)
+            empty = len(written) - len(truth.labels)
+            self.counts["clipped_boxes"] += int(outside.sum()) - empty
+            self.counts["empty_boxes"] += empty
             self.counts["difficult_boxes"] += int(truth.difficult.sum())
             self.counts["images_without_boxes"] += not len(truth.labels)
         if self.counts["images_without_boxes"] == len(self):
@@ -105,6 +115,12 @@ class DetectionSource:
 
     def __len__(self) -> int:
         return len(self.sizes)
+
+    def summary(self) -> str:
+        """One line: how much there is, and what was mended or dropped."""
+        mended = [f"{count} {KINDS[kind]}" for kind, count in self.counts.items() if count]
+        whole = f"{len(self)} images with {len(self._labels)} boxes of {len(self.class_names)} classes"
+        return "; ".join([whole, *mended])
 
     def name(self, index: int) -> str:
         """Path or record of an image, for messages."""
@@ -181,7 +197,7 @@ def _directory_split(text: str) -> tuple[str, str]:
     directory, colon, split = text.rpartition(":")
     if not colon or "/" in split or os.path.isdir(os.path.expanduser(text)):
         return os.path.expanduser(text), "trainval"
-    return os.path.expanduser(directory), split
+    return os.path.expanduser(directory), split or "trainval"
 
 
 class _Folder:
