@@ -30,7 +30,7 @@ class BadImage(ValueError):
         return BadImage, (self.name, self.reason)  # crosses from worker processes
 
 
-def decode(data: bytes | np.ndarray, name: str) -> np.ndarray:
+def decode(data: bytes | np.ndarray, name: str, turn: bool = True) -> np.ndarray:
     """An image file's bytes as pixels, the way torchvision and Pillow's `convert("RGB")` read it.
 
     Grey and palette images become RGB, CMYK is converted, alpha is dropped (not blended; only TIFF's alpha is blended
@@ -40,6 +40,7 @@ def decode(data: bytes | np.ndarray, name: str) -> np.ndarray:
     Args:
       data: JPEG, PNG, GIF, BMP, WebP or TIFF bytes; or pixels, uint8 [H, W, 3], which pass through.
       name: what to call the image in an error, its path for example.
+      turn: whether to apply the EXIF orientation.
     Returns:
       uint8 [H, W, 3], RGB.
     Raises:
@@ -47,9 +48,10 @@ def decode(data: bytes | np.ndarray, name: str) -> np.ndarray:
     """
     if isinstance(data, np.ndarray):
         return data
-    _check_header(data, name)
+    header_size(data, name)
+    flags = cv2.IMREAD_COLOR | cv2.IMREAD_ANYDEPTH | (0 if turn else cv2.IMREAD_IGNORE_ORIENTATION)
     try:
-        image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR | cv2.IMREAD_ANYDEPTH)
+        image = cv2.imdecode(np.frombuffer(data, np.uint8), flags)
     except cv2.error:
         image = None
     if image is None:
@@ -163,8 +165,12 @@ def _crop_box(
     return (height - h) // 2, (width - w) // 2, h, w
 
 
-def _check_header(data: bytes, name: str) -> None:
-    """Refuse what must not reach the decoder: other formats, decompression bombs, truncated files."""
+def header_size(data: bytes, name: str) -> tuple[int, int]:
+    """(height, width) that an image file's bytes declare, before any EXIF orientation.
+
+    Raises:
+      BadImage: what must not reach the decoder: other formats, decompression bombs, truncated files.
+    """
     if len(data) == 0:
         raise BadImage(name, "empty file")
     try:
@@ -173,6 +179,7 @@ def _check_header(data: bytes, name: str) -> None:
         raise BadImage(name, "truncated or corrupt header") from None
     if width * height > MAX_PIXELS:
         raise BadImage(name, f"{width} x {height} pixels, more than the limit of {MAX_PIXELS} (a decompression bomb?)")
+    return height, width
 
 
 def _image_size(data: bytes, name: str) -> tuple[int, int]:

@@ -10,7 +10,7 @@ import dataclasses
 import functools
 import logging
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Protocol
 
 import grain
 import jax
@@ -202,7 +202,15 @@ class InputLost(RuntimeError):
     """Data workers keep dying; one line."""
 
 
-def host_iterator(steps: HostSteps, start: int, workers: int, threads: int, buffer: int) -> Iterator[dict]:
+class Elements(Protocol):
+    """Random access to the elements of a run, such as HostSteps; picklable."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, number: int) -> dict[str, np.ndarray]: ...
+
+
+def host_iterator(steps: Elements, start: int, workers: int, threads: int, buffer: int) -> Iterator[dict]:
     """Elements `start`, `start` + 1, ... of the steps, read ahead by grain in threads or worker processes.
 
     An element is a function of its number, so when a worker process dies (the system kills the largest when memory is short), new
@@ -231,7 +239,7 @@ def host_iterator(steps: HostSteps, start: int, workers: int, threads: int, buff
             logging.warning("%s Starting workers again at element %d", reason, position)
 
 
-def _grain(steps: HostSteps, start: int, workers: int, threads: int, buffer: int) -> Iterator[dict]:
+def _grain(steps: Elements, start: int, workers: int, threads: int, buffer: int) -> Iterator[dict]:
     dataset = grain.MapDataset.source(steps)[start:]
     options = grain.ReadOptions(num_threads=max(threads, 1), prefetch_buffer_size=max(buffer, 1))
     if workers:

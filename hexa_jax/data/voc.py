@@ -15,6 +15,39 @@ CLASSES = (
     "motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor",
 )  # fmt: skip
 PRESENT, DIFFICULT, ABSENT = 1, 0, -1
+LISTS = "ImageSets/Main"
+
+
+def voc_root(directory: str) -> pathlib.Path:
+    """The folder with ImageSets, Annotations and JPEGImages: the one given, or VOC2007 in or below it.
+
+    Raises:
+        DataError: there is none.
+    """
+    root = pathlib.Path(directory).expanduser()
+    for inner in ("VOCdevkit/VOC2007", "VOC2007", "."):
+        if (root / inner / LISTS).is_dir():
+            return root / inner
+    raise DataError(f"voc:{directory} has no {LISTS}: name the VOCdevkit or VOC2007 folder")
+
+
+def words(path: pathlib.Path, columns: int) -> np.ndarray:
+    """str [lines, columns] of one of VOC's lists.
+
+    Raises:
+        DataError: it is missing or empty, or a line has another number of words.
+    """
+    if not path.is_file():
+        raise DataError(f"{path} is missing")
+    rows = []
+    for number, line in enumerate(path.read_text(errors="replace").splitlines(), 1):
+        found = line.split()
+        if found and len(found) != columns:
+            raise DataError(f"{path}:{number} has {len(found)} words, not {columns}")
+        rows += [found] if found else []
+    if not rows:
+        raise DataError(f"{path} is empty")
+    return np.array(rows)
 
 
 class VOCImages:
@@ -29,16 +62,10 @@ class VOCImages:
     num_classes = None  # of single labels
 
     def __init__(self, directory: str, split: str):
-        root = pathlib.Path(directory).expanduser()
-        for inner in ("VOCdevkit/VOC2007", "VOC2007"):
-            if (root / inner / "ImageSets").is_dir():
-                root = root / inner
-                break
-        lists = root / "ImageSets" / "Main"
-        if not lists.is_dir():
-            raise DataError(f"voc:{directory} has no ImageSets/Main: name the VOCdevkit or VOC2007 folder")
+        root = voc_root(directory)
+        lists = root / LISTS
         self.root, self.split = root, split
-        self.ids = self._words(lists / f"{split}.txt", 1)[:, 0].tolist()
+        self.ids = words(lists / f"{split}.txt", 1)[:, 0].tolist()
         found = sorted(
             match[1] for path in lists.iterdir() if (match := re.fullmatch(rf"(\w+)_{split}\.txt", path.name))
         )
@@ -48,22 +75,9 @@ class VOCImages:
         self.class_names = known
         self.matrix = np.stack([self._column(lists / f"{name}_{split}.txt") for name in known], axis=1)
 
-    def _words(self, path: pathlib.Path, columns: int) -> np.ndarray:
-        if not path.is_file():
-            raise DataError(f"{path} is missing")
-        rows = []
-        for number, line in enumerate(path.read_text(errors="replace").splitlines(), 1):
-            words = line.split()
-            if words and len(words) != columns:
-                raise DataError(f"{path}:{number} has {len(words)} words, not {columns}")
-            rows += [words] if words else []
-        if not rows:
-            raise DataError(f"{path} is empty")
-        return np.array(rows)
-
     def _column(self, path: pathlib.Path) -> np.ndarray:
-        words = self._words(path, 2)
-        values = dict(zip(words[:, 0].tolist(), words[:, 1].tolist(), strict=True))
+        pairs = words(path, 2)
+        values = dict(zip(pairs[:, 0].tolist(), pairs[:, 1].tolist(), strict=True))
         missing = [name for name in self.ids if name not in values]
         if missing:
             raise DataError(f"{path} says nothing of {missing[0]}, which {self.split}.txt lists")
