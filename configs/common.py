@@ -121,7 +121,7 @@ def get_config() -> ml_collections.ConfigDict:
     augment.solarize_probability = (0.0,)
 
     config.knn = knn = ml_collections.ConfigDict()
-    knn.every_epochs = 10  # online kNN accuracy when there are labels; 0: never
+    knn.every_epochs = 10  # kNN accuracy before, on the way and at the end, when there are labels; 0: at the end only
     knn.neighbours = 20
     knn.temperature = 0.07
     knn.train_limit = 20_000  # examples in the bank; 0: all
@@ -130,8 +130,10 @@ def get_config() -> ml_collections.ConfigDict:
     knn.crop = 224  # centre crop
 
     config.linear = linear = ml_collections.ConfigDict()
-    linear.every_epochs = 0  # as knn.every_epochs
-    linear.at_end = False  # fit a linear probe on the kNN's examples when pre-training ends
+    linear.every_epochs = (
+        0  # accuracy of a linear probe on the kNN's examples, on the way and at the end; 0: not on the way
+    )
+    linear.at_end = False  # and at the end, even where every_epochs is 0
     linear.regularization = 1e-4  # of multinomial logistic regression on standardised features
 
     config.runtime = runtime = ml_collections.ConfigDict()

@@ -12,7 +12,6 @@ Command line: `python -m hexa_jax.export --checkpoint=WORKDIR --format=FORMAT --
 The clean BatchNorm set is written; heads and classifiers are not.
 """
 
-import argparse
 import json
 import pathlib
 import pickle
@@ -21,6 +20,7 @@ from typing import Any
 
 import numpy as np
 
+from hexa_jax.arguments import Parser
 from hexa_jax.checkpoint import CheckpointError
 from hexa_jax.evals.backbone import Backbone, load_backbone
 from hexa_jax.weights import (
@@ -132,17 +132,12 @@ def _safetensors(arrays: dict[str, np.ndarray], path: pathlib.Path, metadata: di
         raise WeightsError(f"{path} cannot be written: {error}") from None
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> None:  # type: ignore[override]
-        raise WeightsError(f"{message}; see python -m hexa_jax.export --help")
-
-
 def main(argv: list[str]) -> int:
     """The command line; returns the exit code."""
     if {"--help", "-h"} & set(argv):
         print(__doc__)
         return 0
-    parser = _Parser(add_help=False, allow_abbrev=False)
+    parser = Parser("hexa_jax.export", WeightsError)
     parser.add_argument("--checkpoint", required=True)
     parser.add_argument("--format", choices=FORMATS, required=True)
     parser.add_argument("--output", type=pathlib.Path, required=True)

@@ -11,7 +11,6 @@ Images keep their bytes: nothing is decoded. A data set that is there is left al
 This needs TensorFlow (pip install 'hexa_jax[prepare]'); training does not.
 """
 
-import argparse
 import importlib.util
 import pathlib
 import re
@@ -20,15 +19,11 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
+from hexa_jax.arguments import Parser
 from hexa_jax.data.source import DataError, one_line
 from hexa_jax.data.sources import FolderSource
 
 EVERY = 2000  # images between two lines of progress
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> None:  # type: ignore[override]
-        raise DataError(f"{message}; see python -m hexa_jax.prepare --help")
 
 
 def main(argv: list[str]) -> int:
@@ -36,7 +31,7 @@ def main(argv: list[str]) -> int:
     if {"--help", "-h"} & set(argv):
         print(__doc__)
         return 0
-    parser = _Parser(add_help=False, allow_abbrev=False)
+    parser = Parser("hexa_jax.prepare", DataError)
     parser.add_argument("dataset")
     parser.add_argument("--data_dir")
     parser.add_argument("--manual_dir")

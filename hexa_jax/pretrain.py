@@ -136,7 +136,7 @@ class _Run:
                 state = self.steps.observe(state, batch, self.input.resident)
         results = self._probe_results(state)
         self.metadata |= {f"random_{name}": value for name, value in results.items()}
-        self.metrics.write(0, {"knn_accuracy": results["knn_accuracy"]})
+        self.metrics.write(0, results)
         say(f"random initialisation: kNN {results['knn_accuracy']:.1f} %")
 
     def _probe_results(self, state: TrainState) -> dict[str, float]:
@@ -144,9 +144,11 @@ class _Run:
         return self._accuracies(self.probe.features(state))
 
     def _accuracies(self, features: tuple[np.ndarray, np.ndarray]) -> dict[str, float]:
+        """What the results hold; no linear probe without held-out examples."""
         assert self.probe is not None
         results = {"knn_accuracy": self.probe.knn(features)}
-        linear = self.probe.linear(features) if self.config.linear.at_end else None
+        wanted = self.config.linear.at_end or self.config.linear.every_epochs
+        linear = self.probe.linear(features) if wanted else None
         return results | ({} if linear is None else {"linear_accuracy": linear})
 
     def _refresh(self, epoch: int) -> None:
@@ -161,9 +163,11 @@ class _Run:
             say(f"epoch {epoch}: " + ", ".join(f"{name} {value:.4g}" for name, value in values.items()))
 
     def _due(self, epoch: int) -> list[str]:
-        """Accuracies to measure after this epoch."""
+        """Accuracies to measure after this epoch; after the last one, `_finish` does."""
+        if self.probe is None or epoch == self.config.epochs:
+            return []
         every = {"knn": self.config.knn.every_epochs, "linear": self.config.linear.every_epochs}
-        return [name for name, epochs in every.items() if self.probe and epochs and epoch % epochs == 0]
+        return [name for name, epochs in every.items() if epochs and epoch % epochs == 0]
 
     def _evaluate(self, epoch: int, due: list[str]) -> None:
         assert self.probe is not None
@@ -219,7 +223,9 @@ class _Run:
         results: dict[str, Any] = {"step": self.step, "epochs": self.config.epochs}
         results |= {name: value for name, value in self.metadata.items() if name.startswith("random_")}
         if self.probe:
-            results |= self._probe_results(self.state)
+            accuracies = self._probe_results(self.state)
+            self.metrics.write(self.step, {"epoch": self.config.epochs, **accuracies})
+            results |= accuracies
             pixels = self.probe.pixels()
             if pixels is not None:
                 results |= {f"pixels_{name}": value for name, value in self._accuracies(pixels).items()}

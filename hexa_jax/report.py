@@ -78,6 +78,7 @@ def _curves(metrics: pathlib.Path, path: pathlib.Path) -> None:
     names = [
         ("loss", "loss_"),
         ("kNN accuracy in %", "knn_accuracy"),
+        ("linear probe's accuracy in %", "linear_accuracy"),
         ("NMI with labels", "nmi"),
         ("embedding spread", "embedding_std"),
     ]

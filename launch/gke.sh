@@ -10,33 +10,14 @@
 # --dry-run   print the commands instead of running them
 set -euo pipefail
 
-name="" cluster="" zone="" type="" image="" restarts=10 dry=""
-while [ $# -gt 0 ]; do
-  case "$1" in
-    --name=*) name="${1#*=}" ;;
-    --cluster=*) cluster="${1#*=}" ;;
-    --zone=*) zone="${1#*=}" ;;
-    --type=*) type="${1#*=}" ;;
-    --image=*) image="${1#*=}" ;;
-    --restarts=*) restarts="${1#*=}" ;;
-    --dry-run) dry=1 ;;
-    --) shift; break ;;
-    --help|-h) sed -n '2,/^set/p' "$0" | sed '$d; s/^# \{0,1\}//'; exit 0 ;;
-    *) echo "gke.sh: unknown argument $1; see --help" >&2; exit 2 ;;
-  esac
-  shift
-done
-for needed in name cluster zone type image; do
-  if [ -z "${!needed}" ]; then echo "gke.sh: --$needed is missing; see --help" >&2; exit 2; fi
-done
-if [ $# -eq 0 ]; then echo "gke.sh: nothing to run: words for hexa_jax.main come after --" >&2; exit 2; fi
-
-run() {
-  if [ -n "$dry" ]; then printf '%q ' "$@"; echo; else "$@"; fi
-}
+# shellcheck source=launch/common.sh
+source "$(dirname "$0")/common.sh"
+name="" cluster="" zone="" type="" image="" restarts=10
+read_words "name cluster zone type image restarts" "" "$@"
+need name cluster zone type image
 
 cd "$(dirname "$0")/.."
 run docker build --file=launch/Dockerfile --build-arg=JAX=tpu --tag="$image" .
 run docker push "$image"
 run xpk workload create --workload="$name" --cluster="$cluster" --zone="$zone" --tpu-type="$type" \
-  --docker-image="$image" --max-restarts="$restarts" --command="python -m hexa_jax.main $(printf '%q ' "$@")"
+  --docker-image="$image" --max-restarts="$restarts" --command="python -m hexa_jax.main $(printf '%q ' "${words[@]}")"

@@ -13,33 +13,12 @@
 # --dry-run   print the commands instead of running them
 set -euo pipefail
 
-name="" zone="" type="" bucket="" version="v2-alpha-tpuv5-lite" project="" setup="" spot="" keep="" dry=""
-while [ $# -gt 0 ]; do
-  case "$1" in
-    --name=*) name="${1#*=}" ;;
-    --zone=*) zone="${1#*=}" ;;
-    --type=*) type="${1#*=}" ;;
-    --bucket=*) bucket="${1#*=}" ;;
-    --version=*) version="${1#*=}" ;;
-    --project=*) project="${1#*=}" ;;
-    --setup=*) setup="${1#*=}" ;;
-    --spot) spot=1 ;;
-    --keep) keep=1 ;;
-    --dry-run) dry=1 ;;
-    --) shift; break ;;
-    --help|-h) sed -n '2,/^set/p' "$0" | sed '$d; s/^# \{0,1\}//'; exit 0 ;;
-    *) echo "tpu_vm.sh: unknown argument $1; see --help" >&2; exit 2 ;;
-  esac
-  shift
-done
-for needed in name zone type bucket; do
-  if [ -z "${!needed}" ]; then echo "tpu_vm.sh: --$needed is missing; see --help" >&2; exit 2; fi
-done
-if [ $# -eq 0 ]; then echo "tpu_vm.sh: nothing to run: words for hexa_jax.main come after --" >&2; exit 2; fi
+# shellcheck source=launch/common.sh
+source "$(dirname "$0")/common.sh"
+name="" zone="" type="" bucket="" version="v2-alpha-tpuv5-lite" project="" setup="" spot="" keep=""
+read_words "name zone type bucket version project setup" "spot keep" "$@"
+need name zone type bucket
 
-run() {
-  if [ -n "$dry" ]; then printf '%q ' "$@"; echo; else "$@"; fi
-}
 tpu() {
   run gcloud compute tpus tpu-vm "$@" --zone="$zone" ${project:+--project="$project"}
 }
@@ -56,5 +35,4 @@ install="gcloud storage cp $(printf %q "$bucket/hexa_jax.tar.gz") . && mkdir -p 
 install+=" && python3 -m venv venv && venv/bin/pip install --quiet 'jax[tpu]' ./hexa_jax"
 if [ -n "$setup" ]; then tpu ssh "$name" --worker=all --command="$setup"; fi
 tpu ssh "$name" --worker=all --command="$install"
-words="$(printf '%q ' "$@")"
-tpu ssh "$name" --worker=all --command="cd hexa_jax && ../venv/bin/python -m hexa_jax.main $words"
+tpu ssh "$name" --worker=all --command="cd hexa_jax && ../venv/bin/python -m hexa_jax.main $(printf '%q ' "${words[@]}")"

@@ -150,6 +150,7 @@ def test_arrays_on_the_device(tmp_path):
         "runtime.data_dir": str(tmp_path),
         "data.on_device": True,
         "linear.at_end": True,
+        "knn.every_epochs": 5,  # never on the way: the curve has its ends
         "epochs": 2,
         "views.alpha1": 0.0,  # compiles faster
     }
@@ -159,6 +160,9 @@ def test_arrays_on_the_device(tmp_path):
     assert {"linear_accuracy", "pixels_linear_accuracy", "random_linear_accuracy"} <= values.keys()
     assert values["knn_accuracy"] > 100 / 3
     assert "linear probe" in ended.stdout
+    for name in ("knn_accuracy", "linear_accuracy"):
+        curve = [(line["step"], line[name]) for line in lines(tmp_path / "run") if name in line]
+        assert curve == [(0, values[f"random_{name}"]), (8, values[name])]
 
 
 @pytest.mark.slow  # tests/faults has the same with a worker that is killed on the way

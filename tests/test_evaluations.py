@@ -163,7 +163,8 @@ def test_extraction_goes_on_behind_its_last_part(tmp_path, monkeypatch):
         np.testing.assert_array_equal(got, wanted)
     calibration = 42  # a random network sees the images once more for its statistics
     assert sorted(again.read[calibration:]) == list(range(32, 42))
-    for settings in ({"data.resize": 9}, {"seed": 1}):  # other features: nothing old is used
+    windows = {"grid": 2, "data.resize": 64, "data.crop": 64}
+    for settings, width in (({"data.resize": 9}, 16), ({"seed": 1}, 16), (windows, 64)):
         other = Counted(images, labels)
-        extracted(other, tmp_path, **settings)
-        assert len(other.read) == 2 * calibration
+        assert extracted(other, tmp_path, **settings).values.shape == (42, width)
+        assert len(other.read) == 2 * calibration  # nothing old is used

@@ -11,6 +11,7 @@ import hexa_jax
 ROOT = pathlib.Path(hexa_jax.__file__).parent
 # Higher may import lower. The longest prefix counts; modules of one package and level may import each other.
 LEVELS = {
+    "arguments": 0,
     "losses": 0,
     "kmeans": 0,
     "models": 0,

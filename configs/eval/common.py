@@ -11,6 +11,9 @@ def get_config(task: str) -> ml_collections.ConfigDict:
     config.checkpoint = ""
     config.seed = 0
     config.precision = "float32"
+    # Frozen features are means over grid x grid windows of the last map; 1: over all of it. `linear` and `finetune`, which train
+    # on random crops, have no use for it.
+    config.grid = 1
 
     config.random = random = ml_collections.ConfigDict()  # the network, where checkpoint is random
     random.like = ""  # workdir or file whose architecture to take; else the next three
@@ -46,7 +49,7 @@ def voc07(task: str, protocol: str) -> ml_collections.ConfigDict:
     goyal = protocol == "goyal"
     config.protocol = protocol
     config.costs = (0.01, 0.1) if goyal else (0.5,)
-    config.grid = 2 if goyal else 1  # features are means over grid x grid windows of the last map
+    config.grid = 2 if goyal else 1
     config.data.squash = goyal
     return config
 

@@ -126,7 +126,7 @@ class Extractor:
         self._fresh = config.checkpoint == RANDOM
         self.mesh: Mesh = make_mesh(make_devices(config))
         rows, self._whole = NamedSharding(self.mesh, P("data")), NamedSharding(self.mesh, P())
-        features = functools.partial(backbone.features, grid=config.get("grid", 1))
+        features = functools.partial(backbone.features, grid=config.grid)
         self._forward = jax.jit(features, in_shardings=(self._whole, rows), out_shardings=self._whole)
         self.batch_size = -(-config.runtime.batch_size // self.mesh.size) * self.mesh.size
 

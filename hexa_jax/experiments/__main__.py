@@ -11,12 +11,12 @@ NAME         fig1 gallery of hard examples        fig2 schemes of hard examples
 Exit codes: 0 everything is there, 1 a cell failed (the rest was done), 2 a mistake in the command, 143 stopped by SIGTERM.
 """
 
-import argparse
 import os
 import pathlib
 import sys
 from collections.abc import Sequence
 
+from hexa_jax.arguments import Parser
 from hexa_jax.experiments.figures import FIGURES
 from hexa_jax.experiments.gallery import draw_gallery
 from hexa_jax.experiments.presets import GRIDS, METHODS, PLAIN, PRESETS
@@ -25,17 +25,12 @@ from hexa_jax.grid import GridError, Outcome, run_grid
 from hexa_jax.progress import say
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> None:  # type: ignore[override]
-        raise GridError(f"{message}; see python -m hexa_jax.experiments --help")
-
-
 def main(argv: list[str]) -> int:
     """Run an experiment; returns the exit code."""
     if {"--help", "-h"} & set(argv):
         print(__doc__)
         return 0
-    parser = _Parser(add_help=False, allow_abbrev=False)
+    parser = Parser("hexa_jax.experiments", GridError)
     parser.add_argument("name", choices=sorted(GRIDS))
     parser.add_argument("--workdir", type=pathlib.Path, required=True)
     parser.add_argument("--preset", choices=sorted(PRESETS), default="tiny")
