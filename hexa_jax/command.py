@@ -2,7 +2,8 @@
 
 import re
 import traceback
-from typing import NamedTuple
+from collections.abc import Iterable
+from typing import Any, NamedTuple
 
 from absl import flags
 from ml_collections import ConfigDict, config_flags
@@ -109,11 +110,19 @@ def _check_tuples(before: dict, now: dict, overrides: list[str]) -> None:
     """absl checks the type of a number, but not of what a tuple holds."""
     for key in overrides:
         if isinstance(before[key], list):
-            kinds = (int, float) if any(isinstance(value, float) for value in before[key]) else (int,)
-            if not all(type(value) in kinds for value in now[key]):
+            old, new = _numbers(before[key]), _numbers(now[key])
+            kinds = (int, float) if any(isinstance(value, float) for value in old) else (int,)
+            pairs = isinstance(next(iter(before[key]), None), list)
+            if not all(type(value) in kinds for value in new) or pairs != any(isinstance(v, list) for v in now[key]):
                 found = ", ".join(map(repr, now[key]))
-                wanted = "numbers" if float in kinds else "whole numbers"
-                raise ConfigError(f"--config.{key} takes a tuple of {wanted}, such as '(1,)', not ({found})")
+                wanted = ("pairs of " if pairs else "") + ("numbers" if float in kinds else "whole numbers")
+                example = "((1, 2),)" if pairs else "(1,)"
+                raise ConfigError(f"--config.{key} takes a tuple of {wanted}, such as '{example}', not ({found})")
+
+
+def _numbers(values: Iterable[Any]) -> list[Any]:
+    """What lists and lists of lists hold."""
+    return [number for value in values for number in (value if isinstance(value, list) else (value,))]
 
 
 def _one_line(error: BaseException) -> str:

@@ -22,6 +22,7 @@ from hexa_jax.checkpoint import CheckpointError
 from hexa_jax.command import parse_command
 from hexa_jax.data.pipeline import InputLost
 from hexa_jax.data.source import DataError
+from hexa_jax.evals.detection.task import detection
 from hexa_jax.evals.features_task import features
 from hexa_jax.evals.finetune import finetune
 from hexa_jax.evals.knn_task import knn
@@ -45,6 +46,7 @@ TASKS = {
     "finetune": finetune,
     "features": features,
     "tables": tables,
+    "detection": detection,
 }
 
 

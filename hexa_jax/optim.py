@@ -52,7 +52,7 @@ def epoch_steps(base: float, milestones: Sequence[int], decay: float, steps_per_
 
 
 def warmed_up(schedule: Schedule, steps: int, start: float) -> Schedule:
-    """A schedule whose first `steps` are scaled by a factor that grows linearly from `start` to 1 (detectron2's WarmupParamScheduler)."""
+    """The schedule, its first `steps` scaled by a factor that grows linearly from `start` to 1 (as in detectron2)."""
 
     def warm(step: jax.Array) -> jax.Array:
         share = jnp.minimum(step / max(steps, 1), 1.0)

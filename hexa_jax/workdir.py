@@ -33,8 +33,13 @@ def flatten(config: dict, prefix: str = "") -> dict[str, Any]:
         if isinstance(value, dict):
             flat |= flatten(value, f"{prefix}{name}.")
         else:
-            flat[prefix + name] = list(value) if isinstance(value, tuple) else value
+            flat[prefix + name] = _as_json(value)
     return flat
+
+
+def _as_json(value: Any) -> Any:
+    """Tuples, and tuples in tuples, as the lists that JSON makes of them."""
+    return [_as_json(item) for item in value] if isinstance(value, tuple | list) else value
 
 
 def closest(name: str, names: list[str]) -> str:

@@ -96,6 +96,4 @@ class TrainingLoop:
         speed, left = clock.read(step)
         metrics.write(step, {**values, "images_per_second": speed})
         epoch = step / self.steps_per_epoch
-        say(
-            f"step {step}/{self.total}  epoch {epoch:.2f}  loss {values['loss']:.4f}  {speed:.3g} images/s  ETA {left}"
-        )
+        say(f"step {step}/{self.total}  epoch {epoch:.2f}  loss {values['loss']:.4f}  {speed:.3g} images/s  ETA {left}")

@@ -1,6 +1,6 @@
 """Networks of Faster R-CNN with a feature pyramid (FPN), in torchvision's geometry; training and boxes are in `evals/detection`.
 
-Legend: N images, H W of a map, R regions of an image, A anchors of a cell, C classes without background.
+Legend: N images, H W of a map, D channels of the pyramid, R regions of an image, A anchors of a cell, C classes without background.
 """
 
 from collections.abc import Sequence
@@ -12,8 +12,6 @@ import jax.numpy as jnp
 from hexa_jax.models.norm import EVALUATION, BatchNorm, NormMode
 from hexa_jax.models.resnet import ResNet
 
-DIM = 256  # channels of the pyramid
-HIDDEN = 1024  # of the two layers behind the pooled regions
 STRIDE = 32  # of the coarsest stage: inputs are padded to a multiple of it
 
 # Detectron2's "c2_xavier": uniform in +-sqrt(3 / fan_in).
@@ -21,13 +19,15 @@ xavier = nn.initializers.variance_scaling(1.0, "fan_in", "uniform")
 
 
 class FeaturePyramid(nn.Module):
-    """Maps of the four stages -> five maps of DIM channels, finest first; the fifth is every second cell of the fourth.
+    """Maps of the four stages -> five maps of D channels, finest first; the fifth is every second cell of the fourth.
 
     Attributes:
+        dim: D.
         batch_norm: a BatchNorm behind each convolution, which then has no bias.
         dtype: compute precision.
     """
 
+    dim: int
     batch_norm: bool = False
     dtype: jnp.dtype = jnp.float32
 
@@ -35,7 +35,7 @@ class FeaturePyramid(nn.Module):
     def __call__(self, stages: Sequence[jax.Array], mode: NormMode) -> list[jax.Array]:
         def conv(x: jax.Array, size: int, name: str) -> jax.Array:
             y = nn.Conv(
-                DIM,
+                self.dim,
                 (size, size),
                 padding=size // 2,
                 use_bias=not self.batch_norm,
@@ -57,7 +57,7 @@ class FeaturePyramid(nn.Module):
 
 
 class ProposalHead(nn.Module):
-    """Objectness and box deltas of each anchor of a map [N, H, W, DIM]: float32 [N, H * W * A] and [N, H * W * A, 4]."""
+    """Objectness and box deltas of each anchor of a map [N, H, W, D]: float32 [N, H * W * A] and [N, H * W * A, 4]."""
 
     num_anchors: int = 3
     dtype: jnp.dtype = jnp.float32
@@ -66,26 +66,26 @@ class ProposalHead(nn.Module):
     def __call__(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
         def conv(x: jax.Array, features: int, size: int, name: str) -> jax.Array:
             init = nn.initializers.normal(0.01)
-            return nn.Conv(
-                features, (size, size), padding=size // 2, dtype=self.dtype, kernel_init=init, name=name
-            )(x)
+            return nn.Conv(features, (size, size), padding=size // 2, dtype=self.dtype, kernel_init=init, name=name)(x)
 
-        hidden = nn.relu(conv(x, DIM, 3, "conv"))
+        hidden = nn.relu(conv(x, x.shape[-1], 3, "conv"))
         objectness = _wide(conv(hidden, self.num_anchors, 1, "objectness"))
         deltas = _wide(conv(hidden, 4 * self.num_anchors, 1, "deltas"))
         return objectness.reshape(len(x), -1), deltas.reshape(len(x), -1, 4)
 
 
 class BoxHead(nn.Module):
-    """Class scores and box deltas of pooled regions [R, 7, 7, DIM]: float32 [R, C + 1] (0 is background) and [R, C + 1, 4].
+    """Class scores and box deltas of pooled regions [R, 7, 7, D]: float32 [R, C + 1] (0 is background) and [R, C + 1, 4].
 
     Attributes:
         num_classes: C.
-        batch_norm: a BatchNorm behind each of the two hidden layers.
+        hidden: width of the two hidden layers.
+        batch_norm: a BatchNorm behind each of them.
         dtype: compute precision.
     """
 
     num_classes: int
+    hidden: int
     batch_norm: bool = False
     dtype: jnp.dtype = jnp.float32
 
@@ -93,7 +93,7 @@ class BoxHead(nn.Module):
     def __call__(self, x: jax.Array, mode: NormMode) -> tuple[jax.Array, jax.Array]:
         x = x.astype(self.dtype).reshape(len(x), -1)
         for layer in (1, 2):
-            x = nn.Dense(HIDDEN, dtype=self.dtype, kernel_init=xavier, name=f"linear{layer}")(x)
+            x = nn.Dense(self.hidden, dtype=self.dtype, kernel_init=xavier, name=f"linear{layer}")(x)
             if self.batch_norm:
                 x = BatchNorm(self.dtype, name=f"bn{layer}")(x, mode)
             x = nn.relu(x)
@@ -112,6 +112,8 @@ class Detector(nn.Module):
         pixel_mean: per-channel mean of the pixels in [0, 1].
         pixel_std: per-channel standard deviation.
         frozen_stages: how many of the backbone's stem and four stages read running statistics in training, too.
+        dim: D, 256 in torchvision and detectron2.
+        hidden: width of the box head, there 1024.
         pyramid_norm: BatchNorm in the pyramid.
         head_norm: BatchNorm in the box head.
         dtype: compute precision of pyramid and heads.
@@ -122,20 +124,22 @@ class Detector(nn.Module):
     pixel_mean: tuple[float, float, float]
     pixel_std: tuple[float, float, float]
     frozen_stages: int = 0
+    dim: int = 256
+    hidden: int = 1024
     pyramid_norm: bool = False
     head_norm: bool = False
     dtype: jnp.dtype = jnp.float32
 
     def setup(self) -> None:
-        self.fpn = FeaturePyramid(self.pyramid_norm, self.dtype)
+        self.fpn = FeaturePyramid(self.dim, self.pyramid_norm, self.dtype)
         self.rpn = ProposalHead(dtype=self.dtype)
-        self.box = BoxHead(self.num_classes, self.head_norm, self.dtype)
+        self.box = BoxHead(self.num_classes, self.hidden, self.head_norm, self.dtype)
 
     def __call__(self, images: jax.Array, sizes: jax.Array) -> None:
         """Makes all parameters."""
         pyramid = self.pyramid(images, sizes, EVALUATION, EVALUATION)
         self.proposals(pyramid)
-        self.regions(jnp.zeros((1, 7, 7, DIM), self.dtype), EVALUATION)
+        self.regions(jnp.zeros((1, 7, 7, self.dim), self.dtype), EVALUATION)
 
     def normalised(self, images: jax.Array, sizes: jax.Array) -> jax.Array:
         """Pixels [N, H, W, 3], uint8 or float in [0, 1], minus mean over deviation; 0 outside the content `sizes` [N, 2]."""
@@ -145,10 +149,8 @@ class Detector(nn.Module):
         columns = jnp.arange(images.shape[2])[None] < sizes[:, 1:]
         return jnp.where((rows[:, :, None] & columns[:, None])[..., None], (pixels - mean) / std, 0)
 
-    def pyramid(
-        self, images: jax.Array, sizes: jax.Array, backbone_mode: NormMode, mode: NormMode
-    ) -> list[jax.Array]:
-        """Five maps [N, H / s, W / s, DIM], s = 4, 8, 16, 32, 64.
+    def pyramid(self, images: jax.Array, sizes: jax.Array, backbone_mode: NormMode, mode: NormMode) -> list[jax.Array]:
+        """Five maps [N, H / s, W / s, D], s = 4, 8, 16, 32, 64.
 
         Args:
             images: [N, H, W, 3], content top left, sides multiples of STRIDE.
@@ -166,7 +168,7 @@ class Detector(nn.Module):
         return [self.rpn(level) for level in pyramid]
 
     def regions(self, pooled: jax.Array, mode: NormMode) -> tuple[jax.Array, jax.Array]:
-        """`BoxHead` of pooled regions [R, 7, 7, DIM]."""
+        """`BoxHead` of pooled regions [R, 7, 7, D]."""
         return self.box(pooled, mode)
 
 

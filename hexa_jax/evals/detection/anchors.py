@@ -31,9 +31,9 @@ def grid_anchors(
         ratios: height / width.
     """
     (height, width), (rows, columns) = image, feature
-    y = np.arange(rows, dtype=np.float32) * (height // rows)
-    x = np.arange(columns, dtype=np.float32) * (width // columns)
-    y, x = np.meshgrid(y, x, indexing="ij")
+    down = np.arange(rows, dtype=np.float32) * (height // rows)
+    right = np.arange(columns, dtype=np.float32) * (width // columns)
+    y, x = np.meshgrid(down, right, indexing="ij")
     shifts = np.stack([x, y, x, y], axis=-1).reshape(-1, 1, 4)
     return (shifts + base_anchors(size, ratios)[None]).reshape(-1, 4)
 

@@ -76,8 +76,8 @@ def nms(boxes: jax.Array, scores: jax.Array, threshold: float, valid: jax.Array 
 
     A box goes when one that stays, with a higher score (or the same one and a lower index), overlaps it by more than `threshold`.
 
-    All boxes are decided at once, again and again until nothing changes. What a box says of itself depends only on better ones, so
-    after n rounds the best n are right, and in practice a few rounds are enough: no loop over boxes, which accelerators are slow at.
+    All boxes are decided at once, again and again until nothing changes. What is said of a box depends only on better ones, so
+    after n rounds the best n are right; in practice a few rounds are enough. A loop over boxes would be slow on accelerators.
 
     Args:
         boxes: [R, 4].

@@ -13,7 +13,6 @@ import numpy as np
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
-from hexa_jax.models.detector import DIM
 from hexa_jax.models.norm import CLEAN, EPSILON, stats_collection
 from hexa_jax.weights import BATCH_NORM, Arrays, WeightsError, from_torchvision, read_weights, to_torchvision
 
@@ -139,11 +138,11 @@ def _backbone_of(variables: Mapping[str, Any]) -> dict[str, Any]:
 
 def _to_torch(value: np.ndarray, module: str) -> np.ndarray:
     if module == "box/linear1" and value.ndim == 2:  # torch flattens channels first
-        value = value.reshape(POOLED, POOLED, DIM, -1).transpose(2, 0, 1, 3).reshape(value.shape)
+        value = value.reshape(POOLED, POOLED, -1, value.shape[1]).transpose(2, 0, 1, 3).reshape(value.shape)
     return np.ascontiguousarray(value.transpose(3, 2, 0, 1) if value.ndim == 4 else value.T)
 
 
 def _from_torch(value: np.ndarray, module: str) -> np.ndarray:
-    if module == "box/linear1" and value.ndim == 2 and value.shape[1] == DIM * POOLED**2:
-        value = value.reshape(-1, DIM, POOLED, POOLED).transpose(0, 2, 3, 1).reshape(value.shape)
+    if module == "box/linear1" and value.ndim == 2 and value.shape[1] % POOLED**2 == 0:
+        value = value.reshape(len(value), -1, POOLED, POOLED).transpose(0, 2, 3, 1).reshape(value.shape)
     return value.transpose(2, 3, 1, 0) if value.ndim == 4 else value.T

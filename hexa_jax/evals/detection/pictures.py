@@ -18,9 +18,7 @@ SHOWN_SCORE = 0.5  # detections below it are not drawn
 COLUMNS = 4  # images in a row
 
 
-def picture_detections(
-    source: DetectionSource, found: Sequence[Detections], count: int, path: pathlib.Path
-) -> None:
+def picture_detections(source: DetectionSource, found: Sequence[Detections], count: int, path: pathlib.Path) -> None:
     """Images spread over the data: true boxes above (difficult ones dashed), detections with their scores below."""
     chosen = spread(len(source), count)
     groups = np.array_split(chosen, -(-len(chosen) // COLUMNS))
@@ -36,7 +34,9 @@ def picture_detections(
             below.imshow(pixels)
             above.set_title(f"{pathlib.Path(source.name(index)).name}: {len(truth.labels)} true", fontsize=7)
             for box, label, difficult in zip(truth.boxes, truth.labels, truth.difficult, strict=True):
-                _draw(above, box, source.class_names[label], colours(int(label) % colours.N), "--" if difficult else "-")
+                _draw(
+                    above, box, source.class_names[label], colours(int(label) % colours.N), "--" if difficult else "-"
+                )
             shown = detections.scores >= SHOWN_SCORE
             below.set_title(f"{int(shown.sum())} found with a score from {SHOWN_SCORE:g}", fontsize=7)
             for box, score, label in zip(
@@ -51,5 +51,16 @@ def picture_detections(
 
 def _draw(axis: plt.Axes, box: np.ndarray, text: str, colour: object, style: str) -> None:
     x1, y1, x2, y2 = box.tolist()
-    axis.add_patch(plt.Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, edgecolor=colour, linestyle=style, linewidth=1))
-    axis.text(x1, y1, text, fontsize=5, color="white", backgroundcolor=colour, va="bottom", bbox={"pad": 0.5, "lw": 0, "facecolor": colour})
+    axis.add_patch(
+        plt.Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, edgecolor=colour, linestyle=style, linewidth=1)
+    )
+    axis.text(
+        x1,
+        y1,
+        text,
+        fontsize=5,
+        color="white",
+        backgroundcolor=colour,
+        va="bottom",
+        bbox={"pad": 0.5, "lw": 0, "facecolor": colour},
+    )

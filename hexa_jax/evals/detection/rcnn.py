@@ -1,9 +1,10 @@
 """Faster R-CNN on a batch: its losses, and its detections; everything has a fixed shape.
 
-Legend: N images, H W of the padded input, M boxes of an image, P proposals, R regions, C classes, D detections of an image.
+Legend: N images, H W of the padded input, M boxes of an image, P proposals, R regions, C classes.
 """
 
 import dataclasses
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -23,7 +24,7 @@ SCORE_THRESHOLD, NMS_THRESHOLD, SMALLEST = 0.05, 0.5, 1e-2
 
 
 class Detected(NamedTuple):
-    """Best first: boxes float32 [N, D, 4] in pixels of the input, scores [N, D], labels int32 [N, D], -1 where there are fewer."""
+    """Best first: boxes float32 [N, 100, 4] in pixels of the input, scores [N, 100], labels int32 [N, 100], -1 where there are fewer."""
 
     boxes: jax.Array
     scores: jax.Array
@@ -48,7 +49,7 @@ class FasterRCNN:
         train_proposals: (before, after) suppression in training: best anchors of a level, and best boxes of an image.
         test_proposals: the same in evaluation.
         regions: sampled regions of an image in training.
-        detections: D.
+        detections: at most so many of an image.
     """
 
     network: Detector
@@ -75,7 +76,7 @@ class FasterRCNN:
         return jax.vmap(one)(objectness, deltas, sizes)
 
     def pool(self, pyramid: list[jax.Array], boxes: jax.Array) -> jax.Array:
-        """Features [N, R, 7, 7, DIM] of boxes [N, R, 4]."""
+        """Features [N, R, 7, 7, D] of boxes [N, R, 4]."""
         scales = [1 / stride for stride in STRIDES]
         return jax.vmap(lambda maps, boxes: pyramid_roi_align(maps, boxes, scales))(pyramid[: len(STRIDES)], boxes)
 
@@ -109,7 +110,7 @@ class FasterRCNN:
         found = self.propose(jax.lax.stop_gradient(predicted), (height, width), sizes, self.train_proposals)
         split = jax.vmap(jax.random.split)(keys)
         anchors = jax.vmap(anchor_targets, in_axes=(0, None, 0, 0))(split[:, 0], everywhere, boxes, labels)
-        regions = jax.vmap(lambda *of: region_targets(*of, count=self.regions))(split[:, 1], found, boxes, labels)
+        regions = jax.vmap(functools.partial(region_targets, count=self.regions))(split[:, 1], found, boxes, labels)
         present = sizes[:, 0] > 0
         anchors = anchors._replace(
             positive=anchors.positive & present[:, None], negative=anchors.negative & present[:, None]

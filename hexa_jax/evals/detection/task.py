@@ -92,7 +92,9 @@ class _Detection:
             write_detector(self.workdir / EXPORT, _variables(state), self.class_names, **about)
             if history:
                 series = {name: [entry[name] for entry in history] for name in ("AP", "AP50", "AP75")}
-                curves(series, "tests during training", "average precision in %", self.workdir / "report" / "curves.png")
+                curves(
+                    series, "tests during training", "average precision in %", self.workdir / "report" / "curves.png"
+                )
         results |= {"steps": int(state.step), "test_images": len(self.held_out)}
         results |= {"train_images": len(self.source)} if self.trains else {}
         write_json(self.workdir / "result.json", results)
@@ -108,7 +110,7 @@ class _Detection:
         say(f"to train on: {self.source.summary()}")
         if batches.images_over_max_boxes:
             say(f"{batches.images_over_max_boxes} images have more than data.max_boxes={config.data.max_boxes} boxes")
-        shapes = len(batches.canvases.all())
+        shapes = len(batches.canvases.all)
         say(f"{shapes} shapes of images at most: so many compilations of the step, when each first occurs")
         total = config.steps or config.epochs * batches.steps_per_epoch
         optimizer = make_optimizer(_base_optimizer(config, batches.steps_per_epoch), self._frozen())
@@ -145,7 +147,7 @@ class _Detection:
         clock.start(0)
         for number, (batch, rows) in enumerate(batches, 1):
             detected = jax.tree.map(np.asarray, self.detect(state.params, state.stats, batch))
-            for row in np.flatnonzero(rows.index >= 0):
+            for row in np.flatnonzero(rows.index >= 0).tolist():
                 real = detected.labels[row] >= 0
                 boxes = rows.to_original(row, detected.boxes[row][real])
                 found[rows.index[row]] = Detections(boxes, detected.scores[row][real], detected.labels[row][real])
@@ -250,6 +252,8 @@ def _model(config: ConfigDict, resnet: Any, num_classes: int, mean: Any, std: An
         tuple(mean),
         tuple(std),
         frozen_stages=model.frozen_stages,
+        dim=model.dim,
+        hidden=model.hidden,
         pyramid_norm=model.pyramid_norm,
         head_norm=model.head_norm,
         dtype=choose("precision", config.precision, PRECISIONS)[0],

@@ -101,9 +101,7 @@ def make_step(
 
     def step(state: DetectorState, batch: DetectionBatch) -> tuple[DetectorState, dict[str, jax.Array]]:
         at = Draws(state.seed, jnp.int32(0), state.step)
-        sharded = jax.shard_map(
-            local, mesh=mesh, in_specs=(P(), P(), P(), P("data")), out_specs=P(), check_vma=False
-        )
+        sharded = jax.shard_map(local, mesh=mesh, in_specs=(P(), P(), P(), P("data")), out_specs=P(), check_vma=False)
         (grads, losses), moments = sharded(state.params, state.stats, at, batch)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
