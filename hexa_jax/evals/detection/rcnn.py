@@ -24,7 +24,7 @@ SCORE_THRESHOLD, NMS_THRESHOLD, SMALLEST = 0.05, 0.5, 1e-2
 
 
 class Detected(NamedTuple):
-    """Best first: boxes float32 [N, 100, 4] in pixels of the input, scores [N, 100], labels int32 [N, 100], -1 where there are fewer."""
+    """Best first: boxes float32 [N, 100, 4] in pixels of the input, scores [N, 100], labels int32 [N, 100], -1 for none."""
 
     boxes: jax.Array
     scores: jax.Array
