@@ -164,6 +164,8 @@ def test_the_smallest_canvas_that_holds_a_batch():
     assert canvases.smallest(mixed, 64) == canvases.smallest(mixed, 80) == (96, 128)
     np.testing.assert_array_equal(content_sizes(mixed, 64, LIMIT, (96, 128)), [[64, 85], [64, 96], [96, 64]])
     np.testing.assert_array_equal(content_sizes(mixed, 80, LIMIT, (96, 128)), [[80, 106], [80, 120], [96, 64]])
+    # If even the largest does not hold it (105 high), the lying ones decide.
+    assert canvases.smallest(np.array([[60, 80], [60, 90], [99, 60]]), 64) == (64, 96)
     square = Canvases([*PAIRS, (128, 128)], SIDES, LIMIT)
     assert (128, 128) in square.all and len(square.all) == 5
     assert square.smallest(mixed, 80) == (128, 128)  # all as they should be
