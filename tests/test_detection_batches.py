@@ -1,16 +1,22 @@
 """Detection's batches: geometry worked by hand and against PyTorch, who stands where, and pixels that agree with boxes."""
 
 import collections
+import os
 import pickle
 import struct
+import subprocess
+import sys
 
 import cv2
 import jax
 import numpy as np
 import pytest
+from command_line import REPOSITORY, environment
 from test_detection_data import annotation, extracted, thing, write_voc
+from test_hosts import free_port
 
 from configs.eval import detection_voc
+from hexa_jax import hosts
 from hexa_jax.build import ConfigError
 from hexa_jax.data.source import DataError
 from hexa_jax.evals.detection.batches import (
@@ -158,6 +164,8 @@ def test_the_smallest_canvas_that_holds_a_batch():
     assert canvases.smallest(mixed, 64) == canvases.smallest(mixed, 80) == (96, 128)
     np.testing.assert_array_equal(content_sizes(mixed, 64, LIMIT, (96, 128)), [[64, 85], [64, 96], [96, 64]])
     np.testing.assert_array_equal(content_sizes(mixed, 80, LIMIT, (96, 128)), [[80, 106], [80, 120], [96, 64]])
+    # If even the largest does not hold it (105 high), the lying ones decide.
+    assert canvases.smallest(np.array([[60, 80], [60, 90], [99, 60]]), 64) == (64, 96)
     square = Canvases([*PAIRS, (128, 128)], SIDES, LIMIT)
     assert (128, 128) in square.all and len(square.all) == 5
     assert square.smallest(mixed, 80) == (128, 128)  # all as they should be
@@ -355,6 +363,58 @@ def test_worker_processes_change_nothing(source):
     got = TrainingBatches(settings(**{"runtime.workers": 2}), source, mesh()).after(2, 7)
     for ours, theirs in zip(got, reference, strict=True):
         assert_equal(host(ours), theirs)
+
+
+PROCESS = """
+import sys
+import jax, numpy as np
+from jax.experimental.multihost_utils import process_allgather
+from hexa_jax import hosts
+from hexa_jax.evals.detection.batches import EvaluationBatches, TrainingBatches
+from hexa_jax.evals.detection.data import open_detection
+from hexa_jax.mesh import make_mesh
+from test_detection_batches import settings
+spec, target = sys.argv[1:]
+hosts.join(hosts.Place())
+whole = lambda batch: [np.asarray(process_allgather(leaf, tiled=True)) for leaf in batch]
+arrays = []
+for batch in TrainingBatches(settings(), open_detection(spec), make_mesh()).after(0, 6):
+    arrays += whole(batch)
+source = open_detection(spec)
+for batch, rows in EvaluationBatches(settings(), source, make_mesh()):
+    arrays += [*whole(batch), rows.index, rows.originals, rows.contents]
+arrays += [source.truth(index).boxes for index in range(len(source))]
+np.savez(f"{target}{jax.process_index()}.npz", *arrays)
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_do_what_one_does(tmp_path):
+    """Training, and evaluation, in which each learns of the wrong sizes that the other came across."""
+    sizes = np.random.default_rng(0).integers(60, 160, (21, 2)).tolist()
+    said = [size[:: 1 if number % 5 else -1] for number, size in enumerate(sizes)]
+    box = thing("dog", (3, 4, 120, 130))
+    images = {
+        f"{k:02d}": (tuple(size), annotation(text, box)) for k, (size, text) in enumerate(zip(sizes, said, strict=True))
+    }
+    spec = f"voc:{write_voc(tmp_path / 'voc', images)}"
+    path = os.pathsep.join([str(REPOSITORY), str(REPOSITORY / "tests"), *sys.path])
+
+    def start(name, count, number):
+        variables = (f"127.0.0.1:{port}", str(count), str(number)) if count > 1 else ()
+        place = dict(zip(hosts.VARIABLES, variables, strict=False))
+        env = environment() | {"JAX_NUM_CPU_DEVICES": str(4 // count), "PYTHONPATH": path} | place
+        return subprocess.Popen([sys.executable, "-c", PROCESS, spec, str(tmp_path / name)], env=env)
+
+    port = free_port()
+    for process in [start("pair", 2, 0), start("pair", 2, 1), start("alone", 1, 0)]:
+        assert process.wait(timeout=120) == 0
+    alone = np.load(tmp_path / "alone0.npz")
+    for number in range(2):
+        pair = np.load(tmp_path / f"pair{number}.npz")
+        assert pair.files == alone.files and len(pair.files) > 50
+        for name in alone.files:
+            np.testing.assert_array_equal(pair[name], alone[name])
 
 
 def test_the_largest_boxes_are_kept():

@@ -114,6 +114,9 @@ def test_of_equal_scores_the_earlier_image_counts_first():
     objects = truth((A, 0))
     assert all_ap([truth(), objects], [found((FAR, 0, 0.5)), found((A, 0, 0.5))]) == by_hand((1, 0.5))
     assert all_ap([objects, truth()], [found((A, 0, 0.5)), found((FAR, 0, 0.5))]) == by_hand((1, 1))
+    # Among many, a sort that is not stable would mix them. Every other one is right at 0.9; of those at 0.5, the first half.
+    rows = [found((A if k % 2 == 0 or k < 40 else FAR, 0, 0.5 if k % 2 else 0.9)) for k in range(80)]
+    assert all_ap([objects] * 80, rows) == by_hand((0.75, 1))
 
 
 def test_where_the_protocols_differ():

@@ -31,9 +31,9 @@ class Planned:
 class TrainingPlan:
     """Batches without end. An epoch is as many whole batches as there are; it leaves out the last of its order.
 
-    Batches are of lying or of standing images, but for one an epoch, of what both leave over: there, the minority is scaled
-    down to fit the canvas of the majority (a standing 500 x 375 on 800 x 1344 pixels becomes 800 x 600), so that images of a
-    rare orientation are used, too, and no further shape is compiled.
+    Batches are of lying or of standing images, but for one an epoch, of what both leave over. Its canvas is as most of its images
+    are, and the others are scaled down where they do not fit (one of 500 x 375 on 800 x 1344 pixels becomes 800 x 600 at most,
+    within the usual range of short sides). So images of a rare orientation are used, too, and no further shape is compiled.
 
     Attributes:
         sizes: int [n, 2] (height, width).
@@ -61,13 +61,10 @@ class TrainingPlan:
         return Planned(index, short, self.canvases.smallest(self.sizes[index], short), epoch)
 
     def _grouped(self, epoch: int) -> np.ndarray:
-        """int64 [steps_per_epoch, N]: whole batches of lying images, of standing ones, and the rest."""
+        """int64 [steps_per_epoch, N]: lying images, then standing ones; one batch at most has both."""
         order = pass_order(self.seed, epoch, len(self.sizes))[: self.steps_per_epoch * self.batch_size]
         tall = is_portrait(self.sizes[order])
-        groups = [order[~tall], order[tall]]
-        whole = [group[: len(group) // self.batch_size * self.batch_size] for group in groups]
-        rest = [group[len(part) :] for group, part in zip(groups, whole, strict=True)]
-        return np.concatenate([*whole, *rest]).reshape(-1, self.batch_size)
+        return np.concatenate([order[~tall], order[tall]]).reshape(-1, self.batch_size)
 
 
 class EvaluationPlan:
