@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from detection_weights import draw_images
 
 from hexa_jax.evals.detection import targets
 from hexa_jax.evals.detection.names import detector_from_torchvision, detector_to_torchvision
@@ -40,7 +41,7 @@ def theirs():
 
 @pytest.fixture(scope="module")
 def images():
-    return reference.draw_images(PADDED, SIZES)
+    return torch.from_numpy(draw_images(PADDED, SIZES))
 
 
 @pytest.fixture(scope="module")

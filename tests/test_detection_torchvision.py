@@ -5,9 +5,16 @@ trusted: the same weights and images go through both.
 """
 
 import detection_reference as reference
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
-from make_detection_goldens import draw_images
+from detection_weights import draw_images
+
+from hexa_jax.evals.detection.names import detector_from_torchvision
+from hexa_jax.evals.detection.rcnn import FasterRCNN as RCNN
+from hexa_jax.models.detector import Detector
+from hexa_jax.models.resnet import make_resnet
 
 try:
     import torch
@@ -236,5 +243,24 @@ def test_losses_and_gradients(state, images):
 
 
 # ---- The JAX detector --------------------------------------------------------------------------------------------------
-# Here belongs what compares `hexa_jax.evals.detection` with `their_model`, step by step as above: the weights of
-# `state` through the importer, `images` as [N, H, W, 3], and the same numbers with the classes counted from 0.
+
+
+def test_the_jax_detector(state, images):
+    """Full width, torchvision's own limits: the same detections from the same weights."""
+    theirs = their_model(state).eval()
+    with torch.no_grad():
+        features = theirs.backbone(images)
+        proposals, _ = theirs.rpn(ImageList(images, SIZES), features)
+        expected, _ = theirs.roi_heads(features, proposals, SIZES)
+    network = Detector(make_resnet("resnet50"), CLASSES, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
+    image, size = jnp.zeros((1, 64, 64, 3)), jnp.full((1, 2), 64, jnp.int32)
+    like = jax.eval_shape(lambda: network.init(jax.random.key(0), image, size))
+    variables = detector_from_torchvision({name: value.numpy() for name, value in state.items()}, like)
+    pixels = jnp.asarray(images.numpy().transpose(0, 2, 3, 1))
+    detected = jax.jit(RCNN(network).detect)(variables, pixels, jnp.asarray(SIZES, jnp.int32))
+    for image, wanted in enumerate(expected):
+        found = np.asarray(detected.labels[image]) >= 0
+        assert found.sum() == len(wanted["labels"]) > 10
+        assert_close(torch.from_numpy(np.array(detected.scores[image][found])), wanted["scores"], 1e-3)
+        assert_close(torch.from_numpy(np.array(detected.boxes[image][found])), wanted["boxes"], 1e-3)
+        assert (np.asarray(detected.labels[image][found]) + 1).tolist() == wanted["labels"].tolist()

@@ -9,7 +9,7 @@ of an image, (height, width), is where its boxes are clipped.
 from typing import NamedTuple
 
 import torch
-from make_detection_goldens import draw_all
+from detection_weights import draw_all
 from torch import nn
 from torch.nn import functional as F
 from torch_boxes import (
