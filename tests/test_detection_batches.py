@@ -102,13 +102,23 @@ def test_sizes_by_hand():
     assert content_sizes(np.array([1, 5000]), 800, 1333).tolist()[0] == 1
 
 
+def test_sides_are_a_pixel_short_where_torchvisions_are():
+    """int(side * (800 / side)) in float64; the list and the pairs are from torchvision 0.28's transform itself."""
+    sides = np.arange(20, 340)
+    got = content_sizes(np.stack([sides, sides], axis=1), 800, 1333)
+    short = [97, 161, 167, 193, 194, 195, 199, 289, 305, 322, 334, 335, 337]
+    assert sides[(got != 800).any(axis=1)].tolist() == short and got.min() == 799
+    originals = np.array([[334, 500], [375, 500], [333, 500], [281, 500]])
+    wanted = [[799, 1197], [800, 1066], [800, 1201], [749, 1333]]
+    np.testing.assert_array_equal(content_sizes(originals, 800, 1333), wanted)
+
+
 def test_sizes_are_those_of_torch():
     torch = pytest.importorskip("torch", reason="PyTorch is optional")
     rng = np.random.default_rng(0)
     exact = 0
     for size, short in zip(rng.integers(20, 700, (400, 2)).tolist(), rng.integers(30, 200, 400).tolist(), strict=True):
-        sides = torch.tensor(size).to(torch.float32)
-        scale = torch.min(float(short) / torch.min(sides), 250.0 / torch.max(sides)).item()
+        scale = min(short / min(size), 250 / max(size))
         image = torch.zeros(1, 1).expand(1, 1, *size)
         options = {"scale_factor": scale, "recompute_scale_factor": True, "mode": "bilinear", "align_corners": False}
         wanted = list(torch.nn.functional.interpolate(image, **options).shape[2:])

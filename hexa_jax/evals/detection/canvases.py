@@ -14,8 +14,8 @@ STRIDE = 32  # canvases are multiples of it: the last map of the backbone then h
 def content_sizes(sizes: np.ndarray, short: int, limit: int, canvas: tuple[int, int] | None = None) -> np.ndarray:
     """How large images become: the short side `short`, unless the long one then exceeds `limit`.
 
-    The arithmetic is that of torchvision's detection transform: PyTorch divides a number by a tensor as the number times the
-    reciprocal, both float32; then sides are rounded down. So a side may be one pixel short of what was asked for.
+    As in torchvision's detection transform, the scale is one quotient in float64, and sides are rounded down after they were
+    multiplied by it. What should be a whole number may then lie just below it: 334 pixels at short=800 become 799.
 
     Args:
         sizes: int [..., 2] (height, width).
@@ -25,19 +25,18 @@ def content_sizes(sizes: np.ndarray, short: int, limit: int, canvas: tuple[int, 
     Returns:
         int64 [..., 2], at least 1.
     """
-    sides = np.asarray(sizes).astype(np.float32)
-    inverse = np.float32(1) / sides
-    scale = np.minimum(np.float32(short) * inverse.max(-1), np.float32(limit) * inverse.min(-1))
+    sides = np.asarray(sizes, np.float64)
+    scale = np.minimum(short / sides.min(-1), limit / sides.max(-1))
     contents = _scaled(sides, scale)
     if canvas is not None:
         fits = np.all(contents <= canvas, axis=-1, keepdims=True)
-        room = np.minimum(scale, (np.array(canvas, np.float32) * inverse).min(-1))
+        room = np.minimum(scale, (canvas / sides).min(-1))
         contents = np.where(fits, contents, np.minimum(_scaled(sides, room), canvas))
     return np.maximum(contents, 1)
 
 
 def _scaled(sides: np.ndarray, scale: np.ndarray) -> np.ndarray:
-    return np.floor(sides.astype(np.float64) * scale.astype(np.float64)[..., None]).astype(np.int64)
+    return np.floor(sides * scale[..., None]).astype(np.int64)
 
 
 class Canvases:
