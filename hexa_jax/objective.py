@@ -170,8 +170,11 @@ class Objective:
 
     def encode_keys(self, params: Any, batch: Batch, at: Draws, data: jax.Array | None) -> jax.Array:
         """Embeddings [N, 1, D] of the key crops."""
-        keys = at.of_examples(draws.AUGMENT, batch.key_index)
-        return self.forward(params, (self.crops.target(keys, batch, data),))[0]
+        return self.forward(params, (self.key_crops(batch, at, data),))[0]
+
+    def key_crops(self, batch: Batch, at: Draws, data: jax.Array | None) -> jax.Array:
+        """Augmented crops [N, 1, H, W, 3] that the target encoder sees."""
+        return self.crops.target(at.of_examples(draws.AUGMENT, batch.key_index), batch, data)
 
     def row_losses(self, params: Any, x: Any, rows: Rows, view: str, mix: Any = None) -> tuple[jax.Array, Any]:
         """Weighted losses [N, V] of a view, summing to its part of the objective; and (moments, outputs) of the pass."""

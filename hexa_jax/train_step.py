@@ -159,6 +159,19 @@ class Trainer:
         method = self.objective.method.update(state.method, state.params, batch, outputs, None)
         return state._replace(method=method)
 
+    def augment_step(self, state: TrainState, batch: Batch, data: jax.Array | None = None) -> Any:
+        """The next step's crops as the networks get them, [M, rows, V, H, W, 3] a resolution, and the key crops after them."""
+        objective, at = self.objective, self._draws(state)
+
+        def local(batch: Batch, at: Draws, data: jax.Array | None) -> Any:
+            def one(rows: Batch) -> Any:
+                crops = objective.online_crops(rows, at, data)
+                return (*crops, objective.key_crops(rows, at, data)) if objective.method.key_crops else crops
+
+            return jax.lax.map(one, batch)
+
+        return self._per_device(local, (ROWS, P(), P()), ROWS)(batch, at, data)
+
     def refresh_step(self, state: TrainState, epoch: jax.Array) -> tuple[TrainState, dict]:
         """What the method does before epoch `epoch` (int32, from 0), and scalars about it."""
         key = purpose_key(state.seed, draws.REFRESH)
@@ -178,6 +191,7 @@ class Trainer:
                 self.observe_step, in_shardings=(state, rows, whole), out_shardings=state, donate_argnums=0
             ),
             views=jax.jit(self.view_step, in_shardings=(state, rows, whole), out_shardings=rows),
+            augment=jax.jit(self.augment_step, in_shardings=(state, rows, whole), out_shardings=rows),
             refresh=jax.jit(
                 self.refresh_step, in_shardings=(state, whole), out_shardings=(state, whole), donate_argnums=0
             ),
@@ -263,12 +277,13 @@ class Trainer:
 
 
 class Steps(NamedTuple):
-    """Compiled functions of a run: init(seed), train(state, batch, data), observe(same), views(same), refresh(state, epoch)."""
+    """Compiled functions of a run: init(seed); train, observe, views and augment of (state, batch, data); refresh(state, epoch)."""
 
     init: Any
     train: Any
     observe: Any
     views: Any
+    augment: Any
     refresh: Any
 
 

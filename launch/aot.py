@@ -2,7 +2,8 @@
 
 python -m launch.aot --config=configs/hexa_moco.py --topology=v5e:4x4 [--config.key=value ...]
 --topology      KIND:SHAPE, such as v5e:16x16, v4:2x2x2 or v5p:2x2x1; shapes are in chips
---programs      comma-separated: train, init, refresh (k-means; methods with clusters), features (evaluation); all by default
+--programs      comma-separated: train, augment (what of it makes crops), init, refresh (k-means; methods with clusters),
+                features (evaluation); all by default
 --num_examples  of the data set; ImageNet's 1,281,167 by default
 --rows          JSON file that keeps the results; what it holds is not compiled again (docs/scaling.json by default)
 --table=FILE    write all rows as a Markdown table and compile nothing
@@ -35,7 +36,7 @@ from hexa_jax.workdir import write_json
 from launch.program import CHIPS, Chip, describe, microbatches_that_fit, too_large
 
 IMAGENET = 1_281_167
-PROGRAMS = ("train", "init", "refresh", "features")
+PROGRAMS = ("train", "augment", "init", "refresh", "features")
 EVALUATION_ROWS = 256  # images a chip
 GIB = 2**30
 
@@ -50,8 +51,8 @@ def compile_program(trainer: Trainer, program: str) -> dict[str, Any]:
     with jax.set_mesh(trainer.mesh):
         steps, state = trainer.compile(), trainer.state_shapes()
         try:
-            if program == "train":
-                lowered = steps.train.lower(state, trainer.batch_shapes(), None)
+            if program in ("train", "augment"):
+                lowered = getattr(steps, program).lower(state, trainer.batch_shapes(), None)
             elif program == "init":
                 lowered = steps.init.lower(jax.ShapeDtypeStruct((), jnp.uint32))
             elif program == "refresh":
