@@ -45,6 +45,19 @@ class AotError(ValueError):
     """A mistake in the command; one line."""
 
 
+def devices_of(topology: str) -> list[jax.Device]:
+    """One device per chip of a topology KIND:SHAPE; AotError if there is none."""
+    kind, _, shape = topology.partition(":")
+    settings: dict[str, Any] = {"chip_config_name": "megacore"} if kind == "v4" else {}
+    try:
+        sides = [int(side) for side in shape.split("x")] + [1]
+        if sides[0] % 2 or sides[1] % 2:  # less than a whole host of 2 x 2 chips
+            settings["chips_per_host_bounds"] = tuple((*sides, 1)[:3])
+        return list(topologies.get_topology_desc(platform="tpu", topology_name=topology, **settings).devices)
+    except (ValueError, jax.errors.JaxRuntimeError) as error:
+        raise AotError(f"--topology={topology}: {str(error).splitlines()[0][:200]}") from None
+
+
 def compile_program(trainer: Trainer, program: str) -> dict[str, Any]:
     """Numbers of one program, whether it fits or not."""
     begin = time.monotonic()
@@ -158,8 +171,7 @@ def main(argv: list[str]) -> int:
         if importlib.util.find_spec("libtpu") is None:
             raise AotError("the TPU compiler is missing: pip install libtpu")
         config = parse_command([argv[0], *settings, "--workdir=unused"]).config
-        description = topologies.get_topology_desc(platform="tpu", topology_name=options.topology)
-        trainer = make_trainer(config, options.num_examples, list(description.devices))
+        trainer = make_trainer(config, options.num_examples, devices_of(options.topology))
     except (AotError, ConfigError) as error:
         print(f"aot: {error}", file=sys.stderr)
         return 2
