@@ -59,12 +59,12 @@ def pyramid_roi_align(
     for row, row_weight in y:
         for column, column_weight in x:
             place = start[:, None, None] + row[:, :, None] * width[:, None, None] + column[:, None, :]  # [R, S, S]
-            weight = (row_weight[:, :, None] * column_weight[:, None, :]).astype(flat.dtype)
-            corner = flat[place] * weight[..., None]
+            weight = row_weight[:, :, None] * column_weight[:, None, :]
+            corner = flat[place] * weight[..., None]  # in float32 or wider, as weights are
             total = corner if total is None else total + corner
     assert total is not None
     bins = total.reshape(-1, output_size, sampling_ratio, output_size, sampling_ratio, channels)
-    return jnp.mean(bins, axis=(2, 4))
+    return jnp.mean(bins, axis=(2, 4)).astype(flat.dtype)
 
 
 def roi_align(
