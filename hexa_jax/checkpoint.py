@@ -14,6 +14,7 @@ import pathlib
 import re
 import shutil
 import threading
+import time
 from typing import Any, NamedTuple
 
 import jax
@@ -21,7 +22,10 @@ import numpy as np
 from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
 
-from hexa_jax.manifest import MANIFEST, CheckpointError, one_line, read_manifest, verify, write_manifest
+from hexa_jax.manifest import MANIFEST, CheckpointError, may_pass, one_line, read_manifest, verify, write_manifest
+
+PATIENCE = 3  # failures in a row that a run outlives, if their reason may pass
+PAUSE = 2.0  # seconds before a save that must not fail is tried again; doubles each time
 
 _FOLDER = re.compile(r"step_(\d+)(?:_(\d+))?(?:\.orbax-checkpoint-tmp.*)?")  # orbax writes under the long name first
 _saves = itertools.count()  # numbers barriers; the same on every process, because all save in the same order
@@ -58,11 +62,15 @@ class Checkpoints:
         self.keep_every = keep_every
         self._thread: threading.Thread | None = None
         self._error: CheckpointError | None = None
+        self._failures = 0  # in a row
+        self._failed_folder: _Folder | None = None
 
     def save(self, step: int, tree: Any, metadata: dict | None = None) -> None:
         """Saves in the background; on return the arrays of `tree` may be donated or deleted.
 
-        Waits for the save before it. A step that exists is replaced once the new one is complete.
+        Waits for the save before it. If that failed for a reason that may pass, a warning says so; older checkpoints are
+        intact. With several processes no reason passes: they would have to agree on it through the storage that fails. A
+        step that exists is replaced once the new one is complete.
 
         Args:
           step: number of the checkpoint, at least 0.
@@ -70,14 +78,16 @@ class Checkpoints:
           metadata: what JSON can hold; it comes back with the tree.
 
         Raises:
-          CheckpointError: this save cannot start, or the one before it failed.
+          CheckpointError: this save cannot start, or the one before it failed, for a reason that stays or for the
+            (PATIENCE + 1)th time in a row.
         """
-        self.wait()
+        self._settle()
         step = int(step)
         leaves = _named_leaves(tree)
         specs = {name: _spec(leaf) for name, leaf in leaves.items()}
         manifest = json.loads(json.dumps({"step": step, "metadata": metadata or {}, "leaves": specs}))  # a copy
-        attempts = [folder.attempt for folder in self._folders() if folder.step == step]
+        taken = [*self._folders(), *filter(None, [self._failed_folder])]  # a save given up on may still write there
+        attempts = [folder.attempt for folder in taken if folder.step == step]
         attempt, _ = _from_first_process(max(attempts, default=-1) + 1, 0)
         folder = _Folder(step, attempt, self._path(step, attempt))
         context = ocp.Context()
@@ -91,10 +101,28 @@ class Checkpoints:
                 arrays = {name: leaf for name, leaf in leaves.items() if leaf.size}
                 response = ocp.save_async(folder.path, arrays or {"(none)": np.zeros(1)})
         except Exception as error:
-            raise self._failed(folder, error) from error
+            failed = self._failed(folder, error)
+            if not failed.passing:
+                raise failed from error
+            self._error = failed
+            return
         arguments = (folder, manifest, response, f"hexa_jax_{next(_saves)}")
         self._thread = threading.Thread(target=self._finish, args=arguments, name="checkpoint", daemon=True)
         self._thread.start()
+
+    def save_now(self, step: int, tree: Any, metadata: dict | None = None) -> None:
+        """Saves and waits, for the last save of a run: a failure that may pass is tried again, PATIENCE times."""
+        for attempt in range(PATIENCE + 1):
+            try:
+                self.save(step, tree, metadata)
+                self.wait()
+                return
+            except CheckpointError as error:
+                if not error.passing or attempt == PATIENCE:
+                    raise
+                pause = PAUSE * 2**attempt
+                _log.warning("%s; trying again in %g s", error, pause)
+                time.sleep(pause)
 
     def wait(self) -> None:
         """Blocks until the last save is on disk; raises CheckpointError, once, if it failed: older ones are intact."""
@@ -104,6 +132,16 @@ class Checkpoints:
         error, self._error = self._error, None
         if error is not None:
             raise error
+
+    def _settle(self) -> None:
+        """Waits for the last save; its failure is a warning as long as it may be one."""
+        try:
+            self.wait()
+        except CheckpointError as error:
+            self._failures += 1
+            if not error.passing or self._failures > PATIENCE:
+                raise
+            _log.warning("%s; the run goes on, and the next save is due now", error)
 
     def close(self) -> None:
         """The same as `wait`, for `contextlib.closing`: the end of the process cuts off a save in flight."""
@@ -185,16 +223,20 @@ class Checkpoints:
                 asyncio.run(ocp.multihost.sync_global_processes("manifest", operation_id=barrier))
             if not folder.complete:
                 raise OSError("the first process could not write the manifest")
+            self._failures = 0
         except Exception as error:
             self._error = self._failed(folder, error)
 
     def _failed(self, folder: _Folder, error: Exception) -> CheckpointError:
         """Frees the space of a failed save, then says what happened."""
+        self._failed_folder = folder
         if jax.process_index() == 0 and self.directory.is_dir():
             for leftover in self._folders():
                 if leftover[:2] == folder[:2] and not leftover.complete:
                     shutil.rmtree(leftover.path, ignore_errors=True)
-        return CheckpointError(f"cannot save step {folder.step} in {self.directory}: {one_line(error)}")
+        failed = CheckpointError(f"cannot save step {folder.step} in {self.directory}: {one_line(error)}")
+        failed.passing = jax.process_count() == 1 and may_pass(error)
+        return failed
 
     def _delete_old(self, saved: _Folder) -> None:
         """Keeps the newest up to `saved`, every k-th, and all that are newer; half-written ones go."""

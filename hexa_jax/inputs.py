@@ -1,7 +1,7 @@
 """The data of a run: from a source to batches of any step on the devices."""
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Generator
 
 import jax
 import numpy as np
@@ -42,7 +42,7 @@ class Input:
     def _max_failures(config: ConfigDict, source: Source) -> int:
         return int(config.data.max_bad_fraction * len(source))
 
-    def batches(self, start: int) -> Iterator[Batch]:
+    def batches(self, start: int) -> Generator[Batch, None, None]:
         """Batches from step `start` on, where the first pass is steps 0 to steps_per_epoch - 1 and training follows."""
         objective, spec, runtime = self.trainer.objective, self.trainer.spec, self.config.runtime
         on_device = self.resident is not None

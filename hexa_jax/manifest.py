@@ -1,5 +1,6 @@
 """The file that makes a folder of files count: their sizes and checksums, written last, read first."""
 
+import errno
 import hashlib
 import json
 import os
@@ -8,10 +9,22 @@ import re
 
 MANIFEST = "MANIFEST.json"
 _KNOWN = re.compile("No space left on device|Read-only file system|Permission denied|Disk quota exceeded")
+_PASSING = (errno.EIO, errno.ESTALE, errno.EAGAIN, errno.EINTR, errno.ENOTCONN, errno.EHOSTDOWN)
 
 
 class CheckpointError(ValueError):
     """A checkpoint cannot be written or used; the message is one line for the user."""
+
+    passing = False  # whether the reason may go away by itself
+
+
+def may_pass(error: Exception) -> bool:
+    """Whether storage that fails this way may work again by itself, as a file server does that is being restarted.
+
+    Told by the text, because orbax wraps the system's errors in its own. It also gives up on a save during which somebody sets
+    the clock forward.
+    """
+    return any(text in str(error).lower() for text in ("timed out", *(os.strerror(code).lower() for code in _PASSING)))
 
 
 def one_line(error: Exception) -> str:

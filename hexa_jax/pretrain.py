@@ -1,10 +1,11 @@
 """The pre-training loop: refresh, next batch, step, report, evaluate, save."""
 
+import contextlib
 import itertools
 import logging
 import math
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -16,10 +17,11 @@ from sklearn.metrics import normalized_mutual_info_score
 
 from hexa_jax import hosts, report
 from hexa_jax.build import make_schedule, make_trainer, open_training_source
-from hexa_jax.checkpoint import Checkpoints
+from hexa_jax.checkpoint import CheckpointError, Checkpoints
 from hexa_jax.data.source import Source
 from hexa_jax.evals.online import Probe, make_probe
 from hexa_jax.inputs import Input
+from hexa_jax.methods.base import Batch
 from hexa_jax.objective import Shown
 from hexa_jax.progress import Clock, say
 from hexa_jax.stops import Diverged, Interruptible, Terminated
@@ -27,6 +29,7 @@ from hexa_jax.train_step import Steps, Trainer, TrainState
 from hexa_jax.workdir import Metrics, write_json
 
 COLLAPSED = 0.02  # embedding_std below this: all embeddings are nearly the same
+STARVED = 0.3  # share of the time spent on waiting for input above which the terminal is told
 CALIBRATION_STEPS = 50  # forward passes that give a random network its BatchNorm statistics
 
 
@@ -67,6 +70,11 @@ class _Run:
         if restored is None:
             return self.steps.init(np.uint32(self.config.seed)), 0, {"first_pass": False}
         step, state, metadata = restored
+        if not all(np.isfinite(np.asarray(leaf)).all() for leaf in jax.tree.leaves(state.params)):
+            raise Diverged(
+                f"step {step} in {self.checkpoints.directory} holds parameters that are not finite; this program saves none: "
+                "remove it, and the same command resumes from the one before"
+            )
         say(f"resuming at step {step} from {self.checkpoints.directory}")
         return state, step, metadata
 
@@ -76,7 +84,8 @@ class _Run:
         try:
             if not self.metadata["first_pass"]:
                 self._first_pass()
-            self._loop()
+            with contextlib.closing(self.input.batches(self.steps_per_epoch + self.step)) as batches:
+                self._loop(batches)
             return self._finish()
         finally:
             self.stop.close()
@@ -85,15 +94,16 @@ class _Run:
 
     # ---- The loop -----------------------------------------------------------------------------------------------------
 
-    def _loop(self) -> None:
-        batches = self.input.batches(self.steps_per_epoch + self.step)
+    def _loop(self, batches: Iterator[Batch]) -> None:
         pending: tuple[int, dict] | None = None
         every = self.config.runtime.checkpoint_every or self.steps_per_epoch
         self.clock.start(self.step)
         while self.step < self.total:
             if self.step % self.steps_per_epoch == 0:
                 self._refresh(self.step // self.steps_per_epoch)
-            self.state, metrics = self.steps.train(self.state, next(batches), self.input.resident)
+            with self.clock.waiting():
+                batch = next(batches)
+            self.state, metrics = self.steps.train(self.state, batch, self.input.resident)
             if pending:
                 self._report(*pending)  # of the step before: reading this one's numbers would wait for it
             self.step += 1
@@ -108,9 +118,8 @@ class _Run:
                 if pending:
                     self._report(*pending)  # also the check that what is saved is finite
                 pending = None
-                self._save()
+                self._save(last=stopping or self.step == self.total)
             if stopping and self.step < self.total:
-                self.checkpoints.wait()
                 raise Terminated(f"SIGTERM: saved step {self.step} in {self.workdir}; the same command resumes it")
 
     def _first_pass(self) -> None:
@@ -126,7 +135,7 @@ class _Run:
             self._measure_random(calibrated=needed)
         self.metadata["first_pass"] = True
         if needed:
-            self._save()
+            self._save(last=False)
 
     def _measure_random(self, calibrated: bool) -> None:
         state = self.state
@@ -183,7 +192,8 @@ class _Run:
         loss = float(metrics["loss"])
         norms = {name: float(metrics[name]) for name in ("gradient_norm", "parameter_norm")}
         if not all(math.isfinite(value) for value in (loss, *norms.values())):
-            self.checkpoints.wait()  # the last good one may still be on its way to the disk
+            with contextlib.suppress(CheckpointError):  # then an older one is the last
+                self.checkpoints.wait()  # it may still be on its way to the disk
             saved = self.checkpoints.steps()
             last = (
                 f"the last good checkpoint is step {saved[-1]} in {self.checkpoints.directory}"
@@ -202,10 +212,12 @@ class _Run:
         values["epoch"] = step / self.steps_per_epoch
         values["unreadable_images"] = len(self.input.bad_images.seen)
         values["images_per_second"], left = self.clock.read(step)
+        values["input_wait"] = waited = self.clock.input_wait
         self.metrics.write(step, values)
         say(
             f"step {step}/{self.total}  epoch {values['epoch']:.2f}/{self.config.epochs}  loss {loss:.4f}  "
             f"{values['images_per_second']:.0f} images/s  ETA {left}"
+            + (f"  waited for input {waited:.0%} of the time" if waited > STARVED else "")
         )
         if values["embedding_std"] < COLLAPSED and step > self.steps_per_epoch:
             logging.warning(
@@ -215,8 +227,9 @@ class _Run:
                 values["embedding_std"],
             )
 
-    def _save(self) -> None:
-        self.checkpoints.save(self.step, self.state, self.metadata)
+    def _save(self, last: bool) -> None:
+        save = self.checkpoints.save_now if last else self.checkpoints.save
+        save(self.step, self.state, self.metadata)
 
     def _finish(self) -> dict[str, Any]:
         self.checkpoints.wait()

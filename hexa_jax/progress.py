@@ -17,6 +17,14 @@ class Clock:
     def start(self, step: int) -> None:
         """Begin to count at a step."""
         self.last_step, self.last_time, self.rate = step, time.monotonic(), 0.0
+        self._waited, self.input_wait = 0.0, 0.0  # seconds since the last reading; their share of it
+
+    @contextlib.contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Counts the time inside as spent on waiting for input."""
+        begin = time.monotonic()
+        yield
+        self._waited += time.monotonic() - begin
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
@@ -26,10 +34,11 @@ class Clock:
         self.last_time += time.monotonic() - begin
 
     def read(self, step: int) -> tuple[float, str]:
-        """(images per second since the last call, time left as h:mm:ss)."""
+        """(images per second since the last call, time left as h:mm:ss); `input_wait` becomes the share waited since."""
         now = time.monotonic()
         done, elapsed = step - self.last_step, max(now - self.last_time, 1e-9)
         if done:
+            self.input_wait, self._waited = min(self._waited / elapsed, 1.0), 0.0
             self.rate, self.last_step, self.last_time = done * self.batch_size / elapsed, step, now
         left = int((self.total - step) * self.batch_size / self.rate) if self.rate else 0
         return self.rate, f"{left // 3600}:{left // 60 % 60:02d}:{left % 60:02d}"

@@ -53,6 +53,7 @@ SMALL = {
 DEEPCLUSTER = {**SMALL, "deepcluster.num_clusters": 8}
 MOCO = {**SMALL, "moco.queue_size": 32, "views.alpha2": 1.0}
 FILES = {"deepcluster": "quickstart.py", "moco": "hexa_moco.py"}
+TIMED = ("images_per_second", "input_wait")  # metrics that are of no two runs the same
 KINDS = {"deepcluster": DEEPCLUSTER, "moco": MOCO}
 
 # Calls main as a program would, then tells what it left in the process.

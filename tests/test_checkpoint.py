@@ -1,5 +1,6 @@
 """Checkpoints: bitwise round trips, other device counts, damage, kill -9, full and read-only disks, other models."""
 
+import errno
 import json
 import logging
 import os
@@ -503,6 +504,84 @@ def test_manifest_cannot_be_written(tmp_path, monkeypatch):
         checkpoints.wait()
     checkpoints.wait()  # said once
     assert os.listdir(tmp_path) == ["step_00000001"]
+
+
+# ---- storage that fails for a while ----
+
+
+def fail_saves(monkeypatch, times, code=errno.EIO):
+    """Lets the next `times` manifests fail."""
+    left, write = [times], checkpoint.write_manifest
+
+    def fail_first(path, manifest):
+        left[0] -= 1
+        if left[0] >= 0:
+            raise OSError(code, os.strerror(code))
+        write(path, manifest)
+
+    monkeypatch.setattr(checkpoint, "write_manifest", fail_first)
+
+
+def test_the_next_save_makes_good_a_failure_that_passes(tmp_path, monkeypatch, caplog):
+    checkpoints = save_all(tmp_path, [1])
+    fail_saves(monkeypatch, checkpoint.PATIENCE)
+    for step in range(2, 3 + checkpoint.PATIENCE):
+        checkpoints.save(step, make_state(step), {"at": step})
+    checkpoints.wait()
+    assert checkpoints.steps() == [1, 2 + checkpoint.PATIENCE]
+    assert [record.message[:18] for record in caplog.records] == [f"cannot save step {step}" for step in (2, 3, 4)]
+    fail_saves(monkeypatch, 1)  # it counts from nought again
+    checkpoints.save(6, make_state(6))
+    with pytest.raises(CheckpointError, match=r"cannot save step 6 in .*: Input/output error$"):
+        checkpoints.wait()  # who waits wants to know
+    assert len(os.listdir(tmp_path)) == 2
+
+
+def test_a_failure_that_does_not_pass_stops_at_last(tmp_path, monkeypatch, caplog):
+    checkpoints = save_all(tmp_path, [1])
+    fail_saves(monkeypatch, 99)
+    for step in range(2, 3 + checkpoint.PATIENCE):
+        checkpoints.save(step, make_state(step))
+    with pytest.raises(CheckpointError, match=f"cannot save step {2 + checkpoint.PATIENCE} in"):
+        checkpoints.save(9, make_state(9))
+    assert len(caplog.records) == checkpoint.PATIENCE and os.listdir(tmp_path) == ["step_00000001"]
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EDQUOT], ids=errno.errorcode.get)
+def test_a_lasting_failure_stops_at_once(code, tmp_path, monkeypatch, caplog):
+    checkpoints = save_all(tmp_path, [1])
+    fail_saves(monkeypatch, 1, code)
+    with pytest.raises(CheckpointError, match=rf"cannot save step 2 in .*: {os.strerror(code)}$"):
+        checkpoints.save_now(2, make_state(2))
+    assert not caplog.records
+
+
+def test_the_last_save_is_tried_again(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(checkpoint, "PAUSE", 0.001)
+    checkpoints = save_all(tmp_path, [1])
+    fail_saves(monkeypatch, checkpoint.PATIENCE)
+    checkpoints.save_now(2, make_state(2), {"at": 2})
+    assert len(caplog.records) == checkpoint.PATIENCE and checkpoints.steps() == [1, 2]
+    assert_same(checkpoints.restore_latest(make_state())[1], make_state(2))
+    fail_saves(monkeypatch, checkpoint.PATIENCE + 1)
+    with pytest.raises(CheckpointError, match="cannot save step 3 in"):
+        checkpoints.save_now(3, make_state(3))
+
+
+def test_a_save_that_cannot_begin_for_a_while(tmp_path, monkeypatch, caplog):
+    checkpoints, begin = save_all(tmp_path, [1]), checkpoint.ocp.save_async
+
+    def fail(*_):
+        raise ValueError(f"orbax's own words [{os.strerror(errno.ESTALE)}]")
+
+    monkeypatch.setattr(checkpoint.ocp, "save_async", fail)
+    checkpoints.save(2, make_state(2))
+    monkeypatch.setattr(checkpoint.ocp, "save_async", begin)
+    checkpoints.save(3, make_state(3))
+    checkpoints.wait()
+    assert checkpoints.steps() == [1, 3]
+    (record,) = caplog.records
+    assert "cannot save step 2" in record.message and "Stale file handle" in record.message
 
 
 # ---- several processes ----

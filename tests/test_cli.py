@@ -29,6 +29,7 @@ TRAINING = {
     "learning_rate",
     "epoch",
     "images_per_second",
+    "input_wait",
     "unreadable_images",
 }
 

@@ -9,7 +9,7 @@ from command_line import REPOSITORY
 
 LAUNCH = REPOSITORY / "launch"
 STARTED = ("tpu_vm.sh", "gke.sh", "slurm.sh")  # the others are sourced
-WORDS = ["--config=configs/hexa_moco.py", "--workdir=/mnt/shared/a run", "--config.epochs=800"]
+WORDS = ["--config=configs/hexa_moco.py", "--workdir=/mnt/shared/a run; $(reboot)", "--config.epochs=800"]
 TPU = ["--name=hexa", "--zone=us-west4-a", "--type=v5litepod-64", "--bucket=gs://bucket/code"]
 GKE = ["--name=hexa", "--cluster=c", "--zone=z", "--type=v5litepod-256", "--image=registry/hexa:tpu"]
 

@@ -11,6 +11,7 @@ import pytest
 from command_line import (
     EPOCHS,
     STEPS,
+    TIMED,
     arguments,
     begin,
     final_state,
@@ -46,7 +47,7 @@ def check_same_run(workdir, expected):
         np.testing.assert_array_equal(value, expected_state[name], err_msg=name)
 
     def comparable(folder):
-        return [{name: v for name, v in line.items() if name != "images_per_second"} for line in lines(folder)]
+        return [{name: v for name, v in line.items() if name not in TIMED} for line in lines(folder)]
 
     assert comparable(workdir) == comparable(expected)
     results = [(folder / "result.json").read_text() for folder in (workdir, expected)]

@@ -6,10 +6,14 @@ of training is pass e + 1, for all methods.
 """
 
 import collections
+import contextlib
 import dataclasses
 import functools
 import logging
-from collections.abc import Iterator
+import multiprocessing
+import os
+import threading
+from collections.abc import Generator, Iterator
 from typing import Any, Protocol
 
 import grain
@@ -222,9 +226,11 @@ def host_iterator(steps: Elements, start: int, workers: int, threads: int, buffe
     position, deaths = start, 0
     while True:
         try:
-            for element in _grain(steps, position, workers, threads, buffer):
-                position += 1
-                yield element
+            # Closed also where a run ends early: what workers had ready lies in shared memory that nobody else would free.
+            with contextlib.closing(_grain(steps, position, workers, threads, buffer)) as elements:
+                for element in elements:
+                    position += 1
+                    yield element
             return
         except RuntimeError as error:
             if "terminated unexpectedly" not in str(error):
@@ -239,7 +245,7 @@ def host_iterator(steps: Elements, start: int, workers: int, threads: int, buffe
             logging.warning("%s Starting workers again at element %d", reason, position)
 
 
-def _grain(steps: Elements, start: int, workers: int, threads: int, buffer: int) -> Iterator[dict]:
+def _grain(steps: Elements, start: int, workers: int, threads: int, buffer: int) -> grain.DatasetIterator:
     dataset = grain.MapDataset.source(steps)[start:]
     options = grain.ReadOptions(num_threads=max(threads, 1), prefetch_buffer_size=max(buffer, 1))
     if workers:
@@ -249,14 +255,25 @@ def _grain(steps: Elements, start: int, workers: int, threads: int, buffer: int)
         if not flags.FLAGS.is_parsed():  # grain's workers read absl flags, which a notebook or a benchmark never parses
             flags.FLAGS.mark_as_parsed()
         iterable = iterable.mp_prefetch(
-            grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=max(1, buffer // workers))
+            grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=max(1, buffer // workers)),
+            worker_init_fn=_end_with_parent,
         )
     return iter(iterable)
 
 
+def _end_with_parent(*_: int) -> None:
+    """In a worker: ends it when its parent is gone. One that was killed tells nobody, and grain's workers would wait for ever."""
+
+    def watch(parent: Any) -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=watch, args=[multiprocessing.parent_process()], daemon=True).start()
+
+
 def device_batches(
     iterator: Iterator[dict], mesh: jax.sharding.Mesh, layout: Layout, bad_images: BadImages, labels: np.ndarray
-) -> Iterator[Batch]:
+) -> Generator[Batch, None, None]:
     """Batches on the devices, two ahead, so that the transfer of one overlaps the step before it.
 
     Labels that pass by are written into `labels` [num_examples], for statistics on the host.

@@ -42,7 +42,7 @@ class StoredFeatures:
         """The parts that are complete, in order, up to the first that is not."""
         parts: list[Features] = []
         while (path := self._path(len(parts))).is_file():
-            with np.load(path) as arrays:
+            with np.load(path, allow_pickle=False) as arrays:
                 parts.append(Features(*(arrays[name] for name in Features._fields)))
         return parts
 

@@ -1,10 +1,12 @@
 """What feeds a run breaks: its worker processes, its record files. It goes on with the same numbers, or stops in one line."""
 
 import os
+import pathlib
 import shutil
 import signal
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -82,6 +84,30 @@ def test_a_killed_worker_is_replaced_and_nothing_changes(tmp_path):
     assert step == wanted_step
     for name, leaf in wanted.items():
         np.testing.assert_array_equal(state[name], leaf, err_msg=name)
+
+
+SERVE = """
+import time
+from hexa_jax.data.pipeline import host_iterator
+elements = host_iterator(list(range(1000)), 0, workers=1, threads=1, buffer=1)
+print("first:", next(elements), flush=True)
+time.sleep(600)
+"""
+
+
+def test_a_worker_ends_with_the_run_that_was_killed():
+    """What it would hold otherwise, for ever and at each restart: its memory, and the batches that it had ready."""
+    process = subprocess.Popen([sys.executable, "-c", SERVE], stdout=subprocess.PIPE, text=True, env=environment())
+    run_until(process, "first: 0")
+    (worker,) = workers_of(process)
+    process.kill()
+    process.communicate()
+    deadline = time.monotonic() + 60
+    while (
+        pathlib.Path(f"/proc/{worker}/statm").exists() and pathlib.Path(f"/proc/{worker}/statm").read_text()[:2] != "0 "
+    ):
+        assert time.monotonic() < deadline, f"worker {worker} is still there"
+        time.sleep(0.1)
 
 
 @pytest.mark.slow  # four times the start of a worker
