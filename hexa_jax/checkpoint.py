@@ -43,7 +43,7 @@ class _Folder(NamedTuple):
 
     @property
     def complete(self) -> bool:
-        return (self.path / MANIFEST).is_file()
+        return remote.exists(self.path / MANIFEST)
 
 
 class Checkpoints:
@@ -154,7 +154,10 @@ class Checkpoints:
     def _folders(self) -> list[_Folder]:
         """All checkpoints, complete or not, oldest first."""
         with remote.told(self.directory):
-            entries = [entry.name for entry in self.directory.iterdir()] if self.directory.is_dir() else []
+            try:
+                entries = [entry.name for entry in self.directory.iterdir()]
+            except (FileNotFoundError, NotADirectoryError):
+                entries = []
         matches = [match for match in map(_FOLDER.fullmatch, entries) if match]
         return sorted(_Folder(int(match[1]), int(match[2] or 0), self.directory / match[0]) for match in matches)
 

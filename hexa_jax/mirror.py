@@ -98,11 +98,13 @@ class Mirror:
         self._threads: list[threading.Thread] = []
 
     def open(self) -> None:
-        """Become the owner, and fetch the files. With several processes the first owns, and all fetch."""
+        """Become the owner, and fetch the files. With several processes all watch, the first owns, and all fetch."""
         remote.mirrors[str(self.folder)] = self.url
+        self._watch()
+        hosts.of_first(0)  # all have seen that nobody is there
         if hosts.first():
-            self._claim()
-        hosts.of_first(0)  # the others fetch what nobody else changes any more
+            self._token = uuid.uuid4().hex
+            self._sign()
         there = {name: size for name, (size, _) in remote.files(self.url).items() if name != OWNER}
         there = {name: size for name, size in there.items() if CHECKPOINTS not in name.split("/")}
         self.folder.mkdir()
@@ -173,17 +175,17 @@ class Mirror:
 
     # ---- Who owns the workdir -----------------------------------------------------------------------------------------
 
-    def _claim(self) -> None:
+    def _watch(self) -> None:
+        """Return when nobody is there any more; RemoteError if somebody is."""
         before = self._owner()
-        if before is not None:
-            say(f"{self.url} is signed by {before['by']}: waiting {LEASE_SECONDS} s to see whether it is alive")
-            end = time.monotonic() + LEASE_SECONDS
-            while time.monotonic() < end and (now := self._owner()) is not None:
-                if now != before:
-                    raise remote.RemoteError(f"workdir {self.url} is in use by {now['by']}")
-                time.sleep(LEASE_SECONDS / 20)
-        self._token = uuid.uuid4().hex
-        self._sign()
+        if before is None:
+            return
+        say(f"{self.url} is signed by {before['by']}: waiting {LEASE_SECONDS} s to see whether it is alive")
+        end = time.monotonic() + LEASE_SECONDS
+        while time.monotonic() < end and (now := self._owner()) is not None:
+            if now != before:
+                raise remote.RemoteError(f"workdir {self.url} is in use by {now['by']}")
+            time.sleep(LEASE_SECONDS / 20)
 
     def _owner(self) -> dict[str, Any] | None:
         with remote.told(self.url):

@@ -57,7 +57,10 @@ def filesystem(url: str) -> Any:
     except ImportError:
         raise RemoteError(f"{url} needs gcsfs: pip install 'hexa_jax[gcs]'") from None
     fsspec.config.conf.setdefault("gcs", {})["use_listings_cache"] = False  # others write there, too
-    return fsspec.filesystem("gcs", finalize_on_close=True)
+    bucket = fsspec.filesystem("gcs", finalize_on_close=True)
+    # A bucket has no folders to make. gcsfs would ask for the bucket itself, which who may read and write files often may not.
+    bucket.makedirs = bucket.mkdir = lambda *_, **__: None
+    return bucket
 
 
 @contextlib.contextmanager
@@ -71,6 +74,17 @@ def told(path: str | os.PathLike, problem: str = "cannot be read") -> Iterator[N
         missing = "no such bucket or file, or it may not be seen"
         reason = missing if isinstance(error, FileNotFoundError) else " ".join(str(error).split())[:300]
         raise RemoteError(f"{os.fspath(path)} {problem}: {reason or type(error).__name__}") from error
+
+
+def exists(path: Any) -> bool:
+    """Whether a file is there; in a bucket, unlike `epath`'s, an error is not taken for a no."""
+    if not is_remote(path):
+        return path.is_file()
+    with told(path):
+        try:
+            return filesystem(str(path)).info(str(path))["type"] == "file"
+        except FileNotFoundError:
+            return False
 
 
 Versions = dict[str, tuple[int, str]]  # of files, by name: bytes, and what tells one content from another
@@ -119,7 +133,7 @@ def fetch(url: str, wanted: Versions, cache: str) -> pathlib.Path:
                 "give another config.runtime.data_cache, or an empty one to read tfds data sets in place"
             )
         if missing:
-            print(f"fetching {len(missing)} files, {needed / 1e9:.3g} GB, from {url} to {folder}", flush=True)
+            print(f"fetching {len(missing)} files, {needed / 1e9:.3f} GB, from {url} to {folder}", flush=True)
         for number, name in enumerate(copies(url, folder, {name: wanted[name][0] for name in missing}), 1):
             kept[name] = wanted[name]
             kept_file.write_text(json.dumps(kept))

@@ -2,13 +2,18 @@
 
 import functools
 import http.server
+import json
+import logging
 import os
 import threading
 
 import pytest
 
+os.environ["GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT"] = "false"  # gcsfs asks no other service for the kind of bucket
 pytest.importorskip("gcsfs", reason="gcsfs is not installed: pip install -e '.[gcs]'")
-emulator = pytest.importorskip("gcp_storage_emulator.server", reason="the emulator is not installed: pip install -e '.[dev]'")
+emulator = pytest.importorskip(
+    "gcp_storage_emulator.server", reason="the emulator is not installed: pip install -e '.[dev]'"
+)
 
 NAME = "bucket"
 FORBIDDEN = "forbidden"  # a bucket that answers 403
@@ -23,14 +28,28 @@ class _Handler(emulator.RequestHandler):
 
     def _answer(self):
         self.server.requests.append(f"{self.command} {self.path}")
-        if f"/b/{FORBIDDEN}/" in self.path:
-            self.send_error(403)
+        # Who may use the files of a bucket often may not ask for the bucket itself.
+        if f"/b/{FORBIDDEN}/" in self.path or self.path.partition("?")[0].endswith(f"/b/{NAME}"):
+            self._refuse()
         else:
             emulator.Router(self).handle(self.command)
+
+    def _refuse(self):
+        message = "you@example.com does not have access to the Google Cloud Storage bucket."
+        answer = json.dumps({"error": {"code": 403, "message": message}}).encode()
+        self.send_response(403)
+        self.send_header("Content-Length", str(len(answer)))
+        self.end_headers()
+        self.wfile.write(answer)
 
     do_GET = do_POST = do_PUT = do_PATCH = do_DELETE = _answer
 
     def log_message(self, *args):
+        pass
+
+
+class _Storage(emulator.Storage):
+    def _write_config_to_file(self):  # the description of all files, for a later server, at every change
         pass
 
 
@@ -43,8 +62,9 @@ class Cloud:
     """
 
     def __init__(self):
-        self.storage = emulator.Storage(use_memory_fs=True)
-        emulator.buckets.create_bucket(NAME, self.storage)
+        logging.getLogger("gcp_storage_emulator").setLevel(logging.CRITICAL)
+        self.storage = _Storage(use_memory_fs=True)
+        emulator.buckets.create_bucket(NAME, self.storage)["softDeletePolicy"] = {"retentionDurationSeconds": 0}
         self._server = http.server.HTTPServer(("127.0.0.1", 0), functools.partial(_Handler, self.storage))
         self.requests = self._server.requests = []
         address = f"http://127.0.0.1:{self._server.server_port}"
@@ -53,7 +73,6 @@ class Cloud:
             "TENSORSTORE_GCS_HTTP_URL": address,
             "CLOUD_STORAGE_EMULATOR_ENDPOINT": address,  # array_record
             "GOOGLE_AUTH_TOKEN_FOR_TESTING": "any",  # tensorstore looks for no other credentials
-            "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false",  # gcsfs asks no other service for the kind of bucket
         }
         threading.Thread(target=self._server.serve_forever, daemon=True).start()
 
@@ -69,11 +88,24 @@ class Cloud:
         """The bytes of a file."""
         return self.storage.get_file(NAME, name)
 
-    def put(self, folder, name):
-        """Copies a local folder into the bucket."""
+    def write(self, name, content):
+        """Replaces or makes a file."""
+        self.filesystem.pipe_file(f"{NAME}/{name}", content)
+
+    def delete(self, name):
+        """Removes a file."""
+        self.filesystem.rm_file(f"{NAME}/{name}")
+
+    @property
+    def filesystem(self):
+        """A client of its own, for this process."""
         import fsspec
 
-        fsspec.filesystem("gcs").put(f"{folder}/", f"{NAME}/{name}/", recursive=True)
+        return fsspec.filesystem("gcs", use_listings_cache=False)
+
+    def put(self, folder, name):
+        """Copies a local folder into the bucket."""
+        self.filesystem.put(f"{folder}/", f"{NAME}/{name}/", recursive=True)
 
     def get(self, name, folder):
         """Copies a folder of the bucket to a local one."""
@@ -81,14 +113,3 @@ class Cloud:
             path = folder / file.removeprefix(f"{name}/")
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(self.read(file))
-
-
-@pytest.fixture(scope="module")
-def cloud():
-    """A running server; this process, too, talks to it."""
-    started, before = Cloud(), dict(os.environ)
-    os.environ.update(started.environment)
-    yield started
-    os.environ.clear()
-    os.environ.update(before)
-    started.close()

@@ -66,10 +66,10 @@ def load_backbone(checkpoint: str, **random: Any) -> Backbone:
         return random_backbone(**random)
     path = remote.path_of(checkpoint)
     with remote.told(checkpoint):
-        if path.is_file():
+        if remote.exists(path):
             return _from_file(path)
         saved = path / "config.json"
-        if not saved.is_file():
+        if not remote.exists(saved):
             raise CheckpointError(
                 f"checkpoint {checkpoint!r} is neither a file nor the workdir of a run: it has no config.json"
             )
