@@ -142,7 +142,10 @@ def get_config() -> ml_collections.ConfigDict:
     runtime.workers = 0  # input worker processes; 0: threads of this process
     runtime.threads = 2  # of this process, when workers is 0
     runtime.prefetch = 4  # batches read ahead by all workers together
-    runtime.data_dir = ""  # where tfds data sets are, and what relative paths start from
+    runtime.data_dir = ""  # where tfds data sets are (gs:// too), and what relative paths start from
+    # Local folder for copies of data in a bucket, fetched before the run. Empty: tfds data sets are read in place, with a request
+    # for each image: for more data than the disk holds.
+    runtime.data_cache = "~/.cache/hexa_jax"
     runtime.log_every = 50  # steps
     runtime.checkpoint_every = 0  # steps; 0: once per epoch
     runtime.keep_last = 2  # checkpoints

@@ -3,14 +3,16 @@
 A checkpoint is a folder `step_00001200` that orbax fills. It counts once `MANIFEST.json` lies in it, which is written
 last and holds the size and checksum of every file, the path, shape and dtype of every leaf, and the caller's metadata.
 Orbax restores a flipped byte without a word, so the manifest is verified first. No other module imports orbax.
+
+The folder may be in a bucket: orbax and the manifest's code write there directly, and nothing is ever renamed.
 """
 
 import asyncio
+import contextlib
 import itertools
 import json
 import logging
 import os
-import pathlib
 import re
 import shutil
 import threading
@@ -22,6 +24,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
 
+from hexa_jax import mirror, remote
 from hexa_jax.manifest import MANIFEST, CheckpointError, may_pass, one_line, read_manifest, verify, write_manifest
 
 PATIENCE = 3  # failures in a row that a run outlives, if their reason may pass
@@ -40,24 +43,24 @@ logging.getLogger("absl").addFilter(
 class _Folder(NamedTuple):
     step: int
     attempt: int  # a step saved again goes into a new folder, so the old one lives until the new one is complete
-    path: pathlib.Path
+    path: Any  # local, or in a bucket, as `remote.path_of` gives it
 
     @property
     def complete(self) -> bool:
-        return (self.path / MANIFEST).is_file()
+        return remote.exists(self.path / MANIFEST)
 
 
 class Checkpoints:
     """The checkpoints of one run, in a directory that the first save makes.
 
     The newest `keep_last` are kept, and for ever those whose step is divisible by `keep_every`. With several processes
-    all make the same calls in the same order, and all see the directory.
+    all make the same calls in the same order, and all see the directory. One in the mirror of a workdir is really in the bucket.
     """
 
     def __init__(self, directory: str | os.PathLike, *, keep_last: int = 3, keep_every: int | None = None):
         if keep_last < 1 or (keep_every is not None and keep_every < 1):
             raise CheckpointError(f"keep_last ({keep_last}) and keep_every ({keep_every}) must be at least 1")
-        self.directory = pathlib.Path(directory).absolute()
+        self.directory = remote.counterpart(directory)
         self.keep_last = keep_last
         self.keep_every = keep_every
         self._thread: threading.Thread | None = None
@@ -183,12 +186,16 @@ class Checkpoints:
         self.wait()
         return self._restore(self._folders(), like, partial)
 
-    def _path(self, step: int, attempt: int) -> pathlib.Path:
+    def _path(self, step: int, attempt: int) -> Any:
         return self.directory / (f"step_{step:08d}" + (f"_{attempt}" if attempt else ""))
 
     def _folders(self) -> list[_Folder]:
         """All checkpoints, complete or not, oldest first."""
-        entries = os.listdir(self.directory) if self.directory.is_dir() else []
+        with remote.told(self.directory):
+            try:
+                entries = [entry.name for entry in self.directory.iterdir()]
+            except (FileNotFoundError, NotADirectoryError):
+                entries = []
         matches = [match for match in map(_FOLDER.fullmatch, entries) if match]
         return sorted(_Folder(int(match[1]), int(match[2] or 0), self.directory / match[0]) for match in matches)
 
@@ -199,7 +206,8 @@ class Checkpoints:
         step, attempt = (-2 if any(folder.complete for folder in folders) else -1), 0
         for folder in reversed(folders if jax.process_index() == 0 else []):  # not every host need hash every file
             try:
-                verify(folder.path)
+                with remote.told(folder.path):
+                    verify(folder.path)
             except CheckpointError as error:
                 _log.warning("skipping a checkpoint that is not intact: %s", error)
             else:
@@ -217,6 +225,7 @@ class Checkpoints:
             response.result()  # all processes have written
             try:
                 if jax.process_index() == 0:
+                    mirror.upload()  # what belongs to the steps so far, before they count
                     write_manifest(folder.path, manifest)
                     self._delete_old(folder)
             finally:  # the others wait here, for a manifest that may have failed
@@ -230,10 +239,10 @@ class Checkpoints:
     def _failed(self, folder: _Folder, error: Exception) -> CheckpointError:
         """Frees the space of a failed save, then says what happened."""
         self._failed_folder = folder
-        if jax.process_index() == 0 and self.directory.is_dir():
-            for leftover in self._folders():
+        with contextlib.suppress(Exception):
+            for leftover in self._folders() if jax.process_index() == 0 else []:
                 if leftover[:2] == folder[:2] and not leftover.complete:
-                    shutil.rmtree(leftover.path, ignore_errors=True)
+                    _remove(leftover.path, ignore_errors=True)
         failed = CheckpointError(f"cannot save step {folder.step} in {self.directory}: {one_line(error)}")
         failed.passing = jax.process_count() == 1 and may_pass(error)
         return failed
@@ -245,12 +254,22 @@ class Checkpoints:
         for folder in self._folders():
             replaced = folder.step == saved.step and folder.path != saved.path
             try:
-                if folder.complete and (replaced or (folder.step <= saved.step and folder.step not in kept)):
-                    (folder.path / MANIFEST).unlink()  # first: a kill in the middle leaves nothing that looks complete
-                if not folder.complete:
-                    shutil.rmtree(folder.path)
-            except OSError as error:
+                with remote.told(folder.path, "cannot be deleted"):
+                    if folder.complete and (replaced or (folder.step <= saved.step and folder.step not in kept)):
+                        (
+                            folder.path / MANIFEST
+                        ).unlink()  # first: a kill in the middle leaves nothing that looks complete
+                    if not folder.complete:
+                        _remove(folder.path)
+            except (OSError, remote.RemoteError) as error:
                 _log.warning("cannot delete the old checkpoint %s: %s", folder.path, one_line(error))
+
+
+def _remove(path: Any, ignore_errors: bool = False) -> None:
+    if remote.is_remote(path):
+        path.rmtree()
+    else:
+        shutil.rmtree(path, ignore_errors)
 
 
 def _from_first_process(*values: int) -> tuple[int, ...]:
@@ -277,7 +296,7 @@ def _spec(leaf: Any) -> dict:
     return {"shape": list(leaf.shape), "dtype": str(leaf.dtype)}
 
 
-def _check_same(path: pathlib.Path, saved: dict[str, dict], wanted: dict[str, dict]) -> None:
+def _check_same(path: Any, saved: dict[str, dict], wanted: dict[str, dict]) -> None:
     """CheckpointError that names the first differences between two sets of leaves."""
 
     def text(spec: dict) -> str:
@@ -292,7 +311,7 @@ def _check_same(path: pathlib.Path, saved: dict[str, dict], wanted: dict[str, di
         raise CheckpointError(f"{path} is of another architecture or method: {'; '.join(found[:3])}{more}")
 
 
-def _load(path: pathlib.Path, like: Any, partial: bool = False) -> tuple[int, Any, dict]:
+def _load(path: Any, like: Any, partial: bool = False) -> tuple[int, Any, dict]:
     """Reads a verified checkpoint, or those of its leaves that `like` has, into the structure and shardings of `like`."""
     manifest = read_manifest(path)
     wanted = _named_leaves(like)

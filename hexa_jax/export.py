@@ -2,7 +2,7 @@
 
 Command line: `python -m hexa_jax.export --checkpoint=WORKDIR --format=FORMAT --output=PATH`
 
---checkpoint  workdir of a pre-training run, or a weights file (.safetensors, .npz; .pth and the like need torch)
+--checkpoint  workdir of a pre-training run, or a weights file (.safetensors, .npz; .pth and the like need torch); gs:// too
 --format      torchvision   a .safetensors file, or a .pth one (needs torch), with torchvision's names
               timm          a folder with model.safetensors and config.json for timm.create_model
               huggingface   a folder that transformers.AutoModel loads
@@ -23,6 +23,7 @@ import numpy as np
 from hexa_jax.arguments import Parser
 from hexa_jax.checkpoint import CheckpointError
 from hexa_jax.evals.backbone import Backbone, load_backbone
+from hexa_jax.remote import RemoteError, shown
 from hexa_jax.weights import (
     Architecture,
     WeightsError,
@@ -144,8 +145,8 @@ def main(argv: list[str]) -> int:
     try:
         words = parser.parse_args(argv)
         export(load_backbone(words.checkpoint), words.format, words.output)
-    except (WeightsError, CheckpointError) as error:
-        print(f"hexa_jax.export: {error}", file=sys.stderr)
+    except (WeightsError, CheckpointError, RemoteError) as error:
+        print(f"hexa_jax.export: {shown(str(error))}", file=sys.stderr)
         return 2
     except OSError as error:
         print(f"hexa_jax.export: {error.filename or 'output'}: {error.strerror or error}", file=sys.stderr)

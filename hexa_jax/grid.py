@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from hexa_jax.progress import say
+from hexa_jax.remote import is_remote
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent  # where configs/ is
 
@@ -23,7 +24,7 @@ class Stage:
         settings: overrides by dotted key.
         folder: workdir, relative to the cell's.
         checkpoint: folder of an earlier stage whose weights this one uses, relative to the cell's, or what is not a relative path
-            (an absolute one, or "random"); None: it uses none.
+            (an absolute one, a URL, or "random"); None: it uses none.
     """
 
     config: str
@@ -36,8 +37,8 @@ class Stage:
         words = [f"--config={ROOT / 'configs' / self.config}", f"--workdir={cell / self.folder}"]
         words += [f"--config.{name}={value}" for name, value in self.settings.items()]
         if self.checkpoint is not None:
-            earlier = cell / self.checkpoint
-            words.append(f"--config.checkpoint={self.checkpoint if self.checkpoint == 'random' else earlier}")
+            given = self.checkpoint == "random" or is_remote(self.checkpoint)
+            words.append(f"--config.checkpoint={self.checkpoint if given else cell / self.checkpoint}")
         return [sys.executable, "-m", "hexa_jax.main", *words, *extra]
 
 

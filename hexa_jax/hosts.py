@@ -1,7 +1,8 @@
 """The processes of a run: how they find each other, what they tell each other, and what only the first of them does.
 
 All processes of a run execute the same program on the same values; each reads and places its own rows of every batch. Files
-of the workdir are written by the first process and read by all, so the workdir must be on storage that all of them see.
+of the workdir are written by the first process and read by all, so the workdir must be on storage that all of them see: a shared
+file system, or a bucket (mirror.py).
 """
 
 import os

@@ -1,7 +1,7 @@
 """Command line: `python -m hexa_jax.main --config=configs/hexa_dcluster.py --workdir=DIR [--config.key=value ...]`.
 
 --config   a file with a get_config() function; configs/common.py lists every key with its meaning
---workdir  the folder of the run; starting again in it resumes
+--workdir  the folder of the run, local or gs://BUCKET/FOLDER; starting again in it resumes
 --extend   allow more epochs than the run in the workdir had
 --coordinator=HOST:PORT --num_processes=N --process_id=I
            for runs over several processes whose launcher is not recognised (srun, mpirun, GKE and Cloud TPU pods are)
@@ -16,7 +16,7 @@ import sys
 
 import jax
 
-from hexa_jax import hosts
+from hexa_jax import hosts, remote
 from hexa_jax.build import ConfigError
 from hexa_jax.checkpoint import CheckpointError
 from hexa_jax.command import parse_command
@@ -30,12 +30,14 @@ from hexa_jax.evals.linear_features import linear_features
 from hexa_jax.evals.linear_sgd import linear
 from hexa_jax.evals.svm import lowshot, svm
 from hexa_jax.evals.tables import tables
+from hexa_jax.mirror import local_workdir
 from hexa_jax.pretrain import pretrain
+from hexa_jax.remote import RemoteError
 from hexa_jax.stops import Diverged, Terminated
 from hexa_jax.weights import WeightsError
 from hexa_jax.workdir import WorkdirError, abandon, held, open_workdir
 
-USER_ERRORS = (hosts.HostsError, ConfigError, DataError, WorkdirError, CheckpointError, WeightsError)
+USER_ERRORS = (hosts.HostsError, ConfigError, DataError, WorkdirError, CheckpointError, WeightsError, RemoteError)
 TASKS = {
     "pretrain": pretrain,
     "knn": knn,
@@ -63,7 +65,7 @@ def main(argv: list[str]) -> int:
         if config.precision == "float64":
             jax.config.update("jax_enable_x64", True)
         hosts.join(place)
-        with held(folder):
+        with local_workdir(folder) as folder, held(folder):
             workdir = open_workdir(folder, config, extend=extend)
             try:
                 TASKS[config.task](config, workdir)
@@ -88,7 +90,7 @@ def main(argv: list[str]) -> int:
 
 
 def _stop(message: object, code: int) -> int:
-    print(f"hexa_jax: {message}", file=sys.stderr, flush=True)
+    print(f"hexa_jax: {remote.shown(str(message))}", file=sys.stderr, flush=True)
     return code
 
 

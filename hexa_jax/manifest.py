@@ -6,6 +6,9 @@ import json
 import os
 import pathlib
 import re
+from typing import Any
+
+from hexa_jax import remote
 
 MANIFEST = "MANIFEST.json"
 _KNOWN = re.compile("No space left on device|Read-only file system|Permission denied|Disk quota exceeded")
@@ -34,8 +37,8 @@ def one_line(error: Exception) -> str:
     return known[0] if known else text[:300] or type(error).__name__
 
 
-def _checksum(path: pathlib.Path) -> str:
-    with open(path, "rb") as file:  # in small pieces: memory does not grow with the file
+def _checksum(path: Any) -> str:
+    with path.open("rb") as file:  # in small pieces: memory does not grow with the file
         return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
 
 
@@ -52,23 +55,39 @@ def _sync(path: pathlib.Path) -> None:
         os.close(descriptor)
 
 
-def write_manifest(path: pathlib.Path, manifest: dict) -> None:
-    """Brings all files to the disk, then puts the manifest beside them in one atomic rename."""
-    files = {}
-    for entry in sorted(path.rglob("*")):
-        _sync(entry)
-        if entry.is_file():
-            files[str(entry.relative_to(path))] = {"bytes": entry.stat().st_size, "blake2b": _checksum(entry)}
-    _sync(path.parent)
+def _size(path: Any) -> int:
+    status = path.stat()
+    return status.st_size if isinstance(status, os.stat_result) else status.length
+
+
+def write_manifest(path: Any, manifest: dict) -> None:
+    """Brings all files to the disk, then puts the manifest beside them in one atomic step.
+
+    Args:
+        path: the folder, local or in a bucket, as `remote.path_of` gives it; so it is below.
+        manifest: what to say besides.
+    """
+    if remote.is_remote(path):
+        names = list(remote.files(str(path)))
+    else:
+        entries = sorted(path.rglob("*"))
+        for entry in (*entries, path.parent):
+            _sync(entry)
+        names = [str(entry.relative_to(path)) for entry in entries if entry.is_file()]
+    files = {name: {"bytes": _size(path / name), "blake2b": _checksum(path / name)} for name in sorted(names)}
     manifest = {**manifest, "files": files}
+    text = json.dumps({**manifest, "checksum": _own_checksum(manifest)}, indent=1)
+    if remote.is_remote(path):
+        (path / MANIFEST).write_text(text)  # there, a file appears whole or not at all
+        return
     temporary = path / f"{MANIFEST}.tmp"
-    temporary.write_text(json.dumps({**manifest, "checksum": _own_checksum(manifest)}, indent=1))
+    temporary.write_text(text)
     _sync(temporary)
     temporary.rename(path / MANIFEST)
     _sync(path)
 
 
-def read_manifest(path: pathlib.Path) -> dict:
+def read_manifest(path: Any) -> dict:
     """The manifest; CheckpointError where it is missing or damaged."""
     try:
         manifest = json.loads((path / MANIFEST).read_bytes())
@@ -82,13 +101,13 @@ def read_manifest(path: pathlib.Path) -> dict:
     raise CheckpointError(f"{path}: {MANIFEST} {reason}")
 
 
-def verify(path: pathlib.Path) -> None:
+def verify(path: Any) -> None:
     """CheckpointError unless every file is the one that was written."""
     files = read_manifest(path)["files"]
     name = MANIFEST
     try:
         for name, entry in files.items():  # all sizes first: they cost nothing
-            if (size := (path / name).stat().st_size) != entry["bytes"]:
+            if (size := _size(path / name)) != entry["bytes"]:
                 raise CheckpointError(f"{path}: {name} has {size} bytes instead of {entry['bytes']}")
         for name, entry in files.items():
             if _checksum(path / name) != entry["blake2b"]:

@@ -3,7 +3,7 @@
 python -m hexa_jax.prepare imagenet2012 --manual_dir=DIR [--data_dir=DIR]      any data set of tfds, by its name
 python -m hexa_jax.prepare folder:DIR --name=NAME [--data_dir=DIR]             a folder of images, one sub-folder per class or none
 
---data_dir    where it goes; by default TFDS_DATA_DIR, or ~/tensorflow_datasets
+--data_dir    where it goes; by default TFDS_DATA_DIR, or ~/tensorflow_datasets. Copied to a bucket, it is read from there
 --manual_dir  where you put the archives that tfds may not download (ImageNet: ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar)
 --name        of the new data set: lower case, digits and underscores; --config.data.source=tfds:NAME reads it
 
@@ -22,6 +22,7 @@ from typing import Any
 from hexa_jax.arguments import Parser
 from hexa_jax.data.source import DataError, one_line
 from hexa_jax.data.sources import FolderSource
+from hexa_jax.remote import is_remote
 
 EVERY = 2000  # images between two lines of progress
 
@@ -38,6 +39,9 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--name")
     try:
         options = parser.parse_args(argv)
+        if is_remote(options.data_dir or ""):
+            where = f"gcloud storage cp -r DIR/* {options.data_dir}"
+            raise DataError(f"--data_dir={options.data_dir}: prepare into a local folder and copy it: {where}")
         if importlib.util.find_spec("tensorflow") is None:
             raise DataError("preparing needs TensorFlow: pip install 'hexa_jax[prepare]'")
         kind, _, rest = options.dataset.partition(":")

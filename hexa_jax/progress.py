@@ -6,6 +6,8 @@ from collections.abc import Iterator
 
 import jax
 
+from hexa_jax import remote
+
 
 class Clock:
     """Images per second since the last reading and time left, evaluations not counted."""
@@ -47,4 +49,4 @@ class Clock:
 def say(text: str) -> None:
     """A line for the person at the terminal."""
     if jax.process_index() == 0:
-        print(text, flush=True)
+        print(remote.shown(text), flush=True)

@@ -31,5 +31,5 @@ def get_config(text=None):
     config.data = data = ml_collections.ConfigDict()
     for group in GROUPS:
         data[group] = ml_collections.ConfigDict({"source": "", "eval_source": "", "resize": 0, "crop": 0, "limit": 0})
-    config.runtime = ml_collections.ConfigDict({"num_devices": 0, "data_dir": ""})
+    config.runtime = ml_collections.ConfigDict({"num_devices": 0, "data_dir": "", "data_cache": "~/.cache/hexa_jax"})
     return config

@@ -7,7 +7,7 @@ def get_config(task: str) -> ml_collections.ConfigDict:
     """Defaults of an evaluation."""
     config = ml_collections.ConfigDict()
     config.task = task
-    # Workdir of a pre-training run, a weights file (.safetensors; .pth and the like with torch), or random.
+    # Workdir of a pre-training run, a weights file (.safetensors; .pth and the like with torch), gs:// too, or random.
     config.checkpoint = ""
     config.seed = 0
     config.precision = "float32"
@@ -38,6 +38,7 @@ def get_config(task: str) -> ml_collections.ConfigDict:
     runtime.threads = 2
     runtime.prefetch = 4
     runtime.data_dir = ""
+    runtime.data_cache = "~/.cache/hexa_jax"
     runtime.log_every = 50
     runtime.writer = "tensorboardX"
     return config

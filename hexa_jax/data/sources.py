@@ -13,13 +13,20 @@ from hexa_jax.data.decode import BadImage
 from hexa_jax.data.shapes import ShapesSource
 from hexa_jax.data.source import DataError, Source, checked_index, one_line
 from hexa_jax.data.tfds_source import TfdsSource
+from hexa_jax.remote import fetch_file, is_remote
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif")
 SPLIT_NAMES = {"train", "training", "val", "valid", "validation", "test"}
 
 
 def make_source(
-    spec: str, *, seed: int = 0, image_size: int = 32, num_examples: int = 10_000, data_dir: str | None = None
+    spec: str,
+    *,
+    seed: int = 0,
+    image_size: int = 32,
+    num_examples: int = 10_000,
+    data_dir: str | None = None,
+    data_cache: str = "",
 ) -> Source:
     """The source that a config's string names.
 
@@ -28,6 +35,7 @@ def make_source(
         be a slice, `train[:10%]`) or `shapes[:train|test]`.
       seed, image_size, num_examples: which shapes to draw; the other sources are what is stored.
       data_dir: where tfds data sets were prepared; by default `TFDS_DATA_DIR`, or `~/tensorflow_datasets`.
+      data_cache: local folder for copies of what is in a bucket; without one, only tfds data sets can be read from there.
     Raises:
       DataError: nothing usable is there; one line says what and what to do.
     """
@@ -38,7 +46,13 @@ def make_source(
         except ValueError as error:
             raise DataError(str(error)) from None
     if kind == "tfds" and rest:
-        return TfdsSource(rest, data_dir=data_dir)
+        return TfdsSource(rest, data_dir=data_dir, data_cache=data_cache)
+    if kind == "folder" and is_remote(rest):
+        raise DataError(f"{spec}: pack a folder for a bucket with python -m hexa_jax.prepare, and copy that there")
+    if kind == "arrays" and is_remote(rest):
+        if not data_cache:
+            raise DataError(f"{spec} needs a config.runtime.data_cache, a local folder for a copy")
+        rest = str(fetch_file(rest, data_cache))
     if kind in ("folder", "arrays") and rest:
         return (FolderSource if kind == "folder" else load_arrays)(os.path.expanduser(rest))
     raise DataError(

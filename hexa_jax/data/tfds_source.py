@@ -1,6 +1,7 @@
 """Examples of a prepared tfds data set, without TensorFlow."""
 
 import os
+import pathlib
 import re
 from typing import Any
 
@@ -8,6 +9,7 @@ import numpy as np
 
 from hexa_jax.data.decode import BadImage
 from hexa_jax.data.source import DataError, checked_index, one_line
+from hexa_jax.remote import fetch, files, filesystem, is_remote
 
 
 class TfdsSource:
@@ -17,32 +19,36 @@ class TfdsSource:
 
     Args:
       spec: NAME[/CONFIG][:VERSION][:SPLIT], what follows `tfds:`.
-      data_dir: the directory given to tfds for preparing; by default tfds's own.
+      data_dir: the directory given to tfds for preparing, or a copy of it in a bucket; by default tfds's own.
+      data_cache: local folder for copies of what is in a bucket; without one each record is a request.
     Raises:
       DataError: not prepared (with the command that does it), not ArrayRecord, no such split, or no image feature.
     """
 
-    def __init__(self, spec: str, *, data_dir: str | None = None):
+    def __init__(self, spec: str, *, data_dir: str | None = None, data_cache: str = ""):
         match = re.fullmatch(r"(?P<name>[^:]+?)(:(?P<version>\d[\d.*]*))?(:(?P<split>\D.*))?", spec)
         if match is None:
             raise DataError(f"unknown data source 'tfds:{spec}': use tfds:NAME[/CONFIG][:VERSION][:SPLIT]")
         self._name = match["name"] + (f":{match['version']}" if match["version"] else "")
         self._split, self._data_dir = match["split"] or "train", data_dir and os.path.expanduser(data_dir)
         self._labels: np.ndarray | None = None
+        self._cache, self._folder = data_cache, ""  # the second: of the copies
         self._open()
 
     def _open(self) -> None:
         import tensorflow_datasets as tfds  # takes half a second
 
         try:
-            builder = tfds.core.read_only_builder.builder_from_files(self._name, data_dir=self._data_dir)
+            builder = self._builder()
         except tfds.core.DatasetNotFoundError:
             where = f" --data_dir={self._data_dir}" if self._data_dir else ""
+            if is_remote(self._data_dir or ""):
+                where = " and copy it there"
             raise DataError(
                 f"tfds:{self._name} is not prepared in {self._data_dir or 'the data directory of tfds'}: run "
                 f"python -m hexa_jax.prepare {self._name}{where} (after pip install 'hexa_jax[prepare]')"
             ) from None
-        except (ValueError, OSError) as error:
+        except Exception as error:  # those of tfds, or whatever a bucket's libraries raise
             raise DataError(f"tfds:{self._name} cannot be opened: {one_line(error)}") from None
         features, splits = dict(builder.info.features), sorted(builder.info.splits)
         images = [key for key, feature in features.items() if isinstance(feature, tfds.features.Image)]
@@ -64,6 +70,27 @@ class TfdsSource:
         except (ValueError, KeyError):
             raise DataError(f"tfds:{self._name} has no split {self._split!r} (it has: {', '.join(splits)})") from None
         self._process = os.getpid()
+        self._in_place = is_remote(builder.data_path)
+        if self._in_place and self._cache:
+            self._folder = str(self._fetched(builder))
+            self._open()
+
+    def _builder(self) -> Any:
+        """What tfds knows of the data set."""
+        import tensorflow_datasets as tfds
+
+        if self._folder:
+            return tfds.core.read_only_builder.builder_from_directory(self._folder)
+        if is_remote(self._data_dir or ""):
+            filesystem(str(self._data_dir))  # says what is missing
+        return tfds.core.read_only_builder.builder_from_files(self._name, data_dir=self._data_dir)
+
+    def _fetched(self, builder: Any) -> pathlib.Path:
+        """Local copies of the split's files, and of those that describe the data set."""
+        url = str(builder.data_path)
+        shards = {pathlib.PurePath(path).name for path in builder.info.splits[self._split].filepaths}
+        there = files(url).items()
+        return fetch(url, {name: v for name, v in there if name in shards or ".array_record" not in name}, self._cache)
 
     def record(self, index: int) -> dict[str, Any]:
         """All features of a record, images encoded."""
@@ -78,6 +105,8 @@ class TfdsSource:
         try:
             example = self.record(index)
         except (ValueError, RuntimeError) as error:
+            if self._in_place and "orrupt" not in str(error):  # the network: the image may be good
+                raise DataError(f"{self.name(index)} cannot be read: {one_line(error)}") from None
             raise BadImage(self.name(index), f"unreadable record: {one_line(error)}") from None
         image = {"image": example[self._image_key]}
         if image["image"] is None:  # what is left of a record whose file was cut off
@@ -95,7 +124,8 @@ class TfdsSource:
         return self._labels
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"_name": self._name, "_split": self._split, "_data_dir": self._data_dir, "_labels": self._labels}
+        names = ("_name", "_split", "_data_dir", "_labels", "_cache", "_folder")
+        return {name: getattr(self, name) for name in names}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)

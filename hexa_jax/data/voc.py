@@ -108,8 +108,8 @@ class VOCRecords:
 
     num_classes = None
 
-    def __init__(self, spec: str, data_dir: str | None):
-        self.records = TfdsSource(spec, data_dir=data_dir)
+    def __init__(self, spec: str, data_dir: str | None, data_cache: str = ""):
+        self.records = TfdsSource(spec, data_dir=data_dir, data_cache=data_cache)
         rows = []
         for index in range(len(self.records)):
             record = self.records.record(index)
@@ -136,19 +136,20 @@ class VOCRecords:
         """None: images have several."""
 
 
-def open_voc(spec: str, data_dir: str | None = None) -> VOCImages | VOCRecords:
+def open_voc(spec: str, data_dir: str | None = None, data_cache: str = "") -> VOCImages | VOCRecords:
     """The multi-label images that a config's string names.
 
     Args:
         spec: `voc:DIR[:SPLIT]` with split train, val, trainval (default) or test; or `tfds:voc/2007[:SPLIT]`.
         data_dir: where tfds data sets were prepared.
+        data_cache: local folder for copies of a data set in a bucket.
 
     Raises:
         DataError: nothing usable is there.
     """
     kind, _, rest = spec.partition(":")
     if kind == "tfds" and rest:
-        return VOCRecords(rest, data_dir)
+        return VOCRecords(rest, data_dir, data_cache)
     if kind != "voc" or not rest:
         raise DataError(f"{spec!r} is no multi-label data set: use voc:VOCDEVKIT[:SPLIT] or tfds:voc/2007:SPLIT")
     directory, _, split = (

@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import tempfile
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -10,6 +11,7 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 from safetensors import safe_open
 
+from hexa_jax import remote
 from hexa_jax.checkpoint import CheckpointError, Checkpoints
 from hexa_jax.models.heads import Network
 from hexa_jax.models.norm import CLEAN, EVALUATION, NormMode, stats_collection
@@ -52,7 +54,8 @@ def load_backbone(checkpoint: str, **random: Any) -> Backbone:
 
     Args:
         checkpoint: workdir of a pre-training run (its newest intact checkpoint counts), a weights file in torchvision's names
-            (`.safetensors`, `.npz`; `.pth` and the like with torch; published MoCo and SwAV checkpoints too), or "random".
+            (`.safetensors`, `.npz`; `.pth` and the like with torch; published MoCo and SwAV checkpoints too), both local or in a
+            bucket, or "random".
         random: for "random" only: seed, and optionally backbone, stem and base_channels.
 
     Raises:
@@ -61,15 +64,16 @@ def load_backbone(checkpoint: str, **random: Any) -> Backbone:
     """
     if checkpoint == RANDOM:
         return random_backbone(**random)
-    path = pathlib.Path(checkpoint).expanduser()
-    if path.is_file():
-        return _from_file(path)
-    saved = path / "config.json"
-    if not saved.is_file():
-        raise CheckpointError(
-            f"checkpoint {checkpoint!r} is neither a file nor the workdir of a run: it has no config.json"
-        )
-    config = ConfigDict(json.loads(saved.read_text()), convert_dict=True)
+    path = remote.path_of(checkpoint)
+    with remote.told(checkpoint):
+        if remote.exists(path):
+            return _from_file(path)
+        saved = path / "config.json"
+        if not remote.exists(saved):
+            raise CheckpointError(
+                f"checkpoint {checkpoint!r} is neither a file nor the workdir of a run: it has no config.json"
+            )
+        config = ConfigDict(json.loads(saved.read_text()), convert_dict=True)
     if "model" not in config:
         raise CheckpointError(f"checkpoint {checkpoint!r} is no pre-training run: its config has no model")
     model, pixels = config.model, (tuple(config.data.pixel_mean), tuple(config.data.pixel_std))
@@ -113,7 +117,12 @@ def random_backbone(
     return Backbone(network, _clean(variables), 0, like.config if like else None)
 
 
-def _from_file(path: pathlib.Path) -> Backbone:
+def _from_file(path: Any) -> Backbone:
+    if remote.is_remote(path):
+        with tempfile.TemporaryDirectory() as folder:
+            remote.mirrors[folder] = str(path.parent)  # for messages
+            list(remote.copies(str(path.parent), pathlib.Path(folder), {path.name: path.stat().length}))
+            return _from_file(pathlib.Path(folder) / path.name)
     arrays = read_weights(str(path))
     try:
         architecture = architecture_of(arrays)

@@ -139,8 +139,8 @@ class _Data:
 
     def __init__(self, config: ConfigDict, workdir: pathlib.Path):
         backbone = open_backbone(config)
-        data_dir = config.runtime.data_dir or None
-        train, test = (open_voc(spec, data_dir) for spec in (config.data.source, config.data.eval_source))
+        where = config.runtime.data_dir or None, config.runtime.data_cache
+        train, test = (open_voc(spec, *where) for spec in (config.data.source, config.data.eval_source))
         if train.class_names != test.class_names:
             raise DataError("training and held-out images have other classes: are they of the same data set?")
         extractor = Extractor(config, backbone, workdir / "features")

@@ -13,6 +13,7 @@ from hexa_jax.evals.backbone import RANDOM
 from hexa_jax.evals.labelled import open_backbone
 from hexa_jax.grid import Cell, Entry, Outcome, Stage, run_grid
 from hexa_jax.progress import say
+from hexa_jax.remote import path_of
 from hexa_jax.workdir import write_json
 
 
@@ -91,11 +92,11 @@ def _entry(config: ConfigDict, row: Row, name: str, checkpoint: str) -> Entry:
     data = config.data[row.needs]
     settings: dict[str, Any] = {"data.source": data.source, "data.eval_source": data.eval_source}
     settings |= {f"data.{key}": data[key] for key in ("resize", "crop", "limit") if data[key]}
-    settings |= {"seed": config.seed, "runtime.data_dir": config.runtime.data_dir}
-    settings |= {"runtime.num_devices": config.runtime.num_devices}
-    path = checkpoint if checkpoint == RANDOM else str(pathlib.Path(checkpoint).expanduser().absolute())
+    settings |= {"seed": config.seed}
+    settings |= {f"runtime.{name}": config.runtime[name] for name in ("data_dir", "data_cache", "num_devices")}
+    path = checkpoint if checkpoint == RANDOM else str(path_of(checkpoint))
     if checkpoint == RANDOM:
-        settings["random.like"] = str(pathlib.Path(config.checkpoint).expanduser().absolute())
+        settings["random.like"] = str(path_of(config.checkpoint))
     file = row.config.format(family=config.family)
     folder = f"{file.partition('.')[0]}-{row.needs}-{name}"
     cell = Cell(folder, (Stage(f"eval/{file}", settings, checkpoint=path),))

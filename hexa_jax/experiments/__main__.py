@@ -23,6 +23,7 @@ from hexa_jax.experiments.presets import GRIDS, METHODS, PLAIN, PRESETS
 from hexa_jax.experiments.tables import factors_of, markdown, write_csv
 from hexa_jax.grid import GridError, Outcome, run_grid
 from hexa_jax.progress import say
+from hexa_jax.remote import is_remote
 
 
 def main(argv: list[str]) -> int:
@@ -32,7 +33,7 @@ def main(argv: list[str]) -> int:
         return 0
     parser = Parser("hexa_jax.experiments", GridError)
     parser.add_argument("name", choices=sorted(GRIDS))
-    parser.add_argument("--workdir", type=pathlib.Path, required=True)
+    parser.add_argument("--workdir", required=True)
     parser.add_argument("--preset", choices=sorted(PRESETS), default="tiny")
     parser.add_argument("--methods")
     parser.add_argument("--seeds", default="0")
@@ -48,7 +49,9 @@ def main(argv: list[str]) -> int:
         if not known.seeds.replace(",", "").isdigit():
             raise GridError(f"--seeds takes whole numbers such as 0,1,2, not {known.seeds!r}")
         seeds = [int(seed) for seed in known.seeds.split(",") if seed]
-        workdir = known.workdir.expanduser().absolute()
+        if is_remote(known.workdir):
+            raise GridError(f"--workdir={known.workdir}: an experiment needs a local folder")
+        workdir = pathlib.Path(known.workdir).expanduser().absolute()
         # Cells that differ in their seed alone are one program: compiled once for all of them.
         os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(workdir / "compiled"))
         outcomes = run_grid(GRIDS[known.name](known.preset, methods, seeds), workdir, extra)
