@@ -2,7 +2,8 @@
 
 Checkpoints are the exception: orbax writes them to the bucket itself (checkpoint.py), from all processes. Everything else is small
 and written by the first process, as if the workdir were local: it is fetched at the start, and uploaded before each checkpoint
-counts, every UPLOAD_SECONDS, and at the end, however the run ends.
+counts, every UPLOAD_SECONDS, and at the end, however the run ends. (Cells of a `tables` run are processes of their own, with their
+checkpoints in the local folder only: a cell that was stopped begins anew elsewhere.)
 
 A bucket has no locks. The owner signs a file there every BEAT_SECONDS, and removes it when it ends; one who finds a signature
 watches it for LEASE_SECONDS: if it changes, somebody is at work; if not, the owner is dead.

@@ -15,7 +15,8 @@ from typing import Any
 os.environ["EPATH_USE_TF"] = "false"
 from etils import epath
 
-logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # it logs tracebacks of what arrives here as exceptions
+for _name in ("gcsfs", "google.auth"):
+    logging.getLogger(_name).setLevel(logging.CRITICAL)  # they log tracebacks of what arrives here as exceptions
 
 SCHEME = "gs://"
 AT_ONCE = 8  # files that are fetched side by side
@@ -123,9 +124,9 @@ def fetch(url: str, wanted: Versions, cache: str) -> pathlib.Path:
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / ".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        kept_file = folder / _KEPT
-        kept = json.loads(kept_file.read_text()) if kept_file.is_file() else {}
-        missing = [name for name in wanted if kept.get(name) != list(wanted[name]) or not (folder / name).is_file()]
+        known = folder / _KEPT
+        kept = json.loads(known.read_text()) if known.is_file() else {}
+        missing = [name for name in wanted if kept.get(name) != list(wanted[name]) or not _whole(folder, name, wanted)]
         needed, free = sum(wanted[name][0] for name in missing), shutil.disk_usage(folder).free
         if needed > free:
             raise RemoteError(
@@ -136,10 +137,16 @@ def fetch(url: str, wanted: Versions, cache: str) -> pathlib.Path:
             print(f"fetching {len(missing)} files, {needed / 1e9:.3f} GB, from {url} to {folder}", flush=True)
         for number, name in enumerate(copies(url, folder, {name: wanted[name][0] for name in missing}), 1):
             kept[name] = wanted[name]
-            kept_file.write_text(json.dumps(kept))
+            part = known.with_suffix(".part")
+            part.write_text(json.dumps(kept))
+            part.rename(known)
             if number % 50 == 0:
                 print(f"fetched {number} of {len(missing)} files", flush=True)
     return folder
+
+
+def _whole(folder: pathlib.Path, name: str, wanted: Versions) -> bool:
+    return (folder / name).is_file() and (folder / name).stat().st_size == wanted[name][0]
 
 
 def copies(url: str, folder: pathlib.Path, sizes: Mapping[str, int]) -> Iterator[str]:

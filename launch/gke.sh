@@ -2,9 +2,9 @@
 # Runs on TPU slices of a GKE cluster through xpk (github.com/AI-Hypercomputer/xpk), from the image of launch/Dockerfile.
 #
 # launch/gke.sh --name=NAME --cluster=CLUSTER --zone=ZONE --type=v5litepod-256 --image=REGION-docker.pkg.dev/PROJECT/REPO/hexa_jax:tpu \
-#     [--restarts=N] [--dry-run] -- --config=configs/hexa_moco.py --workdir=/mnt/shared/run
+#     [--restarts=N] [--dry-run] -- --config=configs/hexa_moco.py --workdir=gs://BUCKET/run
 #
-# Data and workdir are on a file system that xpk mounts into all pods (xpk storage attach).
+# Data and workdir are in a bucket, or on a file system that xpk mounts into all pods (xpk storage attach).
 #
 # --restarts  how often GKE may start it again after a preemption or a failure (10); each start resumes
 # --dry-run   print the commands instead of running them

@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import threading
+import time
 
 import pytest
 
@@ -20,6 +21,8 @@ FORBIDDEN = "forbidden"  # a bucket that answers 403
 
 
 class _Handler(emulator.RequestHandler):
+    timeout = 10  # one at a time is served: a client that was stopped must not hold up the others
+
     def handle_one_request(self):
         try:
             super().handle_one_request()
@@ -30,14 +33,16 @@ class _Handler(emulator.RequestHandler):
         self.server.requests.append(f"{self.command} {self.path}")
         # Who may use the files of a bucket often may not ask for the bucket itself.
         if f"/b/{FORBIDDEN}/" in self.path or self.path.partition("?")[0].endswith(f"/b/{NAME}"):
-            self._refuse()
+            self._refuse(403, "you@example.com does not have access to the Google Cloud Storage bucket.")
+        elif time.monotonic() < self.server.down_until:
+            self._refuse(503, "We encountered an internal error. Please try again.")
         else:
             emulator.Router(self).handle(self.command)
 
-    def _refuse(self):
-        message = "you@example.com does not have access to the Google Cloud Storage bucket."
-        answer = json.dumps({"error": {"code": 403, "message": message}}).encode()
-        self.send_response(403)
+    def _refuse(self, code, message):
+        answer = json.dumps({"error": {"code": code, "message": message}}).encode()
+        self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        self.send_response(code)
         self.send_header("Content-Length", str(len(answer)))
         self.end_headers()
         self.wfile.write(answer)
@@ -67,6 +72,7 @@ class Cloud:
         emulator.buckets.create_bucket(NAME, self.storage)["softDeletePolicy"] = {"retentionDurationSeconds": 0}
         self._server = http.server.HTTPServer(("127.0.0.1", 0), functools.partial(_Handler, self.storage))
         self.requests = self._server.requests = []
+        self._server.down_until = 0.0
         address = f"http://127.0.0.1:{self._server.server_port}"
         self.environment = {
             "STORAGE_EMULATOR_HOST": address,  # gcsfs
@@ -79,6 +85,10 @@ class Cloud:
     def close(self):
         self._server.shutdown()
         self._server.server_close()
+
+    def fail_for(self, seconds):
+        """Answers 503 to everything for a while."""
+        self._server.down_until = time.monotonic() + seconds
 
     def names(self, folder=""):
         """Of all files in the bucket below a folder, sorted."""

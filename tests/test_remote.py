@@ -2,17 +2,20 @@
 
 import json
 import os
+import pathlib
 import pickle
 import re
 import signal
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
 from bucket import FORBIDDEN, NAME, Cloud
-from command_line import REPOSITORY, STEPS, arguments, begin, environment, finish, finished, run_until
+from command_line import REPOSITORY, STEPS, arguments, begin, environment, final_state, finish, finished, run, run_until
 from official_archives import prepare, run_python, write_cifar
+from test_hosts import KINDS, assert_same, devices, free_port, what_was_learned
 from test_resume import check_same_run
 
 from hexa_jax import export, main, mirror, remote
@@ -22,6 +25,7 @@ from hexa_jax.data.sources import DataError, make_source
 from hexa_jax.evals.backbone import load_backbone
 from hexa_jax.mirror import OWNER, Mirror
 from hexa_jax.remote import RemoteError
+from hexa_jax.stops import Terminated
 
 # The command line, with a short memory for owners that died.
 MAIN = """
@@ -58,10 +62,10 @@ def quick(monkeypatch):
     monkeypatch.setattr(mirror, "LEASE_SECONDS", 2)
 
 
-def start_on(machine, words):
+def start_on(machine, words, env=None):
     """The command line on a machine, a folder that is its home and its disk for temporary files."""
     machine.mkdir(exist_ok=True)
-    env = environment() | {"HOME": str(machine), "TMPDIR": str(machine)}
+    env = (env or environment()) | {"HOME": str(machine), "TMPDIR": str(machine)}
     options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "env": env}
     return subprocess.Popen([sys.executable, "-c", MAIN, *words], **options)
 
@@ -86,7 +90,7 @@ def evaluation(name, workdir, checkpoint, **settings):
 # ---- Runs ----------------------------------------------------------------------------------------------------------------
 
 
-def test_a_run_moves_from_machine_to_machine(cloud, tmp_path):
+def test_a_run_moves_to_another_machine(cloud, tmp_path):
     expected, _ = finished("moco")
     words = arguments("moco", f"gs://{NAME}/runs/moved")
 
@@ -99,31 +103,31 @@ def test_a_run_moves_from_machine_to_machine(cloud, tmp_path):
     assert 3 in saved and max(measured) >= max(saved)  # no checkpoint counts before its metrics are there
     assert f"runs/moved/{OWNER}" in cloud.names() and "runs/moved/result.json" not in cloud.names()
 
-    process = start_on(tmp_path / "second", words)
-    run_until(process, "waiting 3 s to see whether it is alive")
-    run_until(process, f"resuming at step {max(saved)} from gs://{NAME}/runs/moved/checkpoints")
-    run_until(process, f"step 14/{STEPS} ")
-    process.terminate()
-    stopped = finish(process)
-    assert stopped.code == 143, stopped.stderr
-    *warnings, line = complaint(stopped)
-    print(stopped.stderr)
-    assert all("skipping a checkpoint" in warning for warning in warnings)  # one that the kill cut in half
-    saved = re.search(rf"SIGTERM: saved step (\d+) in gs://{NAME}/runs/moved; the same command resumes it", line)[1]
-    assert f"runs/moved/{OWNER}" not in cloud.names() and not list((tmp_path / "second").glob("hexa_jax_*"))
-
-    ended = finish(start_on(tmp_path / "third", words))
-    assert ended.code == 0 and not complaint(ended), ended.stderr
-    assert "waiting" not in ended.stdout and f"resuming at step {saved}" in ended.stdout
+    ended = finish(start_on(tmp_path / "second", words))
+    assert ended.code == 0, ended.stderr
+    assert all("skipping a checkpoint" in warning for warning in complaint(ended))  # one that the kill cut in half
+    assert "waiting 3 s to see whether it is alive" in ended.stdout
+    assert f"resuming at step {max(saved)} from gs://{NAME}/runs/moved/checkpoints" in ended.stdout
     assert f"report: gs://{NAME}/runs/moved/report/index.html" in ended.stdout
+    assert f"runs/moved/{OWNER}" not in cloud.names() and not list((tmp_path / "second").glob("hexa_jax_*"))
     cloud.get("runs/moved", tmp_path / "copy")
     check_same_run(tmp_path / "copy", expected)
     kept = {name.split("/")[3] for name in cloud.names("runs/moved/checkpoints")}
     assert kept == {f"step_{step:08}" for step in (STEPS - 3, STEPS)}  # nothing is left of the others
-    files = {str(path.relative_to(expected)) for path in expected.rglob("*") if "checkpoints" not in path.parts}
-    there = {name.removeprefix("runs/moved/") for name in cloud.names("runs/moved") if "checkpoints" not in name}
-    assert {name for name in files if "." in name[1:] and "tensorboard" not in name} <= there
-    assert len([name for name in there if "tensorboard" in name]) >= 2  # of both machines that came to write
+    files = {str(path.relative_to(expected)) for path in expected.rglob("*.*") if path.is_file()}
+    files = {name for name in files if not name.startswith((".", "checkpoints", "tensorboard"))}
+    there = {name.removeprefix("runs/moved/") for name in cloud.names("runs/moved")}
+    assert files <= there and {"config.json", "report/index.html"} <= files
+    assert len([name for name in there if "tensorboard" in name]) == 2  # one of each machine
+
+
+def test_sigterm_uploads_too(cloud):
+    with pytest.raises(Terminated), mirror.local_workdir(f"gs://{NAME}/terminated") as folder:
+        (pathlib.Path(folder) / "part.npz").write_text("so far")
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(10)
+    assert cloud.names("terminated") == ["terminated/part.npz"]
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
 def test_evaluations_find_weights_in_a_bucket(cloud, tmp_path):
@@ -208,6 +212,23 @@ def test_damaged_and_unfinished_checkpoints_do_not_count(cloud, caplog):
         RemoteError, match=f"gs://{FORBIDDEN}/x cannot be read: Forbidden"
     ):  # that is not "no checkpoint"
         Checkpoints(f"gs://{FORBIDDEN}/x").restore_latest(tree)
+
+
+def test_storage_may_fail_for_a_while(cloud, tmp_path):
+    tree = {"a": np.arange(1000.0)}
+    with mirror.local_workdir(f"gs://{NAME}/outage") as folder:
+        checkpoints = Checkpoints(f"{folder}/checkpoints")
+        checkpoints.save(1, tree)
+        checkpoints.wait()
+        (pathlib.Path(folder) / "metrics.jsonl").write_text("{}")
+        cloud.fail_for(2)
+        checkpoints.save(2, tree)
+        checkpoints.wait()
+        cloud.fail_for(2)
+        assert checkpoints.restore_latest(tree)[0] == 2
+        cloud.fail_for(2)
+    assert "outage/metrics.jsonl" in cloud.names() and f"outage/{OWNER}" not in cloud.names()
+    assert Checkpoints(f"gs://{NAME}/outage/checkpoints").steps() == [1, 2]
 
 
 # ---- Workdirs ----------------------------------------------------------------------------------------------------------------
@@ -380,3 +401,76 @@ def test_arrays_are_fetched(cloud, tmp_path):
     source = make_source(f"arrays:gs://{NAME}/arrays/a.npz", data_cache=str(tmp_path / "cache"))
     assert [example[0] for example in examples(source)] == list(range(5))
     np.testing.assert_array_equal(np.stack([example[1] for example in examples(source)]), images)
+
+
+# ---- Slow ------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow  # half a minute
+def test_a_terminated_run_moves_too(cloud, tmp_path):
+    words = arguments("moco", f"gs://{NAME}/runs/terminated")
+    process = start_on(tmp_path / "first", words)
+    run_until(process, f"step 7/{STEPS} ")
+    process.terminate()
+    stopped = finish(process)
+    assert stopped.code == 143, stopped.stderr
+    (line,) = complaint(stopped)
+    saved = re.search(rf"SIGTERM: saved step (\d+) in gs://{NAME}/runs/terminated; the same command resumes it", line)[
+        1
+    ]
+    ended = finish(start_on(tmp_path / "second", words))
+    assert ended.code == 0 and not complaint(ended), ended.stderr
+    assert "waiting" not in ended.stdout and f"resuming at step {saved} from" in ended.stdout
+    cloud.get("runs/terminated", tmp_path / "copy")
+    check_same_run(tmp_path / "copy", finished("moco")[0])
+
+
+@pytest.mark.slow  # a minute
+def test_workers_read_in_place(cloud, cifar, tmp_path):
+    data = {"data.source": "tfds:cifar10:train", "data.shapes_count": 0, "runtime.workers": 2, "epochs": 1}
+    data |= {"runtime.checkpoint_every": 2, "runtime.data_cache": ""}
+    for name, where in (("near", cifar), ("far", f"gs://{NAME}/data")):
+        ended = finish(
+            start_on(tmp_path / "m", arguments("moco", tmp_path / name, **data, **{"runtime.data_dir": where}))
+        )
+        assert ended.code == 0, ended.stderr
+    near, far = (final_state(tmp_path / name) for name in ("near", "far"))
+    assert near[0] == far[0] > 0
+    for name, value in near[1].items():
+        np.testing.assert_array_equal(value, far[1][name], err_msg=name)
+
+
+@pytest.mark.slow  # two minutes
+def test_two_processes_with_disks_of_their_own(cloud, tmp_path):
+    ended = run(arguments("moco", tmp_path / "alone", **KINDS["moco"]), env=devices(4))
+    assert ended.code == 0, ended.stderr
+    address = f"127.0.0.1:{free_port()}"
+    words = arguments("moco", f"gs://{NAME}/pair", **KINDS["moco"])
+    cloud.write(f"pair/{OWNER}", b'{"by": "one that is dead", "token": ""}')  # both wait
+    processes = []
+    for number in range(2):
+        flags = [f"--coordinator={address}", "--num_processes=2", f"--process_id={number}"]
+        processes.append(start_on(tmp_path / str(number), [*words, *flags], devices(2)))
+    ended = [finish(process) for process in processes]
+    assert [process.code for process in ended] == [0, 0], ended[0].stderr + ended[1].stderr
+    cloud.get("pair", tmp_path / "pair")
+    assert_same(what_was_learned(tmp_path / "pair"), what_was_learned(tmp_path / "alone"))
+    assert f"pair/{OWNER}" not in cloud.names() and (tmp_path / "pair/report/hard_examples.png").is_file()
+    assert not [path for number in range(2) for path in (tmp_path / str(number)).glob("hexa_jax_*")]
+
+
+@pytest.mark.slow  # a minute
+def test_a_run_that_was_given_up_for_dead_ends_when_it_wakes(cloud, tmp_path):
+    words = arguments("moco", f"gs://{NAME}/woken")
+    sleeper = start_on(tmp_path / "first", words)
+    run_until(sleeper, f"step 5/{STEPS} ")
+    sleeper.send_signal(signal.SIGSTOP)
+    other = start_on(tmp_path / "second", words)
+    run_until(other, "resuming at step 3")
+    sleeper.send_signal(signal.SIGCONT)
+    woken = finish(sleeper)
+    assert woken.code == 1 and f"gs://{NAME}/woken was taken over by process {other.pid} on" in woken.stderr
+    ended = finish(other)
+    assert ended.code == 0, ended.stderr
+    cloud.get("woken", tmp_path / "copy")
+    check_same_run(tmp_path / "copy", finished("moco")[0])
