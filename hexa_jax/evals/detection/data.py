@@ -99,6 +99,12 @@ class DetectionSource:
         self._difficult = np.concatenate([scene.difficult for scene in scenes])[known]
         ends = np.cumsum([0, *(len(scene.names) for scene in scenes)])
         self._ends = np.concatenate([[0], np.cumsum(known)])[ends]
+        unknown = sorted({name for scene in scenes for name in scene.names} - number.keys())
+        if unknown and not known.any():
+            raise DataError(
+                f"{self.name(0)} and the {len(scenes) - 1} other images have no box of a known class: they have "
+                f"{_some(unknown)}, known are {_some(self.class_names)}"
+            )
         self.counts["unknown_labels"] = int(np.sum(~known))
 
     def _count(self) -> None:
@@ -174,6 +180,10 @@ def open_detection(
     for part in parts:
         del part.scenes  # what workers get should be small
     return DetectionSource(_Joined(parts), scenes, class_names, limit)
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:3]) + (" ..." if len(names) > 3 else "")
 
 
 def _parts(spec: str) -> list[str]:

@@ -72,6 +72,7 @@ class _Detection:
         names = self.saved.class_names if self.saved else None
         if self.trains:
             self.source = _opened(config, "source", data_dir, names, config.data.limit)
+            self.batches = TrainingBatches(config, self.source, self.mesh)
             names = self.source.class_names
         self.held_out = _opened(config, "eval_source", data_dir, names, 0)
         self.class_names = self.held_out.class_names
@@ -105,8 +106,7 @@ class _Detection:
         return results
 
     def _train(self, state: DetectorState) -> tuple[DetectorState, list[dict[str, float]]]:
-        config = self.config
-        batches = TrainingBatches(config, self.source, self.mesh)
+        config, batches = self.config, self.batches
         say(f"to train on: {self.source.summary()}")
         if batches.images_over_max_boxes:
             say(f"{batches.images_over_max_boxes} images have more than data.max_boxes={config.data.max_boxes} boxes")
@@ -164,7 +164,7 @@ class _Detection:
                 folder = self.workdir / "report"
                 folder.mkdir(exist_ok=True)
                 picture_detections(self.held_out, found, PICTURED, folder / "detections.png")
-        return results
+        return {name: value for name, value in results.items() if np.isfinite(value)}  # not those of absent classes
 
     def _initial(self) -> DetectorState:
         """Weights of the file or of the pre-trained backbone; the rest as torchvision and detectron2 draw it."""
@@ -182,21 +182,26 @@ class _Detection:
             pretrained = self.backbone.variables
             for name in ("params", STATS):
                 variables[name] = {**variables[name], "backbone": pretrained[name]["backbone"]}
-        state = DetectorState(
-            jnp.uint32(config.seed), jnp.int32(0), variables["params"], variables.get(STATS, {}), None
-        )
-        return jax.device_put(jax.tree.map(jnp.array, state), NamedSharding(self.mesh, P()))
+        _, stored = choose("precision", config.precision, PRECISIONS)
+        params, stats = jax.tree.map(lambda leaf: jnp.array(leaf, stored), (variables["params"], variables[STATS]))
+        state = DetectorState(jnp.uint32(config.seed), jnp.int32(0), params, stats, None)
+        return jax.device_put(state, NamedSharding(self.mesh, P()))
 
     def _resnet(self) -> Any:
         config = self.config
         compute, _ = choose("precision", config.precision, PRECISIONS)
         if self.backbone:
-            return self.backbone.network.backbone.clone(dtype=compute)
-        assert self.saved is not None
-        architecture = architecture_of(self.saved.body)
-        return make_resnet(
-            f"resnet{architecture.depth}", architecture.base_channels, stem=architecture.stem, dtype=compute
-        )
+            resnet = self.backbone.network.backbone.clone(dtype=compute)
+        else:
+            assert self.saved is not None
+            depth, channels, stem = architecture_of(self.saved.body)
+            resnet = make_resnet(f"resnet{depth}", channels, stem=stem, dtype=compute)
+        if resnet.stem != "imagenet":
+            raise ConfigError(
+                f"{config.detector or config.checkpoint} has a backbone with the {resnet.stem} stem: the pyramid needs "
+                "maps of strides 4 to 32, which only the imagenet stem gives"
+            )
+        return resnet
 
     def _pixel_statistics(self) -> tuple[Any, Any]:
         network = self.backbone.network if isinstance(self.backbone, Backbone) else None
@@ -227,6 +232,8 @@ def _check(config: ConfigDict) -> None:
         raise ConfigError("config.detector is a whole detector: leave config.checkpoint empty")
     if config.epochs < 0 or config.steps < 0:
         raise ConfigError("epochs and steps must not be negative")
+    if not (config.epochs or config.steps or config.detector):
+        raise ConfigError("epochs=0 and steps=0 only test, and there is no config.detector to test")
     if len(model.anchor_sizes) != 5 or min(model.anchor_sizes) <= 0:
         raise ConfigError("model.anchor_sizes takes five positive numbers, one per level of the pyramid")
 
