@@ -78,7 +78,7 @@ class _Detection:
         self.class_names = self.held_out.class_names
         if self.saved:
             _check_classes(config.detector, self.saved, self.class_names)
-        self.model = _model(config, self._resnet(), len(self.class_names), *self._pixel_statistics())
+        self.model = make_model(config, self._resnet(), len(self.class_names), *self._pixel_statistics())
         self.detect = make_detect(self.model, self.mesh)
         self.test_batches = EvaluationBatches(config, self.held_out, self.mesh)
 
@@ -113,7 +113,7 @@ class _Detection:
         shapes = len(batches.canvases.all)
         say(f"{shapes} shapes of images at most: so many compilations of the step, when each first occurs")
         total = config.steps or config.epochs * batches.steps_per_epoch
-        optimizer = make_optimizer(_base_optimizer(config, batches.steps_per_epoch), self._frozen())
+        optimizer = make_optimizer(make_base_optimizer(config, batches.steps_per_epoch), self._frozen())
         state = jax.device_put(state._replace(opt_state=optimizer.init(state.params)), NamedSharding(self.mesh, P()))
         every, epochs = config.eval_every_epochs, set[int]()
 
@@ -251,7 +251,8 @@ def _check_classes(path: str, saved: Saved, class_names: Sequence[str]) -> None:
         raise DataError(f"{path} knows {saved.num_classes} classes, the data has {len(class_names)}")
 
 
-def _model(config: ConfigDict, resnet: Any, num_classes: int, mean: Any, std: Any) -> FasterRCNN:
+def make_model(config: ConfigDict, resnet: Any, num_classes: int, mean: Any, std: Any) -> FasterRCNN:
+    """The detector that a config describes, around a backbone; mean and deviation of pixels in [0, 1]."""
     model = config.model
     network = Detector(
         resnet,
@@ -274,7 +275,8 @@ def _model(config: ConfigDict, resnet: Any, num_classes: int, mean: Any, std: An
     )
 
 
-def _base_optimizer(config: ConfigDict, steps_per_epoch: int) -> Any:
+def make_base_optimizer(config: ConfigDict, steps_per_epoch: int) -> Any:
+    """SGD with the config's schedule, for the parameters that are trained."""
     o = config.optimizer
     unit = 1 if config.steps else steps_per_epoch
     schedule = optim.warmed_up(
