@@ -6,7 +6,7 @@ export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.jax_cache
 export HEXA_DATA ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install dev quickstart test test-slow lint types bench notebooks clean
+.PHONY: help install dev quickstart test test-slow lint types bench soak audit notebooks clean
 
 help:  ## list the tasks
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 22
@@ -43,6 +43,15 @@ types: .venv/.installed-dev  ## type check
 
 bench: .venv/.installed  ## speed of one training step, for each view on and off
 	$(BIN)/python benchmarks/step.py --config=configs/quickstart.py
+
+soak: .venv/.installed  ## train for an hour and watch memory, descriptors, threads and compilations
+	$(BIN)/python benchmarks/soak.py --out=runs/soak-$$(date +%Y%m%d-%H%M%S)
+
+# Not by pip-audit's own look at .venv: packages that its service does not know would pass without a word.
+audit: .venv/.installed-dev  ## ask PyPI for known vulnerabilities of all that is installed in .venv
+	$(PYTHON) -m venv .cache/audit && .cache/audit/bin/pip install --quiet pip-audit
+	$(BIN)/pip freeze --exclude-editable | sed '/ @ /d; s/+[^=]*$$//' > .cache/audit.txt
+	.cache/audit/bin/pip-audit --strict --no-deps --disable-pip --requirement=.cache/audit.txt
 
 notebooks: .venv/.installed-dev  ## write the notebooks from their sources
 	$(BIN)/jupytext --to ipynb notebooks/*.py

@@ -25,6 +25,7 @@ import numpy as np
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 WARM_UP = 3  # epochs
+PATIENCE = 600  # seconds that the run may take to save and end
 SLACK = 2  # descriptors or threads: a sample may fall into a save
 COUNTED = "Finished XLA compilation"  # how jax logs one, from the persistent cache or not
 # config.epochs: more than any soak reaches. ArgumentParser would take the words after it for its own.
@@ -75,7 +76,7 @@ class Progress:
 
 
 def watch(words: list[str], out: pathlib.Path, seconds: float, every: float) -> tuple[list[dict], int | None]:
-    """Samples of a run that is given `seconds`, and its exit code; None: it did not end within a minute of SIGTERM."""
+    """Samples of a run that is given `seconds`, and its exit code; None: it did not end in PATIENCE after SIGTERM."""
     environment = {**os.environ, "JAX_LOG_COMPILES": "1", "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
     samples: list[dict] = []
     with (out / "output").open("w") as output, (out / "errors").open("w") as errors:
@@ -93,7 +94,7 @@ def watch(words: list[str], out: pathlib.Path, seconds: float, every: float) -> 
                     file.write(json.dumps(samples[-1]) + "\n")
                     time.sleep(every)
             process.terminate()
-            return samples, process.wait(timeout=60)
+            return samples, process.wait(timeout=PATIENCE)
         except subprocess.TimeoutExpired:
             return samples, None
         finally:

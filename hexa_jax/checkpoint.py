@@ -28,6 +28,7 @@ from hexa_jax import mirror, remote
 from hexa_jax.manifest import MANIFEST, CheckpointError, may_pass, one_line, read_manifest, verify, write_manifest
 
 PATIENCE = 3  # failures in a row that a run outlives, if their reason may pass
+HUNG = 1200.0  # seconds after which a save is given up
 PAUSE = 2.0  # seconds before a save that must not fail is tried again; doubles each time
 
 _FOLDER = re.compile(r"step_(\d+)(?:_(\d+))?(?:\.orbax-checkpoint-tmp.*)?")  # orbax writes under the long name first
@@ -96,6 +97,8 @@ class Checkpoints:
         context = ocp.Context()
         context.array.saving.enable_write_sharding_file = False  # `like` brings the shardings
         context.array.saving.use_replica_parallel = False  # it compiles slices of every shape; small states lose
+        # By the wall clock, which somebody may set forward meanwhile; `wait` looks at the monotonic one.
+        context.asynchronous.timeout_secs = 30 * 24 * 3600
         context.asynchronous.create_directories_asynchronously = False  # a failed mkdir would leave threads waiting
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
@@ -130,8 +133,12 @@ class Checkpoints:
     def wait(self) -> None:
         """Blocks until the last save is on disk; raises CheckpointError, once, if it failed: older ones are intact."""
         if self._thread is not None:
-            self._thread.join()
-            self._thread = None
+            thread, self._thread = self._thread, None
+            thread.join(HUNG)
+            if thread.is_alive():
+                raise CheckpointError(
+                    f"a save in {self.directory} has not ended after {HUNG / 60:g} minutes: does the storage answer?"
+                )
         error, self._error = self._error, None
         if error is not None:
             raise error

@@ -24,8 +24,7 @@ class CheckpointError(ValueError):
 def may_pass(error: Exception) -> bool:
     """Whether storage that fails this way may work again by itself, as a file server does that is being restarted.
 
-    Told by the text, because orbax wraps the system's errors in its own. It also gives up on a save during which somebody sets
-    the clock forward.
+    Told by the text, because orbax wraps the system's errors in its own.
     """
     return any(text in str(error).lower() for text in ("timed out", *(os.strerror(code).lower() for code in _PASSING)))
 

@@ -181,6 +181,17 @@ def test_save_returns_early_and_one_is_in_flight(tmp_path, gate):
     assert checkpoints.steps() == [1, 2] and checkpoints.metadata(1) == {"list": [1]}
 
 
+def test_a_save_that_never_ends_is_given_up(tmp_path, gate, monkeypatch):
+    checkpoints = Checkpoints(tmp_path)
+    monkeypatch.setattr(checkpoint, "HUNG", 0.3)
+    checkpoints.save(1, make_state(1))
+    with pytest.raises(
+        CheckpointError, match=r"a save in .* has not ended after 0\.005 minutes: does the storage answer\?"
+    ):
+        checkpoints.save(2, make_state(2))
+    checkpoints.close()  # not once more
+
+
 @pytest.mark.parametrize("spec", [P(), P("data"), None], ids=str)
 def test_arrays_may_be_donated_and_deleted_after_save(tmp_path, spec):
     mesh = jax.make_mesh((8,), ("data",), (AxisType.Auto,))

@@ -207,13 +207,11 @@ def test_a_clock_that_jumps_changes_nothing(run, undisturbed, tmp_path, monkeypa
         return change
 
     stopped = run(tmp_path, {3: jump(1), 8: jump(0, stop=True)})
-    *warnings, line = stopped.stderr
+    (line,) = stopped.stderr
     assert stopped.code == 143 and "SIGTERM: saved step 9 in" in line
     ahead[0] -= 2 * day
     ended = run(tmp_path, {11: jump(1), 13: jump(-3)})
-    assert ended.code == 0 and "resuming at step 9 from" in ended.stdout
-    # Orbax gives up on a save that seems to last a day; the next one is there for that.
-    assert all(re.search("cannot save step .* timed out after", line) for line in [*warnings, *ended.stderr])
+    assert ended.code == 0 and not ended.stderr and "resuming at step 9 from" in ended.stdout
     check_same(tmp_path, undisturbed)
     assert Checkpoints(tmp_path / "checkpoints").steps() == [STEPS - EVERY, STEPS]
     speeds = [line["images_per_second"] for line in lines(tmp_path)]
