@@ -4,6 +4,7 @@ import atexit
 import functools
 import json
 import shutil
+import signal
 import tempfile
 
 import numpy as np
@@ -19,7 +20,7 @@ from hexa_jax.checkpoint import MANIFEST
 from hexa_jax.data.decode import resize_center_crop
 from hexa_jax.data.shapes import CLASS_NAMES, make_shapes
 from hexa_jax.data.sources import ArraySource, DataError, FolderSource
-from hexa_jax.evals import finetune
+from hexa_jax.evals import finetune, training_loop
 from hexa_jax.evals.backbone import Backbone
 from hexa_jax.evals.labelled import Features, check_classes, listed, open_both, open_split, top_k, usable
 from hexa_jax.evals.linear_features import adamax_probe
@@ -416,6 +417,26 @@ def test_a_finished_run_is_not_trained_again(run, tmp_path):
     assert main.main(words(part)) == 0
     assert read(part) == read(run) and len(before) == 4
     assert {path: path.stat().st_mtime_ns for path in part.glob("lr*/checkpoints/*/MANIFEST.json")} == before
+
+
+def test_a_signal_in_the_last_step_of_a_learning_rate_stops_before_the_next(run, tmp_path, monkeypatch, capsys):
+    part, say = tmp_path / "part", training_loop.say
+    shutil.copytree(run, part)
+    (part / "result.json").unlink()
+    shutil.rmtree(max((part / f"lr{RATES[0]}" / "checkpoints").iterdir()))
+    shutil.rmtree(part / f"lr{RATES[1]}")
+
+    def terminated(text):
+        say(text)
+        if text.startswith("step 6/6 "):
+            signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(training_loop, "say", terminated)
+    assert main.main(words(part)) == 143
+    captured = capsys.readouterr()
+    assert f"SIGTERM: saved step 6 in {part}/lr{RATES[0]}; the same command resumes it" in captured.err
+    assert f"learning rate {RATES[0]} (1 of 2)" in captured.out and "(2 of 2)" not in captured.out
+    assert losses(part, RATES[0]) == losses(run, RATES[0]) and not (part / f"lr{RATES[1]}").exists()
 
 
 def test_four_devices_agree_with_one(run, tmp_path):

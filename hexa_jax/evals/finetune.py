@@ -20,20 +20,20 @@ from ml_collections import ConfigDict
 
 from hexa_jax import optim
 from hexa_jax.build import ConfigError, choose
-from hexa_jax.checkpoint import Checkpoints
 from hexa_jax.data.crops import Resolution
 from hexa_jax.data.decode import decode, resize_center_crop
 from hexa_jax.data.source import Source
 from hexa_jax.evals.labelled import Extractor, Features, open_backbone, open_both, top_k, usable
 from hexa_jax.evals.labelled_batches import LabelledBatches
 from hexa_jax.evals.pictures import curves
+from hexa_jax.evals.training_loop import TrainingLoop
 from hexa_jax.mesh import ROWS
 from hexa_jax.methods.base import Batch
 from hexa_jax.models.heads import Network
 from hexa_jax.models.norm import CLEAN, NormMode, blend, stats_collection
-from hexa_jax.progress import Clock, say
-from hexa_jax.stops import Diverged, Interruptible, Terminated
-from hexa_jax.workdir import Metrics, write_json
+from hexa_jax.progress import say
+from hexa_jax.stops import Interruptible, Terminated
+from hexa_jax.workdir import write_json
 
 STATS = stats_collection(CLEAN)
 
@@ -114,53 +114,31 @@ class _Tuning:
     def train(self, number: int, rate: float, stop: Interruptible) -> list[dict[str, float]]:
         """All epochs at one learning rate, from its checkpoint if there is one; top-1 and top-5 after each."""
         config, folder = self.config, self.workdir / f"lr{rate:g}"
-        optimizer = self._optimizer(rate)
-        folder.mkdir(exist_ok=True)
-        state = self._initial(optimizer)
-        checkpoints = Checkpoints(folder / "checkpoints", keep_last=2)
-        like = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), state)
-        restored, history = checkpoints.restore_latest(like), []
-        if restored is not None:
-            _, state, metadata = restored
-            history = metadata["history"]
-        start = int(state.step)
-        if start == self.total:
-            checkpoints.close()
-            return history
-        metrics, clock = Metrics(folder, config.runtime.writer, start), Clock(config.batch_size, self.total)
-        step_function, batches = self._compile(optimizer), self._batches(start)
-        say(f"learning rate {rate:g} ({number + 1} of {len(config.optimizer.learning_rates)})")
-        try:
-            clock.start(start)
-            for step in range(start + 1, self.total + 1):
-                state, loss = step_function(state, next(batches))
-                ends = step % self.steps_per_epoch == 0
-                if step % config.runtime.log_every == 0 or ends:
-                    self._log(step, float(loss), metrics, clock)
-                if ends:
-                    with clock.paused():
-                        history = [*history, self._accuracy(state)]
-                    epoch = step // self.steps_per_epoch
-                    metrics.write(step, {"epoch": epoch, **history[-1]})
-                    say(f"epoch {epoch}: top-1 {history[-1]['top1']:.2f} %, top-5 {history[-1]['top5']:.2f} %")
-                stopping = stop.reached()
-                if ends or stopping:
-                    checkpoints.save(step, state, {"history": history})
-                if stopping:
-                    checkpoints.wait()
-                    raise Terminated(f"SIGTERM: saved step {step} in {folder}; the same command resumes it")
-        finally:
-            metrics.close()
-            checkpoints.close()
+        rates, optimizer = len(config.optimizer.learning_rates), self._optimizer(rate)
+
+        def batches(step: int) -> Iterator[Batch]:
+            say(f"learning rate {rate:g} ({number + 1} of {rates})")
+            return self._batches(step)
+
+        loop = TrainingLoop(
+            config=config,
+            folder=folder,
+            total=self.total,
+            steps_per_epoch=self.steps_per_epoch,
+            step=self._compile(optimizer),
+            batches=batches,
+            evaluate=self._evaluate,
+            advice="try a lower optimizer.learning_rates",
+        )
+        _, history = loop.run(self._initial(optimizer), stop)
+        if number + 1 < rates and stop.reached():
+            raise Terminated(f"SIGTERM: saved step {self.total} in {folder}; the same command resumes it")
         return history
 
-    def _log(self, step: int, loss: float, metrics: Metrics, clock: Clock) -> None:
-        if not np.isfinite(loss):
-            raise Diverged(f"the loss is {loss} at step {step}; try a lower optimizer.learning_rates")
-        speed, left = clock.read(step)
-        metrics.write(step, {"loss": loss, "images_per_second": speed})
-        epoch = step / self.steps_per_epoch
-        say(f"step {step}/{self.total}  epoch {epoch:.2f}  loss {loss:.4f}  {speed:.0f} images/s  ETA {left}")
+    def _evaluate(self, state: TuneState, epoch: float) -> dict[str, float]:
+        results = self._accuracy(state)
+        say(f"epoch {epoch:.0f}: top-1 {results['top1']:.2f} %, top-5 {results['top5']:.2f} %")
+        return results
 
     def _initial(self, optimizer: optax.GradientTransformation) -> TuneState:
         """Pre-trained backbone; classifier N(0, 0.01) and 0."""
@@ -203,7 +181,7 @@ class _Tuning:
             losses = optax.softmax_cross_entropy_with_integer_labels(logits, jnp.maximum(labels, 0))
             return jnp.sum(losses * known) / jnp.maximum(jnp.sum(known), 1), sown["moments"]
 
-        def step(state: TuneState, batch: Batch) -> tuple[TuneState, jax.Array]:
+        def step(state: TuneState, batch: Batch) -> tuple[TuneState, dict[str, jax.Array]]:
             labels = jnp.where(batch.valid[0], batch.label[0], -1)
             images = batch.crops[0][0, :, 0]
             (value, moments), gradients = jax.value_and_grad(loss, has_aux=True)(
@@ -211,7 +189,7 @@ class _Tuning:
             )
             updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
             params = optax.apply_updates(state.params, updates)
-            return TuneState(state.step + 1, params, blend(state.stats, moments), opt_state), value
+            return TuneState(state.step + 1, params, blend(state.stats, moments), opt_state), {"loss": value}
 
         rows, whole = NamedSharding(self.mesh, ROWS), NamedSharding(self.mesh, P())
         return jax.jit(step, in_shardings=(whole, rows), out_shardings=whole, donate_argnums=0)

@@ -18,16 +18,16 @@ from ml_collections import ConfigDict
 
 from hexa_jax import optim
 from hexa_jax.build import choose
-from hexa_jax.checkpoint import Checkpoints
 from hexa_jax.data.crops import Resolution
 from hexa_jax.evals.backbone import Backbone
 from hexa_jax.evals.labelled import Extractor, Features, open_backbone, open_both, top_k, usable
 from hexa_jax.evals.labelled_batches import LabelledBatches
+from hexa_jax.evals.training_loop import TrainingLoop
 from hexa_jax.mesh import ROWS
 from hexa_jax.methods.base import Batch
-from hexa_jax.progress import Clock, say
-from hexa_jax.stops import Interruptible, Terminated
-from hexa_jax.workdir import Metrics, write_json
+from hexa_jax.progress import say
+from hexa_jax.stops import Interruptible
+from hexa_jax.workdir import write_json
 
 
 class ProbeState(NamedTuple):
@@ -92,6 +92,7 @@ def linear(config: ConfigDict, workdir: pathlib.Path) -> dict[str, Any]:
         CheckpointError: no pre-trained weights where the config says.
         DataError: examples without labels, or classes that differ between training and held-out examples.
         ConfigError: sizes that cannot work.
+        Diverged: the first learning rate's loss became NaN or infinite.
         Terminated: SIGTERM arrived; the state is saved.
     """
     run = _Probe(config, workdir)
@@ -112,50 +113,32 @@ class _Probe:
 
     def run(self) -> dict[str, Any]:
         config = self.config
-        checkpoints = Checkpoints(self.workdir / "checkpoints", keep_last=2)
-        state = self._initial()
-        restored = checkpoints.restore_latest(
-            jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), state)
-        )
-        if restored is not None:
-            state = jax.device_put(restored[1], NamedSharding(self.mesh, P()))
-        start = int(state.step)
-        metrics, clock = Metrics(self.workdir, config.runtime.writer, start), Clock(config.batch_size, self.total)
-        stop, train = Interruptible(), self._compile()
         held_out = self.extractor(self.held_out, "held-out features")
         self.backbone = self.extractor.backbone
+        train, variables = self._compile(), self.backbone.variables
         resolution = Resolution(1, config.data.crop, (config.data.min_scale, 1.0))
-        batches, results = self.batches.after(start, resolution), self._accuracy(state, held_out)
+
+        def evaluate(state: ProbeState, epoch: float) -> dict[str, float]:
+            results = self._accuracy(state, held_out)
+            say(f"epoch {epoch:.0f}: top-1 {results['top1']:.1f} %, top-5 {results['top5']:.1f} %")
+            return results
+
+        loop = TrainingLoop(
+            config=config,
+            folder=self.workdir,
+            total=self.total,
+            steps_per_epoch=self.steps_per_epoch,
+            step=lambda state, batch: train(state, variables, batch),
+            batches=lambda step: self.batches.after(step, resolution),
+            evaluate=evaluate,
+            advice="try lower optimizer.learning_rates",
+        )
+        stop = Interruptible()
         try:
-            clock.start(start)
-            for step in range(start + 1, self.total + 1):
-                state, losses = train(state, self.backbone.variables, next(batches))
-                ends = step % self.steps_per_epoch == 0
-                if step % config.runtime.log_every == 0 or ends:
-                    speed, left = clock.read(step)
-                    epoch = step / self.steps_per_epoch
-                    metrics.write(step, {"loss": losses[0], "images_per_second": speed})
-                    say(
-                        f"step {step}/{self.total}  epoch {epoch:.2f}/{config.epochs}  loss {losses[0]:.4f}  "
-                        f"{speed:.0f} images/s  ETA {left}"
-                    )
-                if ends:
-                    with clock.paused():
-                        results = self._accuracy(state, held_out)
-                    metrics.write(step, {"epoch": step // self.steps_per_epoch, **results})
-                    say(
-                        f"epoch {step // self.steps_per_epoch}: top-1 {results['top1']:.1f} %, top-5 {results['top5']:.1f} %"
-                    )
-                stopping = stop.reached()
-                if ends or stopping:
-                    checkpoints.save(step, state)
-                if stopping and step < self.total:
-                    checkpoints.wait()
-                    raise Terminated(f"terminated after step {step}, which is saved; the same command resumes there")
+            state, _ = loop.run(self._initial(), stop)
         finally:
             stop.close()
-            metrics.close()
-            checkpoints.close()
+        results: dict[str, Any] = {**self._accuracy(state, held_out)}
         results |= {"epochs": config.epochs, "pretraining_step": self.backbone.step}
         write_json(self.workdir / "result.json", results)
         say(f"linear probe: top-1 {results['top1']:.1f} %, top-5 {results['top5']:.1f} %")
@@ -179,11 +162,12 @@ class _Probe:
         o = self.config.optimizer
         schedule = self._schedule()
 
-        def step(state: ProbeState, variables: Any, batch: Batch) -> tuple[ProbeState, jax.Array]:
+        def step(state: ProbeState, variables: Any, batch: Batch) -> tuple[ProbeState, dict[str, jax.Array]]:
             features = self._features(variables, batch.crops[0][0, :, 0])
             labels = jnp.where(batch.valid[0], batch.label[0], -1)
             rates = jnp.asarray(o.learning_rates, jnp.float32) * schedule(state.step)
-            return probe_step(state, features, labels, rates, momentum=o.momentum, weight_decay=o.weight_decay)
+            state, losses = probe_step(state, features, labels, rates, momentum=o.momentum, weight_decay=o.weight_decay)
+            return state, {"loss": losses[0]}
 
         rows, whole = NamedSharding(self.mesh, ROWS), NamedSharding(self.mesh, P())
         return jax.jit(step, in_shardings=(whole, whole, rows), out_shardings=whole, donate_argnums=0)

@@ -60,7 +60,7 @@ class TrainingLoop:
         history: list[Results] = []
         if (restored := checkpoints.restore_latest(like)) is not None:
             _, state, metadata = restored
-            history = metadata["history"]
+            history = metadata.get("history", [])  # older linear probes kept none
         start = int(state.step)
         if start >= self.total:
             return state, history
@@ -96,4 +96,7 @@ class TrainingLoop:
         speed, left = clock.read(step)
         metrics.write(step, {**values, "images_per_second": speed})
         epoch = step / self.steps_per_epoch
-        say(f"step {step}/{self.total}  epoch {epoch:.2f}  loss {values['loss']:.4f}  {speed:.3g} images/s  ETA {left}")
+        speed_text = f"{speed:.0f}" if speed >= 10 else f"{speed:.2g}"
+        say(
+            f"step {step}/{self.total}  epoch {epoch:.2f}  loss {values['loss']:.4f}  {speed_text} images/s  ETA {left}"
+        )
