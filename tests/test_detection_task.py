@@ -112,12 +112,12 @@ def weights(pretrained):
 @pytest.fixture(scope="module", autouse=True)
 def programs():
     """One jitted step and one jitted detector for all runs that have the same: they are traced and compiled once."""
-    makers = {name: getattr(task, name) for name in ("make_step", "make_detect", "_base_optimizer")}
+    makers = {name: getattr(task, name) for name in ("make_step", "make_detect", "make_base_optimizer")}
     known, recipes = {}, []
 
     def optimizer(config, steps_per_epoch):
         recipes.append((config.optimizer.to_json(), steps_per_epoch, config.steps > 0))
-        return makers["_base_optimizer"](config, steps_per_epoch)
+        return makers["make_base_optimizer"](config, steps_per_epoch)
 
     def step(model, optimizer, frozen, mesh, batch_size):
         key = recipes[-1], model, frozen, mesh, batch_size
@@ -129,7 +129,7 @@ def programs():
         return known[model, mesh]
 
     with pytest.MonkeyPatch.context() as patch:
-        for name, maker in (("make_step", step), ("make_detect", detect), ("_base_optimizer", optimizer)):
+        for name, maker in (("make_step", step), ("make_detect", detect), ("make_base_optimizer", optimizer)):
             patch.setattr(task, name, maker)
         yield
 
