@@ -7,6 +7,7 @@ import logging
 import os
 import threading
 import time
+import urllib.parse
 
 import pytest
 
@@ -48,6 +49,13 @@ class _Handler(emulator.RequestHandler):
         self.wfile.write(answer)
 
     do_GET = do_POST = do_PUT = do_PATCH = do_DELETE = _answer
+
+    def send_response(self, code, message=None):
+        super().send_response(code, message)
+        name = urllib.parse.unquote(urllib.parse.urlsplit(self.path).path.partition(f"/b/{NAME}/o/")[2])
+        if self.command == "GET" and name in (files := self.storage.objects.get(NAME, {})):
+            # As the real service does; tensorstore can only replace what it has read if it knows this.
+            self.send_header("x-goog-generation", files[name]["generation"])
 
     def log_message(self, *args):
         pass
