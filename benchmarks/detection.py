@@ -10,6 +10,7 @@ ratios. Peak memory is what the compiled program asks for, and what the device s
 import argparse
 import datetime
 import json
+import os
 import pathlib
 import platform
 import statistics
@@ -19,12 +20,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import jaxlib
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
-from hexa_jax.build import PRECISIONS, ConfigError, make_devices
+from hexa_jax.build import PRECISIONS, ConfigError, choose, make_devices
 from hexa_jax.command import parse_command
 from hexa_jax.evals.backbone import IMAGENET_MEAN, IMAGENET_STD
 from hexa_jax.evals.detection.batches import DetectionBatch
@@ -55,6 +57,15 @@ def noise(mesh: Mesh, config: ConfigDict, count: int) -> DetectionBatch:
     return jax.device_put(batch, NamedSharding(mesh, P("data")))
 
 
+def peak_bytes(program: Any) -> int:
+    """Arguments, results that do not take an argument's place, and what lies between; 0 where the compiler does not say."""
+    memory = program.memory_analysis()
+    if memory is None:
+        return 0
+    results = memory.output_size_in_bytes - memory.alias_size_in_bytes
+    return memory.argument_size_in_bytes + results + memory.temp_size_in_bytes
+
+
 class Case:
     """A compiled program with its arguments: training, or inference."""
 
@@ -64,7 +75,7 @@ class Case:
             config.random.backbone,
             config.random.base_channels,
             stem=config.random.stem,
-            dtype=PRECISIONS[config.precision][0],
+            dtype=choose("precision", config.precision, PRECISIONS)[0],
         )
         model = make_model(config, resnet, CLASSES, IMAGENET_MEAN, IMAGENET_STD)
         frozen = Frozen(config.model.frozen_stages, config.model.batch_norm == "frozen")
@@ -84,8 +95,7 @@ class Case:
         begin = time.perf_counter()
         self.program = function.lower(*self.arguments).compile()
         self.compile_seconds = time.perf_counter() - begin
-        memory = self.program.memory_analysis()
-        self.program_bytes = memory.argument_size_in_bytes + memory.temp_size_in_bytes
+        self.program_bytes = peak_bytes(self.program)
         self.flops = (self.program.cost_analysis() or {}).get("flops", 0.0) / images
         self.seconds: list[float] = []
         self.turn()
@@ -112,6 +122,8 @@ def main(argv: list[str]) -> int:
         config = parse_command([argv[0], *settings, "--workdir=unused"]).config
         mesh = make_mesh(make_devices(config))
         counts = [int(count) for count in options.images.split(",")]
+        if min(counts) < 1 or options.repeats < 1:
+            raise ConfigError("--images and --repeats must be positive")
         with jax.set_mesh(mesh):
             cases = {
                 (kind, n): Case(config, mesh, n, kind == "training")
@@ -128,7 +140,9 @@ def main(argv: list[str]) -> int:
     peak = (device.memory_stats() or {}).get("peak_bytes_in_use", 0)
     about = {
         "device": f"{mesh.size} x {device.device_kind}",
+        "host": f"{platform.machine()}, {os.cpu_count()} cores",
         "jax": jax.__version__,
+        "jaxlib": jaxlib.__version__,
         "python": platform.python_version(),
     }
     about |= {"date": datetime.date.today().isoformat(), "command": " ".join(argv), "device_peak_bytes": peak}
