@@ -6,6 +6,7 @@ python -m launch.aot --config=configs/hexa_moco.py --topology=v5e:4x4 [--config.
                 features (evaluation); all by default
 --num_examples  of the data set; ImageNet's 1,281,167 by default
 --rows          JSON file that keeps the results; what it holds is not compiled again (docs/scaling.json by default)
+--hlo=FOLDER    keep the compiled programs' HLO there, to look into: one file a program
 --table=FILE    write all rows as a Markdown table and compile nothing
 
 Nothing but a CPU is needed, and libtpu (pip install libtpu): the compiler is the real one, what it says of cycles is an
@@ -58,8 +59,8 @@ def devices_of(topology: str) -> list[jax.Device]:
         raise AotError(f"--topology={topology}: {str(error).splitlines()[0][:200]}") from None
 
 
-def compile_program(trainer: Trainer, program: str) -> dict[str, Any]:
-    """Numbers of one program, whether it fits or not."""
+def compile_program(trainer: Trainer, program: str, hlo: pathlib.Path | None = None) -> dict[str, Any]:
+    """Numbers of one program, whether it fits or not; its HLO goes to the file `hlo`."""
     begin = time.monotonic()
     with jax.set_mesh(trainer.mesh):
         steps, state = trainer.compile(), trainer.state_shapes()
@@ -75,7 +76,11 @@ def compile_program(trainer: Trainer, program: str) -> dict[str, Any]:
                 images = jax.ShapeDtypeStruct((EVALUATION_ROWS * trainer.mesh.size, size, size, 3), jnp.uint8)
                 extractor: Any = make_extractor(trainer.objective.network, trainer.mesh, jnp.bfloat16)
                 lowered = extractor.lower(state.params, state.batch_stats, images)
-            found: dict[str, Any] | None = describe(lowered.compile())
+            compiled = lowered.compile()
+            if hlo is not None:
+                hlo.parent.mkdir(parents=True, exist_ok=True)
+                hlo.write_text(compiled.as_text())
+            found: dict[str, Any] | None = describe(compiled)
         except jax.errors.JaxRuntimeError as error:
             found = too_large(str(error))
             if found is None:
@@ -157,6 +162,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--programs", default=",".join(PROGRAMS))
     parser.add_argument("--num_examples", type=int, default=IMAGENET)
     parser.add_argument("--rows", type=pathlib.Path, default=pathlib.Path("docs/scaling.json"))
+    parser.add_argument("--hlo", type=pathlib.Path)
     parser.add_argument("--table", type=pathlib.Path)
     options, settings = parser.parse_known_args(argv[1:])
     rows: dict[str, dict[str, Any]] = json.loads(options.rows.read_text()) if options.rows.is_file() else {}
@@ -184,7 +190,7 @@ def main(argv: list[str]) -> int:
         versions = f"jax {jax.__version__}, libtpu {importlib.metadata.version('libtpu')}"
         key = f"{named} {' '.join(overrides)} {options.topology} {options.num_examples} {program} {versions}"
         if key not in rows:
-            row = compile_program(trainer, program)
+            row = compile_program(trainer, program, options.hlo and options.hlo / f"{program}.hlo")
             row |= {"config": pathlib.PurePath(named).stem, "overrides": overrides, "topology": options.topology}
             row |= {"program": program, "versions": versions} | bound(row, chip)
             row["advice"] = advice(trainer, row, chip) if program == "train" else ""

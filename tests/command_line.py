@@ -1,17 +1,17 @@
 """Runs the command line in real processes, with the smallest network and data that still have every part.
 
-Compiling dominates: all runs of a kind share one config, so that each program is compiled once for all of them.
+Compiling dominates: all runs of a kind share one config, so that each program is compiled once for all of them. The run that
+many tests only look at is made once for all test processes.
 """
 
-import atexit
-import functools
+import contextlib
 import json
 import os
 import pathlib
-import shutil
+import shlex
 import subprocess
 import sys
-import tempfile
+import time
 import types
 
 import cv2
@@ -23,6 +23,7 @@ REPOSITORY = pathlib.Path(__file__).resolve().parent.parent
 IMAGES, SIDE, BATCH = 70, 20, 16  # 4 steps an epoch; 6 images of an epoch are in no batch
 EPOCHS, STEPS = 6, 24
 CLASSES = ("disc", "bar", "cross")
+SHARED = pathlib.Path(os.environ["HEXA_TESTS_SHARED"])  # conftest.py makes it
 
 SMALL = {
     "epochs": EPOCHS,
@@ -80,16 +81,13 @@ def environment():
     """Of a child process: one CPU device, the tests' compilation cache, nothing recompiled that takes time."""
     env = {name: value for name, value in os.environ.items() if name != "PYTHONWARNINGS"}
     env |= {"PYTHONPATH": str(REPOSITORY), "JAX_PLATFORMS": "cpu", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.05"}
-    # These take many steps: code that runs faster is worth its compile time.
-    env["XLA_FLAGS"] = "--xla_backend_optimization_level=1"
     return env
 
 
-def start(words, inspected=False, **options):
+def start(words, **options):
     """A process of the command line, with text pipes."""
-    program = ["-c", INSPECTED] if inspected else ["-m", "hexa_jax.main"]
     options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "env": environment()} | options
-    return subprocess.Popen([sys.executable, *program, *words], **options)
+    return subprocess.Popen([sys.executable, "-m", "hexa_jax.main", *words], **options)
 
 
 def finish(process, timeout=300):
@@ -116,34 +114,32 @@ def run_until(process, text):
     raise AssertionError(f"ended before {text!r}: {''.join(seen)}\n{process.communicate()[1]}")
 
 
-@functools.cache
-def _begun(kind):
-    """An uninterrupted run in the background, for all tests that need a finished one."""
-    workdir = pathlib.Path(tempfile.mkdtemp(prefix=f"hexa_{kind}_")) / "run"
-    output = open(workdir.parent / "output", "w+")  # noqa: SIM115
-    process = start(arguments(kind, workdir), inspected=True, stdout=output, stderr=subprocess.STDOUT)
-
-    @atexit.register
-    def clean():
-        process.kill()
-        shutil.rmtree(workdir.parent, ignore_errors=True)
-
-    return workdir, process
-
-
 def begin(*kinds):
-    """Start the uninterrupted runs side by side; `finished` waits for them."""
+    """Start the uninterrupted runs side by side, unless another test process has; `finished` waits for them."""
     for kind in kinds:
         _begun(kind)
 
 
+def _begun(kind):
+    folder = SHARED / kind
+    with contextlib.suppress(FileExistsError):
+        folder.mkdir()
+        program = shlex.join([sys.executable, "-c", INSPECTED, *arguments(kind, folder / "run")])
+        # The shell tells the exit code to whichever process waits, even if this one has ended.
+        script = f'{program} > "$0/output" 2>&1; echo $? > "$0/ending"; mv "$0/ending" "$0/code"'
+        subprocess.Popen(["sh", "-c", script, folder], env=environment())
+    return folder
+
+
 def finished(kind):
     """The workdir of an uninterrupted run, to be read or copied but not written; and its output."""
-    workdir, process = _begun(kind)
-    code = process.wait(timeout=300)
-    output = (workdir.parent / "output").read_text()
-    assert code == 0, output
-    return workdir, output
+    folder, end = _begun(kind), time.monotonic() + 300
+    while not (folder / "code").exists():
+        assert time.monotonic() < end, f"{folder} takes too long: {(folder / 'output').read_text()}"
+        time.sleep(0.1)
+    output = (folder / "output").read_text()
+    assert int((folder / "code").read_text()) == 0, output
+    return folder / "run", output
 
 
 def lines(workdir):

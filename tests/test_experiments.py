@@ -49,6 +49,17 @@ def test_grids_are_those_of_the_paper():
     ]
 
 
+def test_the_claim_has_two_plain_runs_of_moco_one_of_the_others():
+    entries = GRIDS["claim"]("cifar10", ("moco", "deepcluster"), [0, 1, 2])
+    runs = {(entry.factors["method"], entry.factors["run"]): entry.cell.stages[0].settings for entry in entries}
+    assert len(entries) == 15 and len({entry.cell.name for entry in entries}) == 15
+    plain, published, hexa = (runs["moco", run] for run in ("plain", "plain, key momentum 0.999", "std+adv"))
+    assert plain["scheme"] == published["scheme"] == "std" and hexa["scheme"] == "std+adv"
+    assert (plain["moco.momentum"], published["moco.momentum"], hexa["moco.momentum"]) == (0.99, 0.999, 0.99)
+    assert [run for method, run in runs if method == "deepcluster"] == ["plain", "std+adv"]
+    assert all("epochs=200" in entry.cell.stages[0].config for entry in entries)
+
+
 def outcome(scheme, seed, **values):
     cell = Cell(f"{scheme}-{seed}", ())
     return Outcome(Entry({"method": "moco", "scheme": scheme, "seed": seed}, cell), None, values, "")
@@ -137,3 +148,14 @@ def test_mistakes_are_one_line(words, message, tmp_path, capsys):
     assert main([*words, f"--workdir={tmp_path}"]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert message in line
+
+
+@pytest.mark.slow  # what test_a_grid_runs_once_and_goes_on_after_a_failure does, with the figure of this grid
+def test_the_claim_in_miniature(tmp_path):
+    words = ("claim", "--methods=moco", "--seeds=0,1", "--config.data.shapes_count=64", "--config.knn.every_epochs=0")
+    done = experiment(tmp_path, *words)
+    assert done.returncode == 0, done.stdout + done.stderr
+    table = (tmp_path / "claim.md").read_text()
+    for run in ("plain", "plain, key momentum 0.999", "std+adv"):
+        assert f"| moco | {run} | 2 |" in table
+    assert "kNN - plain" in table and (tmp_path / "claim.png").stat().st_size > 5000

@@ -32,7 +32,7 @@ KINDS = {"moco": SETTINGS, "deepcluster": SETTINGS | CROPS}
 
 
 def devices(count):
-    return environment() | {"JAX_NUM_CPU_DEVICES": str(count), "XLA_FLAGS": "--xla_backend_optimization_level=0"}
+    return environment() | {"JAX_NUM_CPU_DEVICES": str(count)}
 
 
 def free_port():

@@ -2,6 +2,7 @@
 
 NAME         fig1 gallery of hard examples        fig2 schemes of hard examples
              fig3 accuracy over epochs            fig4 strength of the attack      fig5 Beta distributions of CutMix
+             claim plain methods beside HEXA at equal epochs, with differences by seed
 --workdir    of the experiment; starting again skips finished cells, goes on with stopped ones and tries failed ones anew
 --preset     imagenet (the paper's protocol), imagenette, cifar10 or tiny (two CPU cores, the default)
 --methods    comma-separated: moco, deepcluster, simclr, swav, rotation; by default the figure's own
@@ -19,7 +20,7 @@ from collections.abc import Sequence
 from hexa_jax.arguments import Parser
 from hexa_jax.experiments.figures import FIGURES
 from hexa_jax.experiments.gallery import draw_gallery
-from hexa_jax.experiments.presets import GRIDS, METHODS, PLAIN, PRESETS
+from hexa_jax.experiments.presets import CONTROL, GRIDS, METHODS, PLAIN, PRESETS
 from hexa_jax.experiments.tables import factors_of, markdown, write_csv
 from hexa_jax.grid import GridError, Outcome, run_grid
 from hexa_jax.progress import say
@@ -69,7 +70,10 @@ def _report(name: str, outcomes: Sequence[Outcome], workdir: pathlib.Path) -> in
     baselines = {}
     for outcome in outcomes:
         factors = factors_of(outcome)
-        baselines[factors] = (factors[0], *{"fig4": ("-", "-"), "fig5": ("plain",)}.get(name, (PLAIN,)))
+        baselines[factors] = (
+            factors[0],
+            *{"fig4": ("-", "-"), "fig5": ("plain",), "claim": (CONTROL,)}.get(name, (PLAIN,)),
+        )
     text = markdown(outcomes, None if name == "fig1" else baselines)
     (workdir / f"{name}.md").write_text(text)
     if name == "fig1":

@@ -12,7 +12,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import scipy.stats
 
-from hexa_jax.experiments.presets import BETAS, PLAIN, STRENGTHS
+from hexa_jax.experiments.presets import BETAS, CONTROL, PLAIN, STRENGTHS
 from hexa_jax.experiments.tables import METRICS, Summary, summarise
 from hexa_jax.grid import Outcome
 
@@ -54,6 +54,11 @@ def fig5(outcomes: Sequence[Outcome], workdir: pathlib.Path) -> list[pathlib.Pat
     return paths + _bars(outcomes, workdir, "fig5", lambda factors: factors[1])
 
 
+def claim(outcomes: Sequence[Outcome], workdir: pathlib.Path) -> list[pathlib.Path]:
+    """Bars per run: plain ones and HEXA, seeds as points."""
+    return _bars(outcomes, workdir, "claim", lambda factors: factors[1])
+
+
 def _bars(outcomes: Sequence[Outcome], workdir: pathlib.Path, name: str, label: Any) -> list[pathlib.Path]:
     """One panel per method and metric: a bar per row with its standard deviation over seeds, seeds as points."""
     metrics = measured(outcomes)
@@ -72,7 +77,7 @@ def _bars(outcomes: Sequence[Outcome], workdir: pathlib.Path, name: str, label: 
 
 def _bar_panel(axis: Any, rows: dict[str, Summary]) -> None:
     for position, (title, summary) in enumerate(rows.items()):
-        colour = GREY if title in (PLAIN, "plain") else COLOURS[0]
+        colour = GREY if title == PLAIN or title.startswith(CONTROL) else COLOURS[0]
         axis.bar(position, summary.mean, yerr=summary.std, color=colour, alpha=0.7, capsize=3)
         axis.plot([position] * len(summary.by_seed), list(summary.by_seed.values()), ".", color="black", markersize=4)
         axis.annotate(
@@ -147,4 +152,4 @@ def fig4(outcomes: Sequence[Outcome], workdir: pathlib.Path) -> list[pathlib.Pat
     return save(figure, workdir, "fig4")
 
 
-FIGURES = {"fig2": fig2, "fig3": fig3, "fig4": fig4, "fig5": fig5}
+FIGURES = {"fig2": fig2, "fig3": fig3, "fig4": fig4, "fig5": fig5, "claim": claim}

@@ -10,6 +10,7 @@ from hexa_jax.grid import Cell, Entry, Stage
 BETAS = ((1, 1), (5, 0.1), (5, 0.5), (5, 1), (5, 2), (5, 3), (5, 4), (5, 5))  # Fig. 5
 STRENGTHS = (1, 3)  # Fig. 4, epsilon and eta
 PLAIN, HEXA = "std", "std+adv"
+CONTROL = "plain"  # the row that others are compared with, in claim
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,7 +19,7 @@ class Preset:
 
     Attributes:
         configs: per method, a config file with arguments; `{epochs}` is filled in.
-        fig1, fig2, fig3, fig4, fig5: epochs of pre-training; fig2 per method.
+        fig1, fig2, fig3, fig4, fig5, claim: epochs of pre-training; fig2 per method.
         evaluate_every: fig3, epochs between two points of the curve.
         probe: epochs of the SGD probe in fig2 and fig5, in fig3, in fig4; 0: none, the runs' own kNN and linear probe do.
         probe_settings: of the SGD probe, where they differ from ImageNet's.
@@ -33,6 +34,7 @@ class Preset:
     fig4: int
     fig5: int
     probe: tuple[int, int, int]
+    claim: int = 200
     probe_settings: dict[str, object] = dataclasses.field(default_factory=dict)
     six_crops: dict[str, object] = dataclasses.field(default_factory=dict)
 
@@ -102,6 +104,7 @@ PRESETS = {
         evaluate_every=1,
         fig4=1,
         fig5=1,
+        claim=1,
         probe=(0, 2, 0),
         probe_settings={"data.crop": 16, "data.resize": 16, "batch_size": 32},
         six_crops=_six_crops(16, 8),
@@ -193,11 +196,32 @@ def fig5(preset: str, methods: Sequence[str], seeds: Sequence[int]) -> list[Entr
     return entries
 
 
-GRIDS = {"fig1": fig1, "fig2": fig2, "fig3": fig3, "fig4": fig4, "fig5": fig5}
+def claim(preset: str, methods: Sequence[str], seeds: Sequence[int]) -> list[Entry]:
+    """Do hard examples improve the plain method? Plain and HEXA at equal epochs, compared by the runs' own kNN and linear probe.
+
+    MoCo has two plain runs: with MoCo-v2's key momentum of 0.999, and the control with HEXA_MoCo's.
+    """
+    entries = []
+    for method in methods:
+        arms: dict[str, dict[str, object]] = {CONTROL: {"scheme": PLAIN}, HEXA: {"scheme": HEXA}}
+        if method == "moco":
+            arms = {CONTROL: arms[CONTROL], "plain, key momentum 0.999": {"moco.momentum": 0.999}, HEXA: arms[HEXA]}
+        for (arm, settings), seed in itertools.product(arms.items(), seeds):
+            whole = {**settings, "seed": seed, "linear.at_end": True}
+            stages = _stages(preset, method, PRESETS[preset].claim, 0, whole)
+            name = arm.replace(", key momentum ", "-")
+            entries.append(
+                Entry({"method": method, "run": arm, "seed": seed}, Cell(f"{method}-{name}-seed{seed}", stages))
+            )
+    return entries
+
+
+GRIDS = {"fig1": fig1, "fig2": fig2, "fig3": fig3, "fig4": fig4, "fig5": fig5, "claim": claim}
 METHODS = {  # of the paper's figures
     "fig1": ("deepcluster",),
     "fig2": ("moco", "deepcluster"),
     "fig3": ("moco", "deepcluster"),
     "fig4": ("deepcluster",),
     "fig5": ("deepcluster",),
+    "claim": ("moco", "deepcluster"),
 }
