@@ -1,5 +1,8 @@
 """BatchNorm by group against its formula, ResNet against torchvision's geometry in NumPy, heads and the network."""
 
+import functools
+
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -87,6 +90,43 @@ def test_batch_norm_follows_its_formula(x64, shape, groups):
     got |= {name: entry[0] for name, entry in sown["moments"].items()}
     for name, value in expected.items():
         np.testing.assert_allclose(got[name], value, rtol=1e-9, atol=1e-10, err_msg=name)
+
+
+@pytest.mark.parametrize("groups", [3, 1, None])
+def test_pooling_before_scale_and_bias_is_pooling_after_them(x64, groups):
+    """Values, gradients and moments, with scales of both signs and zero."""
+    x, _, _, bias = norm_data((6, 7, 6, 5))
+    variables = {
+        "params": {"scale": jnp.asarray([1.5, -0.7, 0.0, -2.0, 0.3]), "bias": jnp.asarray(bias)},
+        "clean_batch_stats": {"mean": jnp.arange(5.0), "var": jnp.arange(1.0, 6)},
+    }
+    pool = lambda v: nn.max_pool(v, (3, 3), strides=(2, 2), padding=((1, 1), (1, 1)))  # noqa: E731
+
+    def run(params, x, before):
+        y, sown = BatchNorm(jnp.float64).apply(
+            variables | {"params": params}, x, NormMode(CLEAN, groups), pool if before else None, mutable=["moments"]
+        )
+        y = nn.relu(y if before else pool(y))
+        return jnp.sum(y * jnp.cos(jnp.arange(y.size)).reshape(y.shape)), (y, sown)
+
+    results = [
+        jax.jit(jax.value_and_grad(functools.partial(run, before=before), argnums=(0, 1), has_aux=True))(
+            variables["params"], jnp.asarray(x)
+        )
+        for before in (True, False)
+    ]
+    (_, (y, sown)), (dparams, dx) = results[0]
+    (_, (y_after, sown_after)), (dparams_after, dx_after) = results[1]
+    np.testing.assert_allclose(y, y_after, rtol=1e-12, atol=1e-12)
+    assert y.shape == (6, 4, 3, 5) and bool(sown) == (groups is not None)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-12), sown, sown_after)
+    np.testing.assert_allclose(dparams["bias"], dparams_after["bias"], rtol=1e-10)
+    differ = [0, 1, 3, 4]  # with a scale of 0 all values of a window are equal, and any of them has its gradient
+    np.testing.assert_allclose(
+        dparams["scale"][jnp.array(differ)], dparams_after["scale"][jnp.array(differ)], rtol=1e-9
+    )
+    np.testing.assert_allclose(dx, dx_after, rtol=1e-9, atol=1e-12)
+    assert jnp.isfinite(dparams["scale"]).all() and jnp.abs(dx[..., jnp.array(differ)]).max() > 0.01
 
 
 def test_groups_are_independent():

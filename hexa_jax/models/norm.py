@@ -4,6 +4,7 @@ Legend: G groups, n rows of a group, C channels.
 """
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -33,6 +34,7 @@ class NormMode:
 
 
 EVALUATION = NormMode()
+Pool = Callable[[jax.Array], jax.Array]  # [N, H, W, C] -> [N, H', W', C], maxima of windows
 
 
 def stats_collection(branch: str) -> str:
@@ -52,7 +54,12 @@ class BatchNorm(nn.Module):
     scale_init: float = 1.0
 
     @nn.compact
-    def __call__(self, x: jax.Array, mode: NormMode) -> jax.Array:
+    def __call__(self, x: jax.Array, mode: NormMode, pool: Pool | None = None) -> jax.Array:
+        """With `pool`, which takes maxima, the same as pool(BatchNorm(x)), but scale and bias touch only what it leaves.
+
+        Normalising keeps the order of a channel's values, or turns it round where its scale is negative: such a channel is
+        turned round first. What is normalised, masked and kept for the backward pass is then a quarter as large.
+        """
         channels = x.shape[-1]
         wide = jnp.promote_types(jnp.float32, self.dtype)
         chosen: dict[str, Any] = {}
@@ -72,9 +79,15 @@ class BatchNorm(nn.Module):
         if not chosen:
             raise ValueError(f"this network has no {mode.branch} BatchNorm set")
         scale, bias = chosen["scale"].astype(wide), chosen["bias"].astype(wide)
+        if pool is not None:
+            sign = jnp.where(scale < 0, -1, 1).astype(wide)
+            x, scale = x * sign.astype(x.dtype).reshape((1,) * (x.ndim - 1) + (channels,)), scale * sign
         if mode.groups is None:
+            mean = chosen["mean"].astype(wide)
+            if pool is not None:
+                x, mean = pool(x), mean * sign
             factor = scale * jax.lax.rsqrt(chosen["var"].astype(wide) + EPSILON)
-            shift = bias - chosen["mean"].astype(wide) * factor
+            shift = bias - mean * factor
             shape = (1,) * (x.ndim - 1) + (channels,)
             return (x.astype(wide) * factor.reshape(shape) + shift.reshape(shape)).astype(self.dtype)
 
@@ -92,9 +105,13 @@ class BatchNorm(nn.Module):
             count *= len(mode.device_groups[0])  # type: ignore[index]
         mean = moments[0]
         var = jnp.maximum(moments[1] - jnp.square(mean), 0)
-        self.sow("moments", "mean", jnp.mean(mean, axis=0))
+        average = jnp.mean(mean, axis=0)
+        self.sow("moments", "mean", average if pool is None else average * sign)
         self.sow("moments", "var", jnp.mean(var, axis=0) * (count / max(count - 1, 1)))
         factor = scale[None] * jax.lax.rsqrt(var + EPSILON)  # [G, C]
+        if pool is not None:
+            x = pool(x)
+            values = x.reshape(x.shape[0], -1, channels).astype(wide)
         y = values * _per_example(factor, x.shape[0]) + _per_example(bias[None] - mean * factor, x.shape[0])
         return y.astype(self.dtype).reshape(x.shape)
 

@@ -31,6 +31,10 @@ def _conv(features: int, size: int, stride: int, dtype: jnp.dtype, name: str) ->
     )
 
 
+def _halve(x: jax.Array) -> jax.Array:
+    return nn.max_pool(x, (3, 3), strides=(2, 2), padding=((1, 1), (1, 1)))
+
+
 class StemConv(nn.Module):
     """torchvision's first convolution, 7x7 with stride 2, of [N, H, W, 3] as a 4x4 one of 2x2 blocks of pixels.
 
@@ -128,9 +132,8 @@ class ResNet(nn.Module):
             x = _conv(self.base_channels, 7, 2, self.dtype, "conv1")(x)
         else:
             x = StemConv(self.base_channels, self.dtype, name="conv1")(x)
-        x = nn.relu(BatchNorm(self.dtype, self.auxiliary_norm, name="bn1")(x, modes[0]))
-        if self.stem == "imagenet":
-            x = nn.max_pool(x, (3, 3), strides=(2, 2), padding=((1, 1), (1, 1)))
+        pool = _halve if self.stem == "imagenet" else None
+        x = nn.relu(BatchNorm(self.dtype, self.auxiliary_norm, name="bn1")(x, modes[0], pool))
         maps = []
         for stage, blocks in enumerate(STAGES[self.depth]):
             for i in range(blocks):
