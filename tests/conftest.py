@@ -9,18 +9,18 @@ import tempfile
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 # The same HLO with quicker code generation: compile time is most of this suite.
-QUICK = (
-    "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true --xla_cpu_use_fusion_emitters=false"
+os.environ.setdefault(
+    "XLA_FLAGS",
+    "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true --xla_cpu_use_fusion_emitters=false",
 )
-os.environ.setdefault("XLA_FLAGS", QUICK)
+
+import jax
+import pytest
 
 # What the test processes share; xdist's workers inherit the variable.
 if "HEXA_TESTS_SHARED" not in os.environ:
     os.environ["HEXA_TESTS_SHARED"] = tempfile.mkdtemp(prefix="hexa_tests_")
     atexit.register(shutil.rmtree, os.environ["HEXA_TESTS_SHARED"], ignore_errors=True)
-
-import jax
-import pytest
 
 CACHE = pathlib.Path(__file__).resolve().parent.parent / ".jax_cache"
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(CACHE))  # child processes share it too

@@ -20,7 +20,9 @@ SMALL = {
 
 def words(*options, **settings):
     config = f"--config={REPOSITORY}/configs/eval/detection_voc.py"
-    return ["detection.py", config, *options] + [f"--config.{name}={value}" for name, value in (SMALL | settings).items()]
+    return ["detection.py", config, *options] + [
+        f"--config.{name}={value}" for name, value in (SMALL | settings).items()
+    ]
 
 
 @pytest.mark.parametrize(
