@@ -24,7 +24,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
 
-from hexa_jax import mirror, remote
+from hexa_jax import lost_references, mirror, remote
 from hexa_jax.manifest import MANIFEST, CheckpointError, may_pass, one_line, read_manifest, verify, write_manifest
 
 PATIENCE = 3  # failures in a row that a run outlives, if their reason may pass
@@ -35,6 +35,7 @@ _FOLDER = re.compile(r"step_(\d+)(?:_(\d+))?(?:\.orbax-checkpoint-tmp.*)?")  # o
 _saves = itertools.count()  # numbers barriers; the same on every process, because all save in the same order
 _log = logging.getLogger(__name__)
 
+lost_references.mend()
 # Drop orbax's progress lines, and the tracebacks of its threads: those errors arrive here as exceptions anyway.
 logging.getLogger("absl").addFilter(
     lambda record: "orbax" not in record.pathname or (record.levelno >= logging.WARNING and not record.exc_info)

@@ -1,6 +1,7 @@
 """Checkpoints: bitwise round trips, other device counts, damage, kill -9, full and read-only disks, other models."""
 
 import errno
+import gc
 import json
 import logging
 import os
@@ -20,10 +21,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import tensorstore
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from hexa_jax import checkpoint
+from hexa_jax import checkpoint, lost_references
 from hexa_jax.checkpoint import MANIFEST, CheckpointError, Checkpoints
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -348,6 +350,32 @@ def test_verification_takes_no_memory(tmp_path):
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 1_000_000
+
+
+def test_saves_and_restores_leave_nothing_in_memory(tmp_path):
+    arrays = {f"a{k}": jnp.full(8, k, jnp.float32) for k in range(100)}
+    checkpoints = Checkpoints(tmp_path, keep_last=1)
+
+    def blocks(steps):
+        for step in steps:
+            checkpoints.save(step, arrays)
+            checkpoints.restore(step, arrays)
+        gc.collect()
+        return sys.getallocatedblocks()
+
+    warm = blocks(range(5))
+    grown = blocks(range(5, 15)) - warm
+    # About 55 each; 1234 where tensorstore leaks and nothing is done, 437 and 812 where half is.
+    assert grown < 10 * len(arrays) * 2
+
+
+def test_a_specification_asked_for_once_is_what_tensorstore_says():
+    for path in ("/one/", "/two/", "/one/"):
+        spec = tensorstore.KvStore.Spec({"driver": "file", "path": path})
+        assert lost_references._to_json_once(spec) == {"driver": "file", "path": path}
+        defaults = lost_references._to_json_once(spec, include_defaults=True)
+        assert defaults == lost_references._to_json(spec, include_defaults=True) != spec.to_json()
+        defaults["path"] = "of the caller"  # who may change what he was given
 
 
 def test_killed_while_saving(tmp_path):

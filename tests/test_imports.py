@@ -24,6 +24,7 @@ LEVELS = {
     "stops": 0,
     "checkpoint": 2,
     "manifest": 0,
+    "lost_references": 0,
     "draws": 0,
     "mesh": 1,
     "optim": 1,
