@@ -182,9 +182,9 @@ def test_both_sides_compute_one_step(name, variant, monkeypatch):
             assert max(step_length, difference) < 1e-4  # the BatchNorm behind it takes it away
             continue
         assert step_length > 1e-5, path  # all others learn
-        assert difference < 0.01 * step_length, (
+        assert difference < 0.02 * step_length, (
             path
-        )  # a rectifier at a rounding error of zero is worth some thousandths
+        )  # a rectifier at a rounding error of zero or a slope there is worth up to a hundredth
     for path, norm in statistics_of(peer):
         for name, value in norm.items():
             end, start = (leaf_of(state.batch_stats, (*path, name)) for state in (after, before))
