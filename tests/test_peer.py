@@ -175,6 +175,7 @@ def test_both_sides_compute_one_step(name, variant, monkeypatch):
     for kind, value in losses.items():
         assert value == pytest.approx(wanted[kind], rel=1e-5), kind
     after = jax.device_get(mine.state)
+    whole, apart = 0.0, 0.0
     for path, parameter in pairs_of(after.params, peer.network):
         start, end = to_torch(leaf_of(before.params, path)), to_torch(leaf_of(after.params, path))
         step_length, difference = np.linalg.norm(end - start), np.linalg.norm(end - parameter.detach().numpy())
@@ -182,9 +183,10 @@ def test_both_sides_compute_one_step(name, variant, monkeypatch):
             assert max(step_length, difference) < 1e-4  # the BatchNorm behind it takes it away
             continue
         assert step_length > 1e-5, path  # all others learn
-        assert difference < 0.02 * step_length, (
-            path
-        )  # a rectifier at a rounding error of zero or a slope there is worth up to a hundredth
+        assert difference < 0.05 * step_length, path
+        whole, apart = whole + step_length**2, apart + difference**2
+    # Our two programs, the step and its views, may disagree about a slope at a rounding error of zero: one pixel of one crop.
+    assert apart**0.5 < 0.01 * whole**0.5
     for path, norm in statistics_of(peer):
         for name, value in norm.items():
             end, start = (leaf_of(state.batch_stats, (*path, name)) for state in (after, before))
