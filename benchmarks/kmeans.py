@@ -1,12 +1,16 @@
 """Spherical k-means beside faiss on the same cores: seconds of all iterations, and the objective that each reaches.
 
-python benchmarks/kmeans.py [--points=200000] [--dim=128] [--clusters=1000] [--iterations=10] [--repeats=3]
+python benchmarks/kmeans.py [--points=200000] [--dim=128] [--clusters=1000] [--iterations=10] [--heads=1] [--repeats=3]
+                            [--rows=FILE.json]
 
-Both begin from the same centroids and see the same unit vectors (a mixture of as many bumps as there are clusters). faiss is left
-out where it is not installed (pip install faiss-cpu). Turns alternate: quote the ratio.
+Both begin from the same centroids and see the same unit vectors (a mixture of as many bumps as there are clusters), once for
+each head, from other centroids. faiss is left out where it is not installed (pip install faiss-cpu). Turns alternate: quote
+the ratio.
 """
 
 import argparse
+import os
+import pathlib
 import statistics
 import sys
 import time
@@ -17,6 +21,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))  # the repository need not be installed
+
+from benchmarks.hardware import add_rows, surroundings
 from hexa_jax.kmeans import spherical_kmeans
 
 
@@ -55,20 +62,30 @@ def objective(x: np.ndarray, centroids: np.ndarray) -> float:
 def main(argv: list[str]) -> int:
     """Measure and print; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name, default in (("points", 200_000), ("dim", 128), ("clusters", 1000), ("iterations", 10), ("repeats", 3)):
+    for name, default in (
+        ("points", 200_000),
+        ("dim", 128),
+        ("clusters", 1000),
+        ("iterations", 10),
+        ("heads", 1),
+        ("repeats", 3),
+    ):
         parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--rows", type=pathlib.Path, help="JSON file to append the results to")
     options = parser.parse_args(argv[1:])
     x = mixture(options.points, options.dim, options.clusters)
-    init = x[np.random.default_rng(1).choice(len(x), options.clusters, replace=False)]
-    on_device, first = jnp.asarray(x), jnp.asarray(init)
+    rng = np.random.default_rng(1)
+    inits = [x[rng.choice(len(x), options.clusters, replace=False)] for _ in range(options.heads)]
+    on_device, first = jnp.asarray(x), [jnp.asarray(init) for init in inits]
     cluster = jax.jit(
         lambda x, init: (
             spherical_kmeans(jax.random.key(0), x, options.clusters, options.iterations, init=init).centroids
         )
     )
-    turns = {"hexa_jax": lambda: np.asarray(cluster(on_device, first))}
+    turns = {"hexa_jax": lambda: [np.asarray(cluster(on_device, init)) for init in first]}
     try:
-        turns["faiss"] = faiss_turn(x, init, options.iterations)
+        heads = [faiss_turn(x, init, options.iterations) for init in inits]
+        turns["faiss"] = lambda: [head() for head in heads]
     except ImportError:
         print("no faiss here: pip install faiss-cpu", file=sys.stderr)
     seconds: dict[str, list[float]] = {name: [] for name in turns}
@@ -80,12 +97,17 @@ def main(argv: list[str]) -> int:
             if turn:  # the first one compiles
                 seconds[name].append(time.perf_counter() - begin)
     device = jax.devices()[0].device_kind
-    print(f"{options.points} x {options.dim}, {options.clusters} clusters, {options.iterations} iterations, {device}")
+    sizes = f"{options.points} x {options.dim}, {options.heads} x {options.clusters} clusters"
+    print(f"{sizes}, {options.iterations} iterations, {device}")
+    row: dict[str, Any] = {"benchmark": "kmeans", "device": device, **surroundings(argv)}
+    row |= {name: getattr(options, name) for name in ("points", "dim", "clusters", "iterations", "heads")}
     for name, values in seconds.items():
-        ratio = statistics.median(values) / statistics.median(seconds["hexa_jax"])
-        print(
-            f"{name:10}{statistics.median(values):8.2f} s  x {ratio:.2f}  objective {objective(x, centroids[name]):.5f}"
-        )
+        median = statistics.median(values)
+        reached = statistics.mean(objective(x, head) for head in centroids[name])
+        ratio = median / statistics.median(seconds["hexa_jax"])
+        print(f"{name:10}{median:8.2f} s  x {ratio:.2f}  objective {reached:.5f}")
+        row[name] = {"seconds": median, "all_seconds": values, "objective": reached}
+    add_rows(options.rows, [row])
     return 0
 
 

@@ -64,6 +64,7 @@ class Variant:
 
     def __init__(self, config: ConfigDict, views: dict[str, Any]):
         config = config.copy_and_resolve_references()
+        config.scheme = ""  # it would replace the views
         config.views.update(views)
         self.trainer = make_trainer(config, num_examples(config))
         with jax.set_mesh(self.trainer.mesh):
@@ -90,6 +91,24 @@ class Variant:
         for _ in range(steps):
             self.state, self.metrics = self.step(self.state, self.batch, None)
         jax.block_until_ready((self.state, self.metrics))
+        return time.perf_counter() - begin
+
+
+class Augmentation:
+    """What of a variant's step makes crops out of its batch: dequantised, cropped where data are resident, jittered, blurred."""
+
+    def __init__(self, variant: Variant):
+        self.variant = variant
+        with jax.set_mesh(variant.trainer.mesh):
+            program = variant.trainer.compile().augment
+            self.program = program.lower(variant.state, variant.batch, None).compile()
+        self.seconds: list[float] = []
+        self.run()  # warm-up, not counted
+
+    def run(self) -> float:
+        """Seconds of one step's crops."""
+        begin = time.perf_counter()
+        jax.block_until_ready(self.program(self.variant.state, self.variant.batch, None))
         return time.perf_counter() - begin
 
 

@@ -3,6 +3,7 @@
 python benchmarks/step.py --config=configs/quickstart.py [--repeats=7] [--rows=FILE.json] [--config.key=value ...]
 python benchmarks/step.py --peer (--config=... | --cases=moco_resnet50,deepcluster_8crop) [--variants=plain,auxiliary,main,cutmix]
 
+A last line says what share of a step the augmentation on the device takes (without what XLA saves by fusing it with the rest).
 Variants take turns, so that a machine whose speed drifts treats them alike: quote the ratios. Input is random and ready on
 the device; what the host needs for it is not measured here.
 
@@ -24,7 +25,7 @@ import jax
 
 from benchmarks.compare import VIEWS, compare
 from benchmarks.hardware import add_rows, surroundings
-from benchmarks.ours import VARIANTS, Variant
+from benchmarks.ours import VARIANTS, Augmentation, Variant
 from benchmarks.peers.modes import COMPILE_MODES
 from hexa_jax.build import ConfigError
 from hexa_jax.command import parse_command
@@ -34,9 +35,11 @@ def alone(options: argparse.Namespace, settings: list[str], argv: list[str]) -> 
     """Time the variants of one config beside each other, in this process."""
     config = parse_command([argv[0], *settings, "--workdir=unused"]).config
     variants = {name: Variant(config, views) for name, views in VARIANTS.items()}
+    augmentation = Augmentation(variants["plain"])
     for _ in range(options.repeats):
         for variant in variants.values():
             variant.seconds.append(variant.run())
+        augmentation.seconds.append(augmentation.run())
     device = jax.devices()[0]
     print(
         f"{len(jax.devices())} x {device.device_kind}, jax {jax.__version__}, {config.method}, {config.model.backbone}, ",
@@ -57,6 +60,19 @@ def alone(options: argparse.Namespace, settings: list[str], argv: list[str]) -> 
         ours = {"seconds": seconds, "all_seconds": variant.seconds, "compile_seconds": variant.compile_seconds}
         row = {"benchmark": "step alone", "variant": name, "device": device.device_kind, "flops": variant.flops}
         rows.append(row | {"ours": ours, **around})
+    seconds = statistics.median(augmentation.seconds)
+    shares = {name: seconds / statistics.median(variant.seconds) for name, variant in variants.items()}
+    whole = ", ".join(f"{100 * shares[name]:.1f} % of {name}" for name in ("plain", "adversarial, auxiliary"))
+    print(f"augmentation alone: {1000 * seconds:.2f} ms a step, {whole}")
+    rows.append(
+        {
+            "benchmark": "augmentation alone",
+            "device": device.device_kind,
+            "seconds": seconds,
+            "shares": shares,
+            **around,
+        }
+    )
     add_rows(options.rows, rows)
     return 0
 

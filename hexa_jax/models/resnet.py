@@ -35,6 +35,15 @@ def _halve(x: jax.Array) -> jax.Array:
     return nn.max_pool(x, (3, 3), strides=(2, 2), padding=((1, 1), (1, 1)))
 
 
+@jax.custom_vjp
+def _narrow_gradient(x: jax.Array) -> jax.Array:
+    """x, whose gradient stays in its dtype until it has arrived: XLA would widen it before the stem sorts its blocks back."""
+    return x
+
+
+_narrow_gradient.defvjp(lambda x: (x, None), lambda _, dx: (jax.lax.optimization_barrier(dx),))
+
+
 class StemConv(nn.Module):
     """torchvision's first convolution, 7x7 with stride 2, of [N, H, W, 3] as a 4x4 one of 2x2 blocks of pixels.
 
@@ -51,6 +60,7 @@ class StemConv(nn.Module):
         # A row and a column of zeros in front make it 8x8, whose taps fall on 4x4 blocks, two blocks above the centre first.
         kernel = jnp.pad(kernel, ((1, 0), (1, 0), (0, 0), (0, 0))).reshape(4, 2, 4, 2, channels, self.features)
         kernel = kernel.transpose(0, 2, 1, 3, 4, 5).reshape(4, 4, 4 * channels, self.features)
+        x = _narrow_gradient(x)
         blocks = x.reshape(num, height // 2, 2, width // 2, 2, channels).transpose(0, 1, 3, 2, 4, 5)
         blocks = blocks.reshape(num, height // 2, width // 2, 4 * channels)
         return jax.lax.conv_general_dilated(

@@ -19,7 +19,8 @@ def test_killed_at_twenty_random_moments(tmp_path, kind):
     rng, ended_at = np.random.default_rng(3), []
     for _ in range(KILLS):
         process = start(arguments(kind, killed, **LONG))
-        run_until(process, f"/{STEPS}  epoch ")  # a step that this start made
+        for _ in range(rng.integers(1, 11)):
+            run_until(process, f"/{STEPS}  epoch ")  # a step that this start made
         time.sleep(rng.uniform(0, 0.4))
         process.kill()
         process.communicate()
