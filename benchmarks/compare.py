@@ -13,14 +13,14 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
 from benchmarks.hardware import add_rows, peak_of, surroundings
 from benchmarks.ours import VARIANTS, num_examples
 from benchmarks.peers.case import Case
-from benchmarks.turns import ROOT, Worker, WorkerError, alternate, one_after_the_other, ratio
+from benchmarks.turns import ROOT, Refusal, Worker, WorkerError, alternate, one_after_the_other, ratio
 from hexa_jax.build import ConfigError, make_method, make_network, make_resolutions, make_views
 from hexa_jax.command import parse_command
 
@@ -137,39 +137,58 @@ def torch_version(python: str) -> str | None:
 def compare(options: argparse.Namespace, settings: list[str], argv: list[str]) -> int:
     """Time every chosen variant of every chosen case, print a line and write a row for each; returns the exit code."""
     chosen = [name for name in options.variants.split(",") if name]
-    if unknown := [name for name in chosen if name not in VIEWS]:
+    if unknown := [name for name in chosen if name not in VIEWS] or ([] if chosen else ["''"]):
         raise ConfigError(f"--variants={unknown[0]} is not known: use {', '.join(VIEWS)}")
     if options.cases and any(word.startswith("--config=") for word in settings):
         raise ConfigError("--cases has configs of its own: give --config or --cases, not both")
-    names = options.cases.split(",") if options.cases else []
+    names = [name for name in options.cases.split(",") if name]
     if unknown := [name for name in names if name not in CASES]:
         raise ConfigError(f"--cases={unknown[0]} is not known: use {', '.join(CASES)}")
-    named = [(name, [*settings_of(name), *settings]) for name in names] or [("", settings)]
+    plan = [_planned(options, name, chosen, settings, argv) for name in names or [""]]
     version = torch_version(options.peer_python)
     if version is None:
         print(f"step: {options.peer_python} has no PyTorch (pip install torch): ours runs alone", file=sys.stderr)
     around, failures = surroundings(argv), 0 if version else 1
-    for name, arguments in named:
-        config = parse_command([argv[0], *arguments, "--workdir=unused"]).config
-        changes = in_common(config, options.augment)
-        arguments = arguments + [f"--config.{key}={value}" for key, value in changes.items()]
-        config = parse_command([argv[0], *arguments, "--workdir=unused"]).config
+    for name, config, arguments, cases in plan:
         _print_head(name or arguments[0].partition("=")[2], config)
-        for variant in chosen:
+        for variant, case in cases.items():
             views = VARIANTS[VIEWS[variant]]
             row: dict[str, Any] = {"benchmark": "step", "case": name, "variant": VIEWS[variant], **around}
             row["augmentation"] = "ours alone" if options.augment else "left out on both sides"
-            case = case_of(config, views)
             row["step"] = dataclasses.asdict(case)
             try:
                 row |= _measure(options, arguments, views, case, version is not None)
                 print(_line(row), flush=True)
+            except Refusal as error:
+                raise ConfigError(str(error)) from None
             except WorkerError as error:
                 row["error"] = str(error)
                 print(f"{VIEWS[variant]:38}failed: {error}", flush=True)
             failures += "error" in row or bool(row.get("not_finite"))
             add_rows(options.rows, [row])
     return 1 if failures else 0
+
+
+class Planned(NamedTuple):
+    """A config to measure, as words for the worker, and its step by variant; the name is empty unless it is one of CASES."""
+
+    name: str
+    config: ConfigDict
+    arguments: list[str]
+    cases: dict[str, Case]
+
+
+def _planned(
+    options: argparse.Namespace, name: str, variants: list[str], settings: list[str], argv: list[str]
+) -> Planned:
+    # This process must not ask jax for its devices: it would hold memory that the workers need.
+    arguments = [*settings_of(name), *settings] if name else settings
+    changes = in_common(parse_command([argv[0], *arguments, "--workdir=unused"]).config, options.augment)
+    arguments = arguments + [f"--config.{key}={value}" for key, value in changes.items()]
+    config = parse_command([argv[0], *arguments, "--workdir=unused"]).config
+    return Planned(
+        name, config, arguments, {variant: case_of(config, VARIANTS[VIEWS[variant]]) for variant in variants}
+    )
 
 
 def _measure(
@@ -205,6 +224,8 @@ def _measure(
         try:
             found = turns(together, mode)
             break
+        except Refusal:
+            raise
         except WorkerError as error:
             if number + 1 == len(plans):
                 raise

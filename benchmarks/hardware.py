@@ -56,10 +56,12 @@ def surroundings(argv: list[str], packages: tuple[str, ...] = ("jax", "jaxlib", 
 
 
 def add_rows(path: pathlib.Path | None, rows: list[dict[str, Any]]) -> None:
-    """Append rows to the JSON list in a file, which need not exist."""
+    """Append rows to the JSON list in a file, which need not exist; ValueError where it holds something else."""
     if path is None:
         return
-    before = json.loads(path.read_text()) if path.is_file() else []
+    before = json.loads(path.read_text()) if path.exists() else []
+    if not isinstance(before, list):
+        raise ValueError("no JSON list")
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_suffix(".part")
     draft.write_text(json.dumps([*before, *rows], indent=1) + "\n")

@@ -10,8 +10,8 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from benchmarks.flops import product_flops
-from benchmarks.turns import serve
-from hexa_jax.build import make_trainer
+from benchmarks.turns import Refusal, serve
+from hexa_jax.build import ConfigError, make_trainer
 from hexa_jax.command import parse_command
 from hexa_jax.methods.base import Batch
 from hexa_jax.train_step import Trainer
@@ -64,8 +64,8 @@ class Variant:
 
     def __init__(self, config: ConfigDict, views: dict[str, Any]):
         config = config.copy_and_resolve_references()
-        config.scheme = ""  # it would replace the views
         config.views.update(views)
+        config.scheme = ""  # it would have the last word on the weights
         self.trainer = make_trainer(config, num_examples(config))
         with jax.set_mesh(self.trainer.mesh):
             steps = self.trainer.compile()
@@ -95,20 +95,24 @@ class Variant:
 
 
 class Augmentation:
-    """What of a variant's step makes crops out of its batch: dequantised, cropped where data are resident, jittered, blurred."""
+    """The part of a variant's step that turns uint8 crops into what the networks get, as a program of its own.
+
+    What it writes to memory, the step may hand on in another form: its time is about that part's, not exactly.
+    """
 
     def __init__(self, variant: Variant):
         self.variant = variant
         with jax.set_mesh(variant.trainer.mesh):
-            program = variant.trainer.compile().augment
-            self.program = program.lower(variant.state, variant.batch, None).compile()
+            steps = variant.trainer.compile()
+            self.program = steps.augment.trace(variant.state, variant.batch, None).lower().compile()
         self.seconds: list[float] = []
         self.run()  # warm-up, not counted
 
     def run(self) -> float:
-        """Seconds of one step's crops."""
+        """Seconds of the next step's crops, until the device has finished them."""
+        state, batch = jax.block_until_ready((self.variant.state, self.variant.batch))
         begin = time.perf_counter()
-        jax.block_until_ready(self.program(self.variant.state, self.variant.batch, None))
+        jax.block_until_ready(self.program(state, batch, None))
         return time.perf_counter() - begin
 
 
@@ -116,7 +120,10 @@ def make(order: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     """What `serve` needs: a function that runs a turn, and facts about this side."""
     begin = time.perf_counter()
     config = parse_command(["ours", *order["arguments"], "--workdir=unused"]).config
-    variant = Variant(config, order["views"])
+    try:
+        variant = Variant(config, order["views"])
+    except ConfigError as error:
+        raise Refusal(str(error)) from None
     losses = {name: float(value) for name, value in variant.metrics.items() if name.startswith("loss_")}
     variant.run(2)
     device = jax.devices()[0]

@@ -1,7 +1,8 @@
 """Two implementations in processes of their own that take turns on one device, told by a pipe when to run.
 
 Each process holds its own copy of the device's libraries and memory: jax and PyTorch in one process disturb each other. Messages
-are lines of JSON: a worker first says facts about itself or {"error": ...}, then answers a number of steps with {"seconds": ...}.
+are lines of JSON: a worker first says facts about itself, then answers a number of steps with {"seconds": ...}; or {"error": ...}
+or {"refusal": ...} instead of either.
 """
 
 import contextlib
@@ -25,6 +26,10 @@ class WorkerError(RuntimeError):
     """A worker could not start or stopped; one line."""
 
 
+class Refusal(WorkerError):
+    """A worker's order cannot work, however often it is given."""
+
+
 def serve(make: Callable[[], tuple[Callable[[int], float], dict[str, Any]]]) -> int:
     """The worker's side: `make` prepares and returns a function (steps -> seconds) and facts; returns the exit code."""
     channel = os.fdopen(os.dup(1), "w")
@@ -39,6 +44,9 @@ def serve(make: Callable[[], tuple[Callable[[int], float], dict[str, Any]]]) -> 
         say(facts)
         for line in sys.stdin:
             say({"seconds": turn(int(line))})
+    except Refusal as error:
+        say({"refusal": " ".join(str(error).split())})
+        return 1
     except Exception as error:
         traceback.print_exc()
         say({"error": " ".join(f"{type(error).__name__}: {error}".split())[:500]})
@@ -105,7 +113,15 @@ class Worker:
                 self.close()
                 raise WorkerError(f"{self.name} stopped with exit code {self.process.returncode}")
             line += part
-        answer = json.loads(line)
+        try:
+            answer = json.loads(line)
+        except ValueError:
+            self.process.kill()
+            self.close()
+            raise WorkerError(f"{self.name} is no worker: it said {line[:80]!r}") from None
+        if "refusal" in answer:
+            self.close()
+            raise Refusal(answer["refusal"])
         if "error" in answer:
             self.close()
             raise WorkerError(f"{self.name}: {answer['error']}")

@@ -1,379 +1,336 @@
-"""The PyTorch side of the step benchmark: it does the same work as ours; turns, FLOPs and rows are what they say."""
+"""The step benchmark: its mistakes, the count of FLOPs, turns of two processes, rows; and itself in miniature."""
 
-import dataclasses
 import json
-import math
-import os
+import statistics
 import subprocess
 import sys
-import time
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
+import small  # noqa: F401  (it adds resnet6)
+from command_line import REPOSITORY, environment
+from jax.sharding import PartitionSpec as P
 
-from benchmarks import compare, ours, step, turns
+from benchmarks import step, turns
 from benchmarks.flops import product_flops
-from benchmarks.hardware import add_rows, peak_of
-from benchmarks.turns import Worker, WorkerError, alternate, ratio
-from hexa_jax import objective
-from hexa_jax.command import parse_command
-from hexa_jax.models.norm import ADVERSARIAL, CLEAN
-from hexa_jax.models.resnet import STAGES
-from hexa_jax.objective import CUTMIX
+from benchmarks.hardware import PEAKS, add_rows, peak_of
+from benchmarks.ours import VARIANTS
+from benchmarks.turns import Refusal, Worker, WorkerError, alternate, one_after_the_other, ratio
+from hexa_jax.mesh import make_mesh
 
-# ---- The same step -------------------------------------------------------------------------------------------------------------
-
-# Ours has made a step before, PyTorch has not: no momentum.
-SETTINGS = ("--config.optimizer.momentum=0",)
+TINY = f"--config={REPOSITORY}/configs/tiny.py"
 
 
-def both_sides(name, variant):
-    """Our compiled variant, and the same step in PyTorch before anything was copied."""
-    torch = pytest.importorskip("torch", reason="PyTorch is not installed: there is nothing to compare with")
-    from benchmarks.peers.torch_step import TorchStep
-
-    arguments = [*compare.settings_of(name), *SETTINGS]
-    config = parse_command(["x", *arguments, "--workdir=unused"]).config
-    config.update_from_flattened_dict(compare.in_common(config, augment=False))
-    views = ours.VARIANTS[compare.VIEWS[variant]]
-    torch.set_num_threads(1)
-    return ours.Variant(config, views), TorchStep(compare.case_of(config, views))
-
-
-def pairs_of(params, network):
-    """(our leaf's path, its PyTorch parameter) of a network, in PyTorch's shape by `to_torch`."""
-    backbone = network.backbone
-    found = [(("backbone", "conv1", "kernel"), backbone.conv1.weight)]
-    found += norm_pairs(("backbone", "bn1"), backbone.norm1)
-    names = [f"layer{s + 1}_{i}" for s, n in enumerate(STAGES[10]) for i in range(n)]
-    for name, block in zip(names, backbone.blocks, strict=True):
-        for i, (conv, norm) in enumerate(zip(block.convs, block.norms, strict=True), start=1):
-            found.append((("backbone", name, f"conv{i}", "kernel"), conv.weight))
-            found += norm_pairs(("backbone", name, f"bn{i}"), norm)
-        if block.has_shortcut:
-            found.append((("backbone", name, "downsample_conv", "kernel"), block.shortcut.weight))
-            found += norm_pairs(("backbone", name, "downsample_bn"), block.shortcut_norm)
-    for i, linear in enumerate((network.head.linear1, network.head.linear2), start=1):
-        found.append((("head", f"linear{i}", "kernel"), linear.weight))
-        found.append((("head", f"linear{i}", "bias"), linear.bias))
-    if network.head.norm is not None:
-        found += norm_pairs(("head", "bn1"), network.head.norm)
-    ours_flat = {tuple(key.key for key in path) for path, _ in jax.tree_util.tree_leaves_with_path(params)}
-    assert ours_flat == {path for path, _ in found} and len(found) == len(list(network.parameters()))
-    return found
-
-
-def norm_pairs(path, norm):
-    found = []
-    for branch, prefix in ((CLEAN, ""), (ADVERSARIAL, "adversarial_")):
-        if branch in norm.sets:
-            found.append(((*path, f"{prefix}scale"), norm.sets[branch].weight))
-            found.append(((*path, f"{prefix}bias"), norm.sets[branch].bias))
-    return found
-
-
-def leaf_of(tree, path):
-    for key in path:
-        tree = tree[key]
-    return tree
-
-
-def to_torch(leaf):
-    """HWIO -> OIHW, [in, out] -> [out, in]."""
-    leaf = np.asarray(leaf)
-    return leaf.transpose({4: (3, 2, 0, 1), 2: (1, 0), 1: (0,)}[leaf.ndim])
-
-
-def copy_network(params, network):
-    import torch
-
-    with torch.no_grad():
-        for path, parameter in pairs_of(params, network):
-            parameter.copy_(torch.from_numpy(to_torch(leaf_of(params, path)).copy()))
-
-
-def statistics_of(peer):
-    """(path in our statistics, PyTorch's {"mean", "var"}) of the first and the last BatchNorm, for each branch."""
-    backbone, found = peer.network.backbone, []
-    ends = {"bn1": backbone.norm1, "layer4_0": backbone.blocks[-1].norms[-1]}
-    for name, norm in ends.items():
-        for branch, one in norm.sets.items():
-            place = (f"{branch}_batch_stats", "backbone", *((name,) if name == "bn1" else (name, "bn2")))
-            found.append((place, {"mean": one.running_mean, "var": one.running_var}))
-    return found
-
-
-def copy_all(variant, peer):
-    """State and batch of ours into PyTorch."""
-    import torch
-
-    state, batch = jax.device_get((variant.state, variant.batch))
-    whole = lambda leaf: torch.from_numpy(np.array(leaf).reshape(-1, *leaf.shape[2:]))  # noqa: E731 without microbatches
-    copy_network(state.params, peer.network)
-    for path, norm in statistics_of(peer):
-        for name, value in norm.items():
-            value.copy_(torch.from_numpy(np.array(leaf_of(state.batch_stats, (*path, name)))))
-    peer.batch.crops = [whole(crops) for crops in batch.crops]
-    peer.batch.index = whole(batch.index).long()
-    if peer.case.method == "moco":
-        peer.batch.key_crops, peer.batch.key_row = whole(batch.key_crops), whole(batch.key_row).long()
-        copy_network(state.method.key_params, peer.method.key_network)
-        peer.method.queue = torch.from_numpy(np.array(state.method.queue))
-        peer.method.position = int(state.method.position)
-    else:
-        peer.method.assignments = torch.from_numpy(np.array(state.method.assignments)).long()
-        peer.method.prototypes = torch.from_numpy(np.array(state.method.prototypes))
-        peer.method.bank = torch.from_numpy(np.array(state.method.bank))
-        peer.method.position = int(state.method.position)
+# ---- the command line ----
 
 
 @pytest.mark.parametrize(
-    "name, variant",
+    "words, expected",
     [
-        ("tiny_moco", "auxiliary"),
-        ("tiny_moco", "main"),
-        ("tiny_8crop", "cutmix"),
-        pytest.param("tiny_moco", "cutmix", marks=pytest.mark.slow),
-        pytest.param("tiny_8crop", "main", marks=pytest.mark.slow),
-        pytest.param("tiny_8crop", "plain", marks=pytest.mark.slow),
+        (["--peer"], "--config is missing"),
+        (["--peer", "--cases=huge"], "--cases=huge is not known: use moco_resnet50, "),
+        (["--peer", "--cases=tiny_moco", "--variants=bar"], "--variants=bar is not known: use plain, "),
+        (["--peer", "--cases=tiny_moco", "--variants="], "--variants='' is not known"),
+        (["--peer", "--cases=tiny_moco", TINY], "give --config or --cases, not both"),
+        (["--peer", "--cases=tiny_moco", "--compile=quick"], "invalid choice: 'quick'"),
+        (["--peer", "--cases=tiny_moco", "--peer-python=/no/python"], "--peer-python=/no/python cannot be started: No such"),
+        (["--peer", "--cases=tiny_moco", "--config.model.width=3"], "unknown config key 'model.width'"),
+        (["--peer", "--cases=tiny_moco", "--config.precision=float64"], "has no peer: use bfloat16 or float32"),
+        (["--peer", "--cases=tiny_moco", "--config.views.norm=l2"], "the peer knows no views.norm='l2', only 'linf'"),
+        (["--peer", f"{TINY}:method=simclr"], "config.method='simclr' has no peer: use moco or deepcluster"),
+        (["--repeats=0", TINY], "--repeats=0 must be positive"),
+        (["--repeats=x", TINY], "invalid int value: 'x'"),
+        (["--turn-seconds=nan", TINY], "--turn-seconds=nan must be positive"),
+        (["--rows=/dev/null/rows.json", TINY], "--rows=/dev/null/rows.json cannot take rows"),
+        (["--reepeats=3", TINY], "unknown flag --reepeats"),
     ],
-)
-def test_both_sides_compute_one_step(name, variant, monkeypatch):
-    """Losses, parameters, keys or bank and running statistics after one step, from equal states; CutMix's boxes are ours."""
-    mine, peer = both_sides(name, variant)
-    import torch
-
-    copy_all(mine, peer)
-    monkeypatch.setattr(objective, "PICTURES", peer.case.batch_size)
-    with jax.set_mesh(mine.trainer.mesh):
-        shown = jax.device_get(mine.trainer.compile().views(mine.state, mine.batch, None))
-    images = {
-        view: [torch.from_numpy(np.array(x, np.float32)).flatten(0, 2).permute(0, 3, 1, 2) for x in crops]
-        for view, crops in shown.images.items()
-    }
-    attack = peer.attack
-
-    def check_attack(crops, y, slopes):
-        """A pixel whose slope is a rounding error may go the other way, and its crop's gradients with it: on with ours."""
-        for theirs, wanted in zip(attack(crops, y, slopes), images[ADVERSARIAL], strict=True):
-            assert ((theirs - wanted).abs() > 1e-6).float().mean() < 2e-4
-        return images[ADVERSARIAL]
-
-    monkeypatch.setattr(peer, "attack", check_attack)
-    if variant == "cutmix":
-        partner = torch.from_numpy(np.array(shown.partner)).long().flatten()
-        share = torch.from_numpy(np.array(shown.lam[CUTMIX])).flatten(0, 1)
-        assert 0.05 < float(share.mean()) < 0.95
-        monkeypatch.setattr(peer, "mix", lambda crops: (images[CUTMIX], share, partner))
-    before = jax.device_get(mine.state)
-    mine.run()
-    losses = {kind: float(loss) for kind, loss in peer.step().items()}
-    wanted = {kind.removeprefix("loss_"): float(v) for kind, v in mine.metrics.items() if kind.startswith("loss_")}
-    assert losses.keys() == wanted.keys()
-    for kind, value in losses.items():
-        assert value == pytest.approx(wanted[kind], rel=1e-5), kind
-    after = jax.device_get(mine.state)
-    whole, apart = 0.0, 0.0
-    for path, parameter in pairs_of(after.params, peer.network):
-        start, end = to_torch(leaf_of(before.params, path)), to_torch(leaf_of(after.params, path))
-        step_length, difference = np.linalg.norm(end - start), np.linalg.norm(end - parameter.detach().numpy())
-        if path == ("head", "linear1", "bias") and peer.case.head_batch_norm:
-            assert max(step_length, difference) < 1e-4  # the BatchNorm behind it takes it away
-            continue
-        assert step_length > 1e-5, path  # all others learn
-        assert difference < 0.05 * step_length, path
-        whole, apart = whole + step_length**2, apart + difference**2
-    # Our two programs, the step and its views, may disagree about a slope at a rounding error of zero: one pixel of one crop.
-    assert apart**0.5 < 0.01 * whole**0.5
-    for path, norm in statistics_of(peer):
-        for name, value in norm.items():
-            end, start = (leaf_of(state.batch_stats, (*path, name)) for state in (after, before))
-            assert np.abs(end - start).max() > 1e-4
-            np.testing.assert_allclose(value.numpy(), end, rtol=2e-3, atol=1e-4, err_msg=f"{path} {name}")
-    if peer.case.method == "moco":
-        np.testing.assert_allclose(peer.method.queue.numpy(), after.method.queue, atol=1e-5)
-        assert peer.method.position == int(after.method.position)
-        key = peer.method.key_network.backbone.conv1.weight.detach().numpy()
-        np.testing.assert_allclose(key, to_torch(after.method.key_params["backbone"]["conv1"]["kernel"]), atol=1e-6)
-    else:
-        np.testing.assert_allclose(peer.method.bank.numpy(), after.method.bank, atol=1e-5)
+)  # fmt: skip
+def test_mistakes_are_one_line(capfd, words, expected):
+    """Found before a worker starts, or a table's head is printed."""
+    assert step.main(["benchmarks/step.py", *words]) == 2
+    out, err = capfd.readouterr()
+    (line,) = err.splitlines()
+    assert not out and line.startswith("step: ") and expected in line
 
 
-def test_boxes_are_pasted_where_they_are():
-    torch = pytest.importorskip("torch", reason="PyTorch is not installed")
-    from benchmarks.peers.torch_step import paste
-
-    x, partner = torch.zeros(1, 2, 8, 8, 3), torch.ones(1, 2, 8, 8, 3)
-    box = torch.tensor([[[1, 4, 2, 8], [5, 5, 0, 8]]])  # 3 rows of 6 columns; nothing
-    mixed, share = paste(x, partner, box)
-    assert mixed[0, 0, 1:4, 2:8].min() == 1 and mixed.sum() == 3 * 6 * 3
-    assert share.tolist() == [[1 - 18 / 64, 1.0]]
+# ---- rows ----
 
 
-def test_the_peer_says_what_it_cannot_do():
-    arguments = ["--config=configs/tiny.py:method=simclr", "--workdir=unused"]
-    config = parse_command(["x", *arguments]).config
-    with pytest.raises(compare.ConfigError, match="has no peer: use moco or deepcluster"):
-        compare.case_of(config, {})
-    config = parse_command(["x", *compare.settings_of("tiny_moco"), "--workdir=unused"]).config
-    for views, message in [({"norm": "l2"}, "views.norm='l2'"), ({"random_start": True}, "views.random_start=True")]:
-        with pytest.raises(compare.ConfigError, match=message):
-            compare.case_of(config, views)
+def test_rows_are_added_to_those_of_former_runs(tmp_path):
+    path = tmp_path / "new" / "rows.json"
+    add_rows(None, [{"a": 0}])
+    add_rows(path, [{"a": 1}])
+    add_rows(path, [])
+    add_rows(path, [{"a": 2}, {"a": 3}])
+    assert json.loads(path.read_text()) == [{"a": 1}, {"a": 2}, {"a": 3}]
+    assert list(path.parent.iterdir()) == [path]
 
 
-# ---- FLOPs ---------------------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("text", ["{}", "[", ""])
+def test_a_file_that_holds_no_rows_is_left_alone(tmp_path, capsys, text):
+    path = tmp_path / "rows.json"
+    path.write_text(text)
+    assert step.main(["benchmarks/step.py", TINY, f"--rows={path}"]) == 2
+    assert f"--rows={path} cannot take rows" in capsys.readouterr().err and path.read_text() == text
 
 
-def flops(function, *shapes):
-    return product_flops(jax.make_jaxpr(function)(*[jnp.zeros(shape) for shape in shapes]))
+def test_a_device_has_the_peak_of_its_longest_name():
+    assert peak_of("NVIDIA H200") == PEAKS["NVIDIA H200"] and peak_of("NVIDIA H200 NVL") == PEAKS["NVIDIA H200 NVL"]
+    assert peak_of("NVIDIA A100-SXM4-80GB") == PEAKS["NVIDIA A100"] and peak_of("cpu") is None
 
 
-def convolution(stride):
-    return lambda x, w: jax.lax.conv_general_dilated(
-        x, w, (stride, stride), ((1, 1), (1, 1)), dimension_numbers=("NHWC", "HWIO", "NHWC")
-    )
+# ---- FLOPs ----
 
 
-def test_flops_are_those_counted_by_hand():
-    assert flops(jnp.matmul, (5, 7), (7, 3)) == 2 * 5 * 7 * 3
-    assert flops(lambda a, b: jnp.einsum("bij,bjk->bik", a, b), (4, 5, 7), (4, 7, 3)) == 4 * 2 * 5 * 7 * 3
-    forward = 2 * (2 * 4 * 4 * 6) * (3 * 3 * 5)  # outputs, taps
-    assert flops(convolution(2), (2, 8, 8, 5), (3, 3, 5, 6)) == forward
-    both = jax.grad(lambda x, w: jnp.sum(convolution(2)(x, w) ** 2), (0, 1))
-    counted = flops(both, (2, 8, 8, 5), (3, 3, 5, 6))  # each gradient again costs about as much: borders differ
-    assert 2.6 * forward < counted < 3.4 * forward
-    looped = lambda x: jax.lax.scan(lambda c, _: (c @ c, None), x, None, length=5)[0]  # noqa: E731
-    assert flops(looped, (4, 4)) == 5 * 2 * 4 * 4 * 4
-    branches = lambda x: jax.lax.cond(x[0, 0] > 0, lambda x: x @ x @ x, lambda x: x @ x, x)  # noqa: E731
-    assert flops(branches, (4, 4)) == 2 * 2 * 4 * 4 * 4
-    assert flops(jax.jit(lambda x: jnp.exp(x) + 1), (4, 4)) == 0
+def flops_of(function, *shapes):
+    return product_flops(jax.make_jaxpr(function)(*(jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes)))
 
 
-# ---- Turns ---------------------------------------------------------------------------------------------------------------------
+def convolution(x, kernel):
+    names = ("NHWC", "HWIO", "NHWC")
+    return jax.lax.conv_general_dilated(x, kernel, (2, 2), ((1, 1), (1, 1)), dimension_numbers=names)
 
-WORKER = """
-import os, sys, time
-from benchmarks.turns import serve
-name, log, mode = sys.argv[1:4]
+
+def test_flops_of_products():
+    assert flops_of(lambda a, b: jnp.tanh(a @ b) + 1, (3, 5), (5, 7)) == 2 * 3 * 5 * 7
+    assert flops_of(lambda a, b: jnp.einsum("bij,bkj->bik", a, b), (4, 3, 5), (4, 7, 5)) == 2 * 4 * 3 * 5 * 7
+    assert (
+        flops_of(jax.grad(lambda a, b: (a @ b).sum(), (0, 1)), (3, 5), (5, 7)) == 3 * 2 * 3 * 5 * 7
+    )  # forward and two
+
+
+def test_flops_of_a_strided_convolution_and_its_gradients():
+    """Side 8, stride 2, a border of 1: 4 x 4 outputs, each of 3 x 3 x 6 factors; each gradient takes as many products."""
+    shapes, forward = ((2, 8, 8, 6), (3, 3, 6, 10)), 2 * (2 * 4 * 4 * 10) * (3 * 3 * 6)
+    loss = lambda x, kernel: jnp.sin(convolution(x, kernel)).sum()  # noqa: E731
+    assert flops_of(convolution, *shapes) == forward
+    assert flops_of(jax.grad(loss, 0), *shapes) == 2 * forward
+    assert flops_of(jax.grad(loss, 1), *shapes) == 2 * forward
+    assert flops_of(jax.grad(loss, (0, 1)), *shapes) == 3 * forward
+
+
+def test_flops_of_a_grouped_convolution():
+    def grouped(x, kernel):
+        names = ("NHWC", "HWIO", "NHWC")
+        return jax.lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=names, feature_group_count=3)
+
+    assert flops_of(grouped, (1, 4, 4, 6), (1, 1, 2, 9)) == 2 * (4 * 4 * 9) * 2
+
+
+def test_flops_of_loops_branches_and_devices():
+    product = 2 * 4**3
+
+    def five_times(x):
+        return jax.lax.scan(lambda carry, _: (jax.jit(lambda c: c @ x)(carry), None), x, length=5)[0]
+
+    def either(x):
+        return jax.lax.cond(x[0, 0] > 0, lambda x: x @ x @ x, lambda x: x @ x, x)
+
+    mesh = make_mesh(jax.devices()[:4])
+    split = jax.shard_map(lambda x: x @ x.T, mesh=mesh, in_specs=P("data"), out_specs=P("data"))
+    assert flops_of(five_times, (4, 4)) == 5 * product
+    assert flops_of(lambda x: jax.lax.fori_loop(0, 3, lambda _, c: c @ x, x), (4, 4)) == 3 * product
+    assert flops_of(either, (4, 4)) == 2 * product
+    assert flops_of(split, (16, 4)) == 4 * product  # each of four devices has 4 x 4
+
+
+# ---- turns ----
+
+TOY = """
+import json, os, pathlib, sys, time
+from benchmarks.turns import Refusal, serve
+name, log, manner = sys.argv[1:]
+calls = []
+
+def turn(steps):
+    calls.append(steps)
+    with open(log, "a") as file:
+        file.write(f"{name}{steps} ")
+    print("noise that is no message")
+    if manner == "late death" and len(calls) == 2:
+        os._exit(7)
+    if manner == "late error" and len(calls) == 2:
+        raise ValueError("no\\nmemory")
+    if manner == "hang":
+        time.sleep(60)
+    return steps * (1000.0 if len(calls) == 1 else len(calls))
+
 def make():
-    print("noise on stdout")
-    if mode == "raises":
-        raise RuntimeError("no\\nroom")
-    def run(steps):
-        with open(log, "a") as file:
-            file.write(f"{name}{steps} ")
-        if mode == "dies":
-            os._exit(3)
-        if mode == "hangs":
-            time.sleep(60)
-        return 0.5 * steps
-    return run, {"step_seconds": 0.1, "name": name}
+    print("more noise")
+    if manner == "death":
+        os._exit(3)
+    if manner == "error":
+        raise RuntimeError("two\\nlines")
+    if manner == "refusal":
+        raise Refusal("not\\nhere")
+    return turn, {"step_seconds": 0.1 if name == "A" else 0.2}
+
 sys.exit(serve(make))
 """
 
 
-def worker(name, log, mode="works", timeout=30.0):
-    return lambda: Worker(name, [sys.executable, "-c", WORKER, name, str(log), mode], timeout)
-
-
-def test_turns_alternate_and_the_first_does_not_count(tmp_path, monkeypatch):
+@pytest.fixture
+def toys(tmp_path, monkeypatch):
+    """Starters of two workers that do nothing, A and B as told; and the file in which they write their turns."""
     monkeypatch.setattr(turns, "PAUSE", 0.0)
-    log = tmp_path / "log"
-    found = alternate({"a": worker("a", log), "b": worker("b", log)}, 2, 0.3)
-    assert log.read_text().split() == ["a3", "b3"] * 3 and found["steps"] == 3
-    assert found["seconds"] == {"a": [0.5, 0.5], "b": [0.5, 0.5]} and found["facts"]["b"]["name"] == "b"
+    program, log = tmp_path / "toy.py", tmp_path / "log"
+    program.write_text(TOY)
+    started = []
+
+    def starters(timeout=20.0, **manners):
+        def start(name):
+            worker = Worker(f"side {name}", [sys.executable, str(program), name, str(log), manners[name]], timeout)
+            started.append(worker)
+            return worker
+
+        return {name: lambda name=name: start(name) for name in manners}
+
+    yield starters, log
+    assert all(worker.process.poll() is not None for worker in started)  # whatever happened, none is left
+
+
+def test_turns_alternate_and_the_first_one_is_not_counted(toys):
+    starters, log = toys
+    found = alternate(starters(A="", B=""), turns=3, seconds=1.0)
+    assert log.read_text().split() == ["A5", "B5"] * 4  # 5 steps of the slower one last a second
+    assert found["steps"] == 5 and found["seconds"] == {"A": [2.0, 3.0, 4.0], "B": [2.0, 3.0, 4.0]}
+    assert found["facts"] == {"A": {"step_seconds": 0.1}, "B": {"step_seconds": 0.2}}
+
+
+def test_one_after_the_other(toys):
+    starters, log = toys
+    found = one_after_the_other(starters(A="", B=""), turns=2, seconds=0.4)
+    assert log.read_text().split() == ["A4"] * 3 + ["B2"] * 3
+    assert found["steps"] == 4 and found["seconds"] == {"A": [2.0, 3.0], "B": [2.0, 3.0]}
+    assert found["facts"].keys() == {"A", "B"}
+
+
+@pytest.mark.parametrize("facts, seconds, steps", [([0.1], 1, 10), ([1e-6, 1e-5], 1, 100), ([3.0], 1, 1)])
+def test_a_turn_has_one_to_a_hundred_steps(facts, seconds, steps):
+    assert turns._steps([{"step_seconds": value} for value in facts], seconds) == steps
 
 
 @pytest.mark.parametrize(
-    "mode, timeout, message",
+    "manner, timeout, message",
     [
-        ("raises", 30, "b: RuntimeError: no room"),
-        ("dies", 30, "b stopped with exit code 3"),
-        ("hangs", 1.5, "b gave no answer within 2 s"),
+        ("death", 20, "side B stopped with exit code 3"),
+        ("late death", 20, "side B stopped with exit code 7"),
+        ("error", 20, "side B: RuntimeError: two lines"),
+        ("late error", 20, "side B: ValueError: no memory"),
+        ("hang", 2, "side B gave no answer within 2 s"),
     ],
 )
-def test_a_worker_that_fails_ends_the_comparison(tmp_path, monkeypatch, mode, timeout, message):
+def test_a_worker_that_fails_is_one_line(toys, manner, timeout, message):
+    starters, _ = toys
+    with pytest.raises(WorkerError) as raised:
+        alternate(starters(timeout, A="", B=manner), turns=2, seconds=0.1)
+    assert str(raised.value) == message and not isinstance(raised.value, Refusal)
+
+
+def test_a_refusal_needs_no_traceback(toys, capfd):
+    starters, _ = toys
+    with pytest.raises(Refusal, match=r"^not here$"):
+        alternate(starters(A="refusal"), turns=1, seconds=0.1)
+    assert "Traceback" not in capfd.readouterr().err
+
+
+def test_what_is_no_worker_is_told(monkeypatch):
     monkeypatch.setattr(turns, "PAUSE", 0.0)
-    begin = time.monotonic()
-    with pytest.raises(WorkerError) as error:
-        alternate({"a": worker("a", tmp_path / "log"), "b": worker("b", tmp_path / "log", mode, timeout)}, 2, 0.1)
-    assert str(error.value) == message and time.monotonic() - begin < 25
+    with pytest.raises(WorkerError, match="echo is no worker: it said b'hello"):
+        Worker("echo", [sys.executable, "-c", "print('hello')"], 20.0)
 
 
-def test_the_ratio_is_above_one_where_ours_is_faster():
-    assert ratio([1.0, 2.0, 1.0], [3.0, 3.0, 2.0]) == (3.0, 1.5, 3.0)
+def test_ratio_is_that_of_medians_with_the_extremes_of_pairs():
+    assert ratio([1.0, 2.0, 4.0], [2.0, 6.0, 6.0]) == (3.0, 1.5, 3.0)
+    with pytest.raises(ValueError):
+        ratio([1.0], [1.0, 2.0])
 
 
-# ---- Rows and the command ------------------------------------------------------------------------------------------------------
+# ---- the whole in miniature ----
+
+COMMAND = [sys.executable, "benchmarks/step.py", "--peer", "--cases=tiny_moco", "--variants=plain", "--repeats=1"]
 
 
-def test_rows_are_added_to_those_before(tmp_path):
-    path = tmp_path / "new" / "rows.json"
-    add_rows(path, [{"a": 1}])
-    add_rows(path, [{"b": 2}, {"c": 3}])
-    assert json.loads(path.read_text()) == [{"a": 1}, {"b": 2}, {"c": 3}]
-    add_rows(None, [{"a": 1}])
-    assert peak_of("NVIDIA H200 NVL").bfloat16 < peak_of("NVIDIA H200").bfloat16 and peak_of("cpu") is None
+def run(tmp_path, *words):
+    """The command in a process of its own, and the rows it wrote."""
+    path = tmp_path / "rows.json"
+    path.write_text('[{"former": "row"}]')
+    command = [*COMMAND, "--turn-seconds=0.05", f"--rows={path}", *words]
+    done = subprocess.run(command, cwd=REPOSITORY, env=environment(), capture_output=True, text=True, timeout=300)
+    former, *rows = json.loads(path.read_text()) if path.exists() else [None]
+    assert former == {"former": "row"}
+    return done, rows
 
 
-@pytest.mark.parametrize(
-    "words, message",
-    [
-        (["--cases=tiny_moco", "--variants=plain,hard"], "--variants=hard is not known: use plain, auxiliary"),
-        (["--cases=resnet51"], "--cases=resnet51 is not known: use moco_resnet50"),
-        (["--cases=tiny_moco", "--config=configs/tiny.py"], "give --config or --cases, not both"),
-        (["--cases=tiny_moco", "--peer-python=/nonexistent/python"], "cannot be started: No such file"),
-        (["--cases=tiny_moco", "--config.precision=float64"], "config.precision='float64' has no peer"),
-    ],
-)
-def test_mistakes_are_one_line(capsys, words, message):
-    words = words if any("peer-python" in word for word in words) else [*words, f"--peer-python={sys.executable}"]
-    assert step.main(["step.py", "--peer", *words]) == 2
-    lines = capsys.readouterr().err.splitlines()
-    assert lines[-1].startswith("step: ") and message in lines[-1]
+def check_row(row, sides):
+    """What every row has."""
+    assert row["benchmark"] == "step" and row["case"] == "tiny_moco" and row["variant"] == "plain"
+    assert {"date", "command", "commit", "host", "versions"} <= row.keys() and "error" not in row
+    assert row["step"]["method"] == "moco" and row["step"]["alpha1"] == row["step"]["alpha2"] == 0
+    assert row["notes"] == [] and row["turns"] == "alternating" and row["not_finite"] is False
+    assert row["flops"] > 1e6 and row["peak"] is None and row["steps_a_turn"] >= 1
+    assert row["augmentation"] == "left out on both sides"
+    for side in sides:
+        assert row[side]["images_per_second"] == pytest.approx(32 / row[side]["seconds"])
+        assert row[side]["flops_per_second"] == pytest.approx(row["flops"] / row[side]["seconds"])
+        assert (
+            row[side]["seconds"] == statistics.median(row[side]["all_seconds"])
+            and row[side]["losses"]["clean" if side == "torch" else "loss_clean"] > 0
+        )
 
 
-def run_step(*words):
-    command = [sys.executable, "benchmarks/step.py", "--peer", "--cases=tiny_moco", "--variants=plain", *words]
-    env = os.environ | {"JAX_NUM_CPU_DEVICES": "1"}
-    return subprocess.run(command, capture_output=True, text=True, timeout=300, env=env, check=False)
-
-
-def test_a_case_from_the_command_line(tmp_path):
-    pytest.importorskip("torch", reason="PyTorch is not installed")
-    rows_file = tmp_path / "rows.json"
-    done = run_step("--repeats=2", "--turn-seconds=0.05", f"--rows={rows_file}")
-    assert done.returncode == 0, done.stdout + done.stderr
-    (row,) = json.loads(rows_file.read_text())
-    assert row["case"] == "tiny_moco" and row["variant"] == "plain" and row["turns"] == "alternating"
+def test_a_miniature_beside_torch(tmp_path):
+    pytest.importorskip("torch", reason="compares with PyTorch")
+    done, rows = run(tmp_path)
+    assert done.returncode == 0, done.stderr
+    (row,) = rows
+    check_row(row, ("ours", "torch"))
     assert row["ratio"] == pytest.approx(row["torch"]["seconds"] / row["ours"]["seconds"])
-    assert row["ratio_low"] <= row["ratio_high"] and len(row["ours"]["all_seconds"]) == 2
-    assert row["ours"]["images_per_second"] == pytest.approx(32 / row["ours"]["seconds"])
-    assert row["flops"] > 1e6 and not row["not_finite"] and row["step"]["method"] == "moco"
-    assert {"date", "command", "host", "versions"} <= row.keys() and row["torch"]["versions"]["torch"]
-    assert all(
-        math.isfinite(row[side]["losses"]["clean" if side == "torch" else "loss_clean"]) for side in ("ours", "torch")
+    assert row["ratio_low"] <= row["ratio"] <= row["ratio_high"] and row["torch"]["compile"] == "off"
+    line = done.stdout.splitlines()[-1].split()
+    assert line[0] == "plain" and float(line[3]) == pytest.approx(row["ratio"], abs=0.006)
+
+
+def test_without_torch_ours_runs_alone(tmp_path):
+    done, rows = run(tmp_path, "--peer-python=/bin/false")
+    assert done.returncode == 1
+    assert "step: /bin/false has no PyTorch (pip install torch): ours runs alone" in done.stderr.splitlines()
+    (row,) = rows
+    check_row(row, ("ours",))
+    assert "torch" not in row and "ratio" not in row
+    assert done.stdout.splitlines()[-1].split()[2:4] == ["-", "-"]
+
+
+def test_sizes_that_do_not_fit_are_told_once(capfd):
+    words = ["--peer", "--cases=tiny_moco", "--config.batch_size=33", "--peer-python=/bin/false"]
+    assert step.main(["benchmarks/step.py", *words]) == 2
+    lines = capfd.readouterr().err.splitlines()
+    assert [line for line in lines if "no PyTorch" not in line] == [
+        "step: moco.queue_size=64 is not a multiple of batch_size=33: use 33, 66"
+    ]
+
+
+def test_alone_tells_the_share_of_the_augmentation(tmp_path, monkeypatch, capsys):
+    """Two of the variants, to compile less."""
+    chosen = ("plain", "adversarial, auxiliary")
+    monkeypatch.setattr(step, "VARIANTS", {name: VARIANTS[name] for name in chosen})
+    path = tmp_path / "rows.json"
+    settings = {"model.backbone": "resnet6", "runtime.num_devices": 1, "augment.jitter_probability": "(0.0,)"}
+    words = [TINY, "--repeats=3", f"--rows={path}", *(f"--config.{name}={value}" for name, value in settings.items())]
+    assert step.main(["benchmarks/step.py", *words]) == 0
+    plain, attacked, augmentation = rows = json.loads(path.read_text())
+    assert [row["variant"] for row in rows] == [*chosen, "augmentation"]
+    assert all(row["benchmark"] == "step alone" and len(row["ours"]["all_seconds"]) == 3 for row in rows)
+    assert attacked["flops"] > 2 * plain["flops"] and "flops" not in augmentation
+    seconds = augmentation["ours"]["seconds"]
+    assert seconds == statistics.median(augmentation["ours"]["all_seconds"]) > 0
+    shares = {row["variant"]: seconds / row["ours"]["seconds"] for row in (plain, attacked)}
+    assert augmentation["share_of_step"] == pytest.approx(shares)
+    head, *_, last = capsys.readouterr().out.splitlines()
+    assert head.startswith("1 x cpu, ")
+    plain_share, attacked_share = (f"{100 * share:.1f} %" for share in shares.values())
+    assert last == (
+        f"augmentation on the device: {1000 * seconds:.2f} ms, {plain_share} of 'plain' "
+        f"and {attacked_share} of 'adversarial, auxiliary'"
     )
-    assert f"{row['ratio']:.2f}" in done.stdout
-
-
-@pytest.mark.slow  # a step compiled and timed, to see a message
-def test_without_pytorch_ours_runs_alone(tmp_path):
-    rows_file = tmp_path / "rows.json"
-    done = run_step("--repeats=1", "--turn-seconds=0.05", f"--rows={rows_file}", "--peer-python=/bin/false")
-    assert done.returncode == 1 and "/bin/false has no PyTorch (pip install torch): ours runs alone" in done.stderr
-    (row,) = json.loads(rows_file.read_text())
-    assert "ratio" not in row and row["ours"]["seconds"] > 0
-
-
-def test_every_case_is_a_config_that_both_sides_understand():
-    for name in compare.CASES:
-        config = parse_command(["x", *compare.settings_of(name), "--workdir=unused"]).config
-        config.update_from_flattened_dict(compare.in_common(config, augment=False))
-        for variant in compare.VIEWS.values():
-            case = compare.case_of(config, ours.VARIANTS[variant])
-            again = type(case).from_json(json.loads(json.dumps(dataclasses.asdict(case))))
-            assert again == case and case.batch_size == config.batch_size
-            assert bool(case.alpha1) == ("adversarial" in variant) and bool(case.alpha2) == ("cut-mixed" in variant)
