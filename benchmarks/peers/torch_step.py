@@ -21,7 +21,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from benchmarks.peers.case import Case
 from benchmarks.peers.torch_network import Network
-from benchmarks.turns import serve
+from benchmarks.turns import Refusal, serve
 
 
 @dataclasses.dataclass
@@ -286,7 +286,7 @@ def make(order: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     begin = time.perf_counter()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if order["device"] != device:
-        raise RuntimeError(f"hexa_jax runs on {order['device']}, but this torch {torch.__version__} on {device}")
+        raise Refusal(f"hexa_jax runs on {order['device']}, but torch {torch.__version__} on {device}")
     torch.backends.cudnn.benchmark = True
     mode = order["compile"]
     if mode == "auto":
