@@ -10,6 +10,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from hexa_jax.mesh import Layout, make_mesh
+from hexa_jax.models import pooling
 from hexa_jax.models.heads import Network, ProjectionHead
 from hexa_jax.models.norm import (
     ADVERSARIAL,
@@ -21,6 +22,7 @@ from hexa_jax.models.norm import (
     blend,
     stats_collection,
 )
+from hexa_jax.models.pooling import max_pool
 from hexa_jax.models.resnet import Block, ResNet, make_resnet
 
 EVERYTHING = ["moments", "clean_batch_stats", "adversarial_batch_stats"]
@@ -127,6 +129,23 @@ def test_pooling_before_scale_and_bias_is_pooling_after_them(x64, groups):
     )
     np.testing.assert_allclose(dx, dx_after, rtol=1e-9, atol=1e-12)
     assert jnp.isfinite(dparams["scale"]).all() and jnp.abs(dx[..., jnp.array(differ)]).max() > 0.01
+
+
+@pytest.mark.parametrize("height, width", [(8, 6), (7, 9), (1, 2), (3, 3)])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_the_gradient_of_max_pool_by_place_is_that_by_scattering(height, width, dtype):
+    """Exactly, with many equal maxima; a rectifier's zeros are such. The command line's platform decides between the two."""
+    rng = np.random.default_rng(height)
+    x = jnp.asarray(rng.integers(-2, 3, (3, height, width, 5)), dtype)
+    y = max_pool(x)
+    torch_shape = ((height + 1) // 2, (width + 1) // 2)
+    assert y.shape == (3, *torch_shape, 5) and y.dtype == dtype
+    np.testing.assert_array_equal(y, nn.max_pool(x.astype(jnp.float32), (3, 3), (2, 2), ((1, 1), (1, 1))).astype(dtype))
+    dy = jnp.asarray(rng.integers(-8, 9, y.shape), dtype)
+    wanted = jax.jit(pooling._by_scattering)(x, y, dy)
+    np.testing.assert_array_equal(jax.jit(pooling._by_place)(x, y, dy), wanted)
+    np.testing.assert_array_equal(jax.jit(lambda x: jax.vjp(max_pool, x)[1](dy)[0])(x), wanted)
+    assert wanted.dtype == dtype and float(jnp.abs(wanted).sum()) > 0
 
 
 def test_groups_are_independent():

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from hexa_jax.models.norm import EVALUATION, BatchNorm, NormMode
+from hexa_jax.models.pooling import max_pool
 
 STAGES = {10: (1, 1, 1, 1), 18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3)}
 STEMS = ("imagenet", "cifar")
@@ -29,10 +30,6 @@ def _conv(features: int, size: int, stride: int, dtype: jnp.dtype, name: str) ->
         kernel_init=he_normal,
         name=name,
     )
-
-
-def _halve(x: jax.Array) -> jax.Array:
-    return nn.max_pool(x, (3, 3), strides=(2, 2), padding=((1, 1), (1, 1)))
 
 
 @jax.custom_vjp
@@ -142,7 +139,7 @@ class ResNet(nn.Module):
             x = _conv(self.base_channels, 7, 2, self.dtype, "conv1")(x)
         else:
             x = StemConv(self.base_channels, self.dtype, name="conv1")(x)
-        pool = _halve if self.stem == "imagenet" else None
+        pool = max_pool if self.stem == "imagenet" else None
         x = nn.relu(BatchNorm(self.dtype, self.auxiliary_norm, name="bn1")(x, modes[0], pool))
         maps = []
         for stage, blocks in enumerate(STAGES[self.depth]):
