@@ -10,7 +10,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from hexa_jax.mesh import Layout, make_mesh
-from hexa_jax.models import pooling
+from hexa_jax.models import pooling, resnet
 from hexa_jax.models.heads import Network, ProjectionHead
 from hexa_jax.models.norm import (
     ADVERSARIAL,
@@ -129,6 +129,18 @@ def test_pooling_before_scale_and_bias_is_pooling_after_them(x64, groups):
     )
     np.testing.assert_allclose(dx, dx_after, rtol=1e-9, atol=1e-12)
     assert jnp.isfinite(dparams["scale"]).all() and jnp.abs(dx[..., jnp.array(differ)]).max() > 0.01
+
+
+@pytest.mark.parametrize("height, width", [(2, 2), (1, 2), (2, 1)])
+def test_convolutions_of_maps_smaller_than_the_kernel(x64, height, width):
+    rng = np.random.default_rng(0)
+    x, kernel = jnp.asarray(rng.normal(size=(3, height, width, 4))), jnp.asarray(rng.normal(size=(3, 3, 4, 5)))
+    conv = nn.Conv(5, (3, 3), padding=1, use_bias=False)
+    ours = resnet._conv(5, 3, 1, jnp.float64, None)
+    loss = lambda conv: lambda x, kernel: jnp.sum(jnp.sin(conv.apply({"params": {"kernel": kernel}}, x)))  # noqa: E731
+    got, wanted = (jax.value_and_grad(loss(one), (0, 1))(x, kernel) for one in (ours, conv))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-12), got, wanted)
+    assert "conv_general_dilated" not in str(jax.make_jaxpr(loss(ours))(x, kernel))
 
 
 @pytest.mark.parametrize("height, width", [(8, 6), (7, 9), (1, 2), (3, 3)])
