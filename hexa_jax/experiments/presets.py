@@ -205,7 +205,11 @@ def claim(preset: str, methods: Sequence[str], seeds: Sequence[int]) -> list[Ent
     for method in methods:
         arms: dict[str, dict[str, object]] = {CONTROL: {"scheme": PLAIN}, HEXA: {"scheme": HEXA}}
         if method == "moco":
-            arms = {CONTROL: arms[CONTROL], "plain, key momentum 0.999": {"moco.momentum": 0.999}, HEXA: arms[HEXA]}
+            arms = {
+                CONTROL: arms[CONTROL],
+                "plain, key momentum 0.999": {"scheme": PLAIN, "moco.momentum": 0.999},
+                HEXA: arms[HEXA],
+            }
         for (arm, settings), seed in itertools.product(arms.items(), seeds):
             whole = {**settings, "seed": seed, "linear.at_end": True}
             stages = _stages(preset, method, PRESETS[preset].claim, 0, whole)
