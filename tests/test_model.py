@@ -136,7 +136,7 @@ def test_convolutions_of_maps_smaller_than_the_kernel(x64, height, width):
     rng = np.random.default_rng(0)
     x, kernel = jnp.asarray(rng.normal(size=(3, height, width, 4))), jnp.asarray(rng.normal(size=(3, 3, 4, 5)))
     conv = nn.Conv(5, (3, 3), padding=1, use_bias=False)
-    ours = resnet._conv(5, 3, 1, jnp.float64, None)
+    ours = resnet.make_conv(5, 3, 1, jnp.float64, None)
     loss = lambda conv: lambda x, kernel: jnp.sum(jnp.sin(conv.apply({"params": {"kernel": kernel}}, x)))  # noqa: E731
     got, wanted = (jax.value_and_grad(loss(one), (0, 1))(x, kernel) for one in (ours, conv))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-12), got, wanted)

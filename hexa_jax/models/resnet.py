@@ -36,7 +36,7 @@ def _conv_of_any_map(x: jax.Array, kernel: jax.Array, strides: Any, padding: Any
     return patches @ kernel.reshape(height * width * channels, features)
 
 
-def _conv(features: int, size: int, stride: int, dtype: jnp.dtype, name: str) -> nn.Conv:
+def make_conv(features: int, size: int, stride: int, dtype: jnp.dtype, name: str) -> nn.Conv:
     return nn.Conv(
         features,
         (size, size),
@@ -100,12 +100,12 @@ class Block(nn.Module):
         y = x
         for i, (size, stride) in enumerate(plan, start=1):
             last = i == len(plan)
-            y = _conv(out_channels if last else self.channels, size, stride, self.dtype, f"conv{i}")(y)
+            y = make_conv(out_channels if last else self.channels, size, stride, self.dtype, f"conv{i}")(y)
             scale = 0.0 if last and self.zero_init_residual else 1.0
             y = BatchNorm(self.dtype, self.auxiliary_norm, scale, name=f"bn{i}")(y, mode)
             y = y if last else nn.relu(y)
         if x.shape != y.shape:
-            x = _conv(out_channels, 1, self.stride, self.dtype, "downsample_conv")(x)
+            x = make_conv(out_channels, 1, self.stride, self.dtype, "downsample_conv")(x)
             x = BatchNorm(self.dtype, self.auxiliary_norm, name="downsample_bn")(x, mode)
         return nn.relu(x + y)
 
@@ -152,9 +152,9 @@ class ResNet(nn.Module):
         modes = [EVALUATION] * frozen + [mode] * (5 - frozen)
         x = x.astype(self.dtype)
         if self.stem == "cifar":
-            x = _conv(self.base_channels, 3, 1, self.dtype, "conv1")(x)
+            x = make_conv(self.base_channels, 3, 1, self.dtype, "conv1")(x)
         elif x.shape[1] % 2 or x.shape[2] % 2:
-            x = _conv(self.base_channels, 7, 2, self.dtype, "conv1")(x)
+            x = make_conv(self.base_channels, 7, 2, self.dtype, "conv1")(x)
         else:
             x = StemConv(self.base_channels, self.dtype, name="conv1")(x)
         pool = max_pool if self.stem == "imagenet" else None
