@@ -2,8 +2,8 @@
 
 python benchmarks/operations.py [--images=256] [--repeats=7] [--rows=FILE.json]
 
-Milliseconds, medians of turns that alternate, both sides in this process: quote ratios. Shapes are those of ResNet-10 with 16
-channels at 64 pixels (configs/quickstart.py); float32, channels last on both sides.
+Milliseconds, medians, both sides in this process, one after the other: for a machine without other work. Shapes are those of
+ResNet-10 with 16 channels at 64 pixels (configs/quickstart.py); float32, channels last on both sides.
 """
 
 import argparse
@@ -23,6 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.hardware import add_rows, surroundings
+from benchmarks.turns import PAUSE
 from hexa_jax.models.norm import CLEAN, BatchNorm, NormMode
 from hexa_jax.models.pooling import max_pool
 from hexa_jax.models.resnet import StemConv, make_conv
@@ -41,34 +42,33 @@ def xla_pool(x: jax.Array) -> jax.Array:
 
 def pairs(images: int) -> list[Pair]:
     """What is timed; ours takes and returns NHWC."""
-    import torch
     from torch import nn
 
-    def module(layer: Any, shape: tuple[int, ...], *extra: Any) -> Callable[..., jax.Array]:
-        variables = layer.init(jax.random.key(0), jnp.zeros(shape), *extra)
-        params = {"params": variables["params"]}
-        return lambda x: layer.apply(params, x, *extra)
+    def module(layer: Any, theirs: Any, shape: tuple[int, ...], *extra: Any) -> Callable[..., jax.Array]:
+        """Ours, with the kernel of theirs; what a BatchNorm multiplies and adds is 1 and 0 on both sides."""
+        params = dict(layer.init(jax.random.key(0), jnp.zeros(shape), *extra)["params"])
+        if "kernel" in params:
+            params["kernel"] = theirs.weight.detach().numpy().transpose(2, 3, 1, 0)
+        return lambda x: layer.apply({"params": params}, x, *extra)
 
-    found: list[Pair] = []
-    shape = (images, 64, 64, 3)
-    stem = module(StemConv(16, jnp.dtype("float32")), shape)
-    found.append(("conv 7x7/2 of 64x64x3", shape, stem, nn.Conv2d(3, 16, 7, 2, 3, bias=False)))
+    def conv(name: str, shape: tuple[int, ...], ours: Any, features: int, size: int, stride: int) -> Pair:
+        theirs = nn.Conv2d(shape[-1], features, size, stride, size // 2, bias=False)
+        return name, shape, module(ours, theirs, shape), theirs
+
+    found = [conv("conv 7x7/2 of 64x64x3", (images, 64, 64, 3), StemConv(16, jnp.dtype("float32")), 16, 7, 2)]
     pools = {"max-pool 3x3/2 of 32x32x16": max_pool, "the same as XLA has it": xla_pool}
     found += [(name, (images, 32, 32, 16), pool, nn.MaxPool2d(3, 2, 1)) for name, pool in pools.items()]
     for side, channels, features, size, stride in CONVS:
-        shape = (images, side, side, channels)
-        ours = module(make_conv(features, size, stride, jnp.dtype("float32"), "conv"), shape)
-        theirs = nn.Conv2d(channels, features, size, stride, size // 2, bias=False)
-        found.append((f"conv {size}x{size}/{stride} of {side}x{side}x{channels}", shape, ours, theirs))
-    xla = flax.linen.Conv(128, (3, 3), padding=1, use_bias=False)
-    found.append(("the same as XLA has it", shape, module(xla, shape), theirs))  # the last one, over 2 x 2
+        shape, name = (images, side, side, channels), f"conv {size}x{size}/{stride} of {side}x{side}x{channels}"
+        ours = make_conv(features, size, stride, jnp.dtype("float32"), "conv")
+        found.append(conv(name, shape, ours, features, size, stride))
+    xla = flax.linen.Conv(features, (size, size), padding=size // 2, use_bias=False)
+    found.append(conv("the same as XLA has it", shape, xla, features, size, stride))  # the last one, over 2 x 2
     for side, channels in NORMS:
-        shape = (images, side, side, channels)
-        norm = module(BatchNorm(), shape, NormMode(CLEAN, 1))
-        theirs = torch.nn.Sequential(nn.BatchNorm2d(channels), nn.ReLU())
-        found.append(
-            (f"batch norm, relu of {side}x{side}x{channels}", shape, lambda x, f=norm: jax.nn.relu(f(x)), theirs)
-        )
+        shape, name = (images, side, side, channels), f"batch norm, relu of {side}x{side}x{channels}"
+        theirs = nn.Sequential(nn.BatchNorm2d(channels), nn.ReLU())
+        norm = module(BatchNorm(), theirs, shape, NormMode(CLEAN, 1))
+        found.append((name, shape, lambda x, f=norm: jax.nn.relu(f(x)), theirs))
     return found
 
 
@@ -116,11 +116,12 @@ def main(argv: list[str]) -> int:
     for name, shape, ours, theirs in cases:
         seconds: dict[str, list[float]] = {}
         sides = turns(shape, ours, theirs)
-        for turn in range(options.repeats + 1):
-            for side, run in sides.items():
+        for side, run in sides.items():  # one after the other: each library's idle threads disturb the other's
+            time.sleep(PAUSE)
+            for turn in range(options.repeats + 2):
                 begin = time.perf_counter()
                 run()
-                if turn:  # the first one compiles
+                if turn > 1:  # the first one compiles
                     seconds.setdefault(side, []).append(time.perf_counter() - begin)
         middle = {side: 1000 * statistics.median(values) for side, values in seconds.items()}
         print(

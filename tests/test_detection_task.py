@@ -77,7 +77,7 @@ def devkit(tmp_path_factory):
 def pretrained(tmp_path_factory):
     """The workdir of a pre-training run, as it leaves it, with a head, and drawn weights and statistics."""
     workdir = tmp_path_factory.mktemp("pretraining") / "run"
-    config = small_config("moco", **{"model.stem": "imagenet", "model.base_channels": 8})
+    config = small_config("moco", **{"model.backbone": "resnet10", "model.stem": "imagenet", "model.base_channels": 8})
     config.data.pixel_mean, config.data.pixel_std = MEAN, STD
     resnet = make_resnet("resnet10", 8)
     network = Network(resnet, None, MEAN, STD)
