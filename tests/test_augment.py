@@ -115,6 +115,13 @@ def test_equals_the_formulas_in_float64(case, x64):
     assert np.abs(np.asarray(actual) - x).max() > 0.05
 
 
+@pytest.mark.parametrize("height, sigma", [(129, (0.1, 2.0)), (250, (0.1, 2.0)), (250, (3.0, 7.3)), (250, (3.0, 9.0))])
+def test_large_images_are_blurred_in_bands(height, sigma, x64):
+    settings, x = only(blur_probability=1.0, blur_sigma=sigma), images_of(2, height, 20)
+    expected = [reference(image, u, settings) for image, u in zip(x, draws_of(2), strict=True)]
+    np.testing.assert_allclose(run(keys_of(2), jnp.asarray(x, jnp.float64), settings), expected, atol=1e-12)
+
+
 @pytest.mark.parametrize("settings", [Photometric(), SWAV], ids=["moco", "swav"])
 def test_float32_draws_the_same_and_stays_in_range(settings):
     x = images_of(64)

@@ -4,12 +4,14 @@ Legend: N crop images, H W rows and columns, 3 channels (red, green, blue), S ei
 """
 
 import dataclasses
+import itertools
 import math
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+MATRIX_UNIT = 128  # rows and columns of a TPU's
 GRAY = (0.299, 0.587, 0.114)  # ITU-R 601, as PIL and torchvision
 LIMITS = {"brightness": 10, "contrast": 10, "saturation": 10, "hue": 0.5}  # of settings; others: 1
 JITTER = ("brightness", "contrast", "saturation", "hue")
@@ -81,11 +83,11 @@ def augment(keys: jax.Array, x: jax.Array, settings: Photometric) -> jax.Array:
         rgb = _color_jitter(u, rgb, settings)
     if settings.gray_probability:
         rgb = tuple(jnp.where(u["gray"] < settings.gray_probability, _grey(rgb), channel) for channel in rgb)
-    x = jnp.stack(rgb, axis=-1)
     if settings.blur_probability:
         low, high = settings.blur_sigma
         sigma, apply = low + (high - low) * u["sigma"], u["blur"] < settings.blur_probability
-        x = _blur(jnp.stack(rgb, axis=2), sigma, apply, radius=math.ceil(4 * high))
+        rgb = _blur(rgb, sigma, apply, radius=math.ceil(4 * high))
+    x = jnp.stack(rgb, axis=-1)
     if settings.solarize_probability:
         apply = (u["solarize"] < settings.solarize_probability)[..., None]
         x = jnp.where(apply & (x >= settings.solarize_threshold), 1 - x, x)
@@ -176,14 +178,32 @@ def _hue(rgb, turns):
     return channel(5), channel(3), channel(1)
 
 
-def _blur(x, sigma, apply, radius):
-    """[N, H, 3, W] -> [N, H, W, 3]: Gaussian blur as two products with banded matrices; the identity if not `apply`."""
-    N, H, C, W = x.shape
+def _blur(rgb, sigma, apply, radius):
+    """[N, H, W] three times: Gaussian blur as two products with banded matrices; the identity if not `apply`.
+
+    Channel by channel: one product for all of them takes a copy before and after, and on a TPU a third more time.
+    """
+    H, W = rgb[0].shape[1:]
     down, along = (_blur_matrix(sigma, apply, size, radius) for size in (H, W))
-    # highest: else TPUs and new GPUs round pixels to 8 or 11 bits; this keeps float32, and the identity exact
-    x = jnp.einsum("nij,njr->nir", down, x.reshape(N, H, C * W), precision="highest")
-    x = jnp.einsum("nrl,nkl->nrk", x.reshape(N, H * C, W), along, precision="highest")
-    return jnp.clip(jnp.swapaxes(x.reshape(N, H, C, W), 2, 3), 0, 1)  # weights sum to 1 only up to rounding
+
+    def blur(x):
+        # highest: else TPUs and new GPUs round pixels to 8 or 11 bits; this keeps float32, and the identity exact
+        bands = [
+            jnp.einsum("nij,njl->nil", down[:, rows, near], x[:, near], precision="highest")
+            for rows, near in _bands(H, radius)
+        ]
+        x = jnp.einsum("nil,nkl->nik", jnp.concatenate(bands, axis=1), along, precision="highest")
+        return jnp.clip(x, 0, 1)  # weights sum to 1 only up to rounding
+
+    return tuple(map(blur, rgb))
+
+
+def _bands(size, radius):
+    """Parts of `size` rows, each with the rows that reach it, which fill a matrix unit: the rest of the matrix is zero."""
+    room = MATRIX_UNIT - 2 * radius
+    count = math.ceil(size / room) if size > MATRIX_UNIT and room >= MATRIX_UNIT // 2 else 1
+    edges = [size * part // count for part in range(count + 1)]
+    return [(slice(i, j), slice(max(0, i - radius), min(size, j + radius))) for i, j in itertools.pairwise(edges)]
 
 
 def _blur_matrix(sigma, apply, size, radius):
