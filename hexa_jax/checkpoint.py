@@ -24,7 +24,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
 
-from hexa_jax import lost_references, mirror, remote
+from hexa_jax import leaves, lost_references, mirror, remote
 from hexa_jax.manifest import MANIFEST, CheckpointError, may_pass, one_line, read_manifest, verify, write_manifest
 
 PATIENCE = 3  # failures in a row that a run outlives, if their reason may pass
@@ -88,9 +88,9 @@ class Checkpoints:
         """
         self._settle()
         step = int(step)
-        leaves = _named_leaves(tree)
-        specs = {name: _spec(leaf) for name, leaf in leaves.items()}
-        manifest = json.loads(json.dumps({"step": step, "metadata": metadata or {}, "leaves": specs}))  # a copy
+        named = leaves.named(tree)
+        manifest = {"step": step, "metadata": metadata or {}, "leaves": leaves.specs(named)}
+        manifest = json.loads(json.dumps(manifest))  # a copy
         taken = [*self._folders(), *filter(None, [self._failed_folder])]  # a save given up on may still write there
         attempts = [folder.attempt for folder in taken if folder.step == step]
         attempt, _ = _from_first_process(max(attempts, default=-1) + 1, 0)
@@ -105,7 +105,7 @@ class Checkpoints:
             self.directory.mkdir(parents=True, exist_ok=True)
             with context:
                 # Orbax refuses arrays without elements, and trees without arrays.
-                arrays = {name: leaf for name, leaf in leaves.items() if leaf.size}
+                arrays = {name: leaf for name, leaf in named.items() if leaf.size}
                 response = ocp.save_async(folder.path, arrays or {"(none)": np.zeros(1)})
         except Exception as error:
             failed = self._failed(folder, error)
@@ -287,65 +287,18 @@ def _from_first_process(*values: int) -> tuple[int, ...]:
     return values
 
 
-def _named_leaves(tree: Any) -> dict[str, Any]:
-    """Leaves by path, such as `params/conv1/kernel`; numbers become NumPy arrays."""
-    leaves: dict[str, Any] = {}
-    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-        name = jax.tree_util.keystr(path, simple=True, separator="/") or "."
-        if name in leaves:
-            raise CheckpointError(f"two leaves of the state are called {name}")
-        leaves[name] = leaf if isinstance(leaf, jax.Array | jax.ShapeDtypeStruct) else np.asarray(leaf)
-        if jax.dtypes.issubdtype(leaves[name].dtype, jax.dtypes.extended):
-            raise CheckpointError(f"{name} is a typed key, which no checkpoint can hold; store its key_data instead")
-    return leaves
-
-
-def _spec(leaf: Any) -> dict:
-    return {"shape": list(leaf.shape), "dtype": str(leaf.dtype)}
-
-
-def _check_same(path: Any, saved: dict[str, dict], wanted: dict[str, dict]) -> None:
-    """CheckpointError that names the first differences between two sets of leaves."""
-
-    def text(spec: dict) -> str:
-        return f"shape {tuple(spec['shape'])} {spec['dtype']}"
-
-    changed = [name for name in wanted if name in saved and wanted[name] != saved[name]]
-    found = [f"the checkpoint holds {k} of {text(saved[k])}, this model wants {text(wanted[k])}" for k in changed]
-    found += [f"the checkpoint lacks {name}, which this model wants" for name in wanted if name not in saved]
-    found += [f"the checkpoint holds {name}, which this model lacks" for name in saved if name not in wanted]
-    if found:
-        more = f"; and {len(found) - 3} more differences" if len(found) > 3 else ""
-        raise CheckpointError(f"{path} is of another architecture or method: {'; '.join(found[:3])}{more}")
-
-
 def _load(path: Any, like: Any, partial: bool = False) -> tuple[int, Any, dict]:
     """Reads a verified checkpoint, or those of its leaves that `like` has, into the structure and shardings of `like`."""
     manifest = read_manifest(path)
-    wanted = _named_leaves(like)
+    wanted = leaves.named(like)
     saved = {name: spec for name, spec in manifest["leaves"].items() if name in wanted or not partial}
-    _check_same(path, saved, {name: _spec(leaf) for name, leaf in wanted.items()})
-    one_device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    specs: dict[str, Any] = {}
-    for name, leaf in wanted.items():
-        # Orbax makes arrays in a thread that `with jax.enable_x64()` does not reach: it would round 64 bits to 32.
-        if isinstance(leaf, np.ndarray) or leaf.dtype.itemsize > 4:
-            specs[name] = np.broadcast_to(np.zeros((), leaf.dtype), leaf.shape)  # takes no memory
-        else:
-            specs[name] = jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding or one_device)
-    stored = {name: spec for name, spec in specs.items() if spec.size}
+    leaves.check_same(path, saved, leaves.specs(wanted))
+    targets = leaves.targets(wanted)
     try:
         context = ocp.Context()
         context.pytree.loading.partial_load = partial
         with context:
-            arrays = ocp.load(path, stored) if stored else {}
+            arrays = ocp.load(path, targets) if targets else {}
     except Exception as error:
         raise CheckpointError(f"{path}: cannot be read: {one_line(error)}") from error
-    originals, treedef = jax.tree.flatten(like)
-    leaves = []
-    for original, (name, leaf) in zip(originals, wanted.items(), strict=True):
-        array = arrays[name] if leaf.size else np.zeros(leaf.shape, leaf.dtype)
-        if not isinstance(leaf, np.ndarray) and isinstance(array, np.ndarray):
-            array = jax.make_array_from_callback(leaf.shape, leaf.sharding or one_device, array.__getitem__)
-        leaves.append(type(original)(array.item()) if isinstance(original, bool | int | float | complex) else array)
-    return manifest["step"], jax.tree.unflatten(treedef, leaves), manifest["metadata"]
+    return manifest["step"], leaves.placed(like, arrays), manifest["metadata"]

@@ -23,6 +23,7 @@ LEVELS = {
     "progress": 0,
     "stops": 0,
     "checkpoint": 2,
+    "leaves": 1,
     "manifest": 0,
     "lost_references": 0,
     "draws": 0,
