@@ -42,6 +42,14 @@ def test_each_leak_is_found_and_nothing_else(slopes, wrong):
         assert float(row.split()[-1]) == pytest.approx(per_hour * slopes.get(name, 0), abs=0.01)
 
 
+@pytest.mark.parametrize("leak, wrong", [(0.0, []), (0.15, ["threads grew from"])])
+def test_saves_in_flight_hold_threads_that_are_no_leak(leak, wrong):
+    many = samples(80, threads=leak)
+    for i, sample in enumerate(many):  # at first two samples of five meet a save, at the end three
+        sample["threads"] += 10 * (i % 5 < (2 if i < 40 else 3))
+    assert [line[:17] for line in soak.judge(many, growth=0.05)[1]] == wrong
+
+
 def test_the_warm_up_does_not_count():
     start = [sample | {"epoch": 0, "memory": 1.0, "compiled": i} for i, sample in enumerate(samples(13))]
     assert soak.judge(start + samples(), growth=0.05)[1] == []
