@@ -118,9 +118,10 @@ def case_of(config: ConfigDict, views: dict[str, Any]) -> Case:
         attack_branch=view_settings.attack_branch,
         cutmix_alpha=view_settings.cutmix_alpha,
         cutmix_beta=view_settings.cutmix_beta,
-        learning_rate=config.optimizer.learning_rate,
+        # The same step as with gradients that are divided.
+        learning_rate=config.optimizer.learning_rate / view_settings.divisor,
         momentum=config.optimizer.momentum,
-        weight_decay=config.optimizer.weight_decay,
+        weight_decay=config.optimizer.weight_decay * view_settings.divisor,
         **of_method,
     )
 

@@ -211,6 +211,7 @@ def make_views(config: ConfigDict) -> ViewSettings:
         alpha1=alpha1,
         alpha2=alpha2,
         alpha3=alpha3,
+        average=v.average,
         epsilon=v.epsilon / 255,
         step_size=v.step_size / 255,
         steps=v.steps,

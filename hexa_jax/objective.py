@@ -47,6 +47,7 @@ class ViewSettings:
     alpha1: float = 0.0
     alpha2: float = 0.0
     alpha3: float = 0.0
+    average: bool = False  # whether the step divides equation 10 by the sum of its weights
     epsilon: float = 1 / 255
     step_size: float = 1 / 255
     steps: int = 1
@@ -78,6 +79,11 @@ class ViewSettings:
         """Weight of each training pass, in order; equation 10."""
         weights = {CLEAN: 1.0, ADVERSARIAL: self.alpha1, CUTMIX: self.alpha2, CUTMIX_ADVERSARIAL: self.alpha3}
         return {name: weight for name, weight in weights.items() if weight}
+
+    @property
+    def divisor(self) -> float:
+        """What the step divides equation 10 and its gradients by."""
+        return sum(self.weights.values()) if self.average else 1.0
 
 
 def norm_branch(view: str) -> str:

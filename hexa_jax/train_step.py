@@ -117,7 +117,8 @@ class Trainer:
         """One optimiser step on leaves [M, n, ...]; returns the new state and scalar metrics."""
         method = self.objective.method
         targets, result = self._gradients(state, batch, data)
-        grads = result.params
+        views = self.objective.views
+        grads = jax.tree.map(lambda g: g / views.divisor, result.params)
         if "method" in grads:
             grads = grads | {"method": method.freeze(grads["method"], state.step)}
         updates, opt_state = self.optimizer.update(grads, state.opt_state, state.params)
@@ -133,7 +134,7 @@ class Trainer:
             method=method.update(state.method, params, batch, result.outputs, targets),
         )
         metrics = {f"loss_{view}": loss for view, loss in result.losses.items()}
-        metrics["loss"] = sum(self.objective.views.weights[view] * loss for view, loss in result.losses.items())
+        metrics["loss"] = sum(views.weights[view] * loss for view, loss in result.losses.items()) / views.divisor
         metrics["embedding_std"] = embedding_std(result.outputs)
         metrics["gradient_norm"] = optax.tree.norm(grads)
         metrics["parameter_norm"] = optax.tree.norm(params)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from ml_collections import ConfigDict
-from small import SmallRun, small_config
+from small import SmallRun, largest_difference, small_config
 
 from hexa_jax.build import make_schedule, make_trainer
 from hexa_jax.objective import PICTURES
@@ -205,6 +205,21 @@ def test_every_method_takes_a_step_in_every_family_of_schemes(method, scheme):
     run = SmallRun(small_config(method, scheme=scheme, precision="float32"))
     state = run.train(1)
     assert np.isfinite(run.losses).all() and state.step == 1
+
+
+def test_an_averaged_objective_is_the_sum_at_a_smaller_learning_rate(x64):
+    settings = {"scheme": "std+adv", "views.alpha1": 3.0, "views.attack_branch": "main"}
+    averaged = SmallRun(small_config("rotation", **settings, **{"views.average": True}))
+    config = small_config("rotation", **settings)
+    config.optimizer.learning_rate, config.optimizer.weight_decay = (
+        config.optimizer.learning_rate / 4,
+        config.optimizer.weight_decay * 4,
+    )
+    summed = SmallRun(config)
+    start = jax.device_get(averaged.state.params)
+    end = averaged.train(2).params
+    assert largest_difference(end, summed.train(2).params) < 1e-9 < 1e-3 < largest_difference(end, start)
+    np.testing.assert_allclose(4 * np.array(averaged.losses), summed.losses, rtol=1e-9)
 
 
 def test_schedules_of_the_two_families():

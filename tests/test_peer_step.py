@@ -37,9 +37,16 @@ CASES = {
         "moco",
         {"model.stem": "imagenet", "data.crop_size": (32,), "views.alpha2": 0.7, "optimizer.weight_decay": 0.01},
     ),
-    "moco, two attack steps through the main set": (
+    "moco, two attack steps through the main set, averaged": (
         "moco",
-        {"views.attack_branch": "main", "views.steps": 2, "views.alpha1": 0.6, "views.alpha2": 0.0},
+        {
+            "views.attack_branch": "main",
+            "views.steps": 2,
+            "views.alpha1": 0.6,
+            "views.alpha2": 0.0,
+            "views.average": True,
+            "optimizer.weight_decay": 0.01,
+        },
     ),
     "deepcluster, two sizes, all views": ("deepcluster", TWO_SIZES),
     "deepcluster, plain, bottleneck": (
