@@ -37,7 +37,7 @@ if [ -n "$tiny" ]; then
   step=(--variants=plain,auxiliary,main,cutmix --repeats=1 --turn-seconds=0.05)
   claim=(--preset=tiny --methods=moco --seeds=0,1 --config.data.shapes_count=64)
   reference=(--config.data.source=shapes:train --config.data.eval_source=shapes:test --config.data.shapes_count=64
-    --config.data.shapes_size=32 --config.epochs=1 --config.batch_size=16 --config.shuffle_block=16
+    --config.data.shapes_size=32 --config.epochs=1 --config.batch_size=16 --config.bn_group_size=16 --config.shuffle_block=16
     --config.moco.queue_size=64 --config.model.base_channels=4)
   kmeans=(--points=2000 --dim=16 --heads=3 --clusters=20 --iterations=2 --repeats=1 --no-faiss)
 fi
