@@ -211,7 +211,7 @@ def make_views(config: ConfigDict) -> ViewSettings:
         alpha1=alpha1,
         alpha2=alpha2,
         alpha3=alpha3,
-        average=v.average,
+        average=v.get("average", False),  # runs of before it was there
         epsilon=v.epsilon / 255,
         step_size=v.step_size / 255,
         steps=v.steps,

@@ -158,7 +158,7 @@ def _check_same(workdir: pathlib.Path, before: dict, now: dict, extend: bool) ->
     differ = []
     for name in sorted(before.keys() | now.keys()):
         old, new = before.get(name), now.get(name)
-        if name.startswith("runtime.") or old == new:
+        if name.startswith("runtime.") or old == new or (name not in before and new is False):  # a switch since added
             continue
         if name == "epochs" and extend and isinstance(old, int) and isinstance(new, int) and new > old:
             logging.warning("extending from %d to %d epochs: the learning rate's cosine changes with it", old, new)

@@ -13,6 +13,7 @@ import pytest
 
 import configs.common
 from hexa_jax import workdir
+from hexa_jax.build import make_views
 from hexa_jax.workdir import Metrics, WorkdirError, abandon, closest, flatten, held, open_workdir, write_json
 
 
@@ -62,6 +63,17 @@ def test_keys_that_one_side_lacks_are_named(tmp_path, config):
         del config.moco.momentum
     message = refused(tmp_path, config)
     assert "novel was None, is 3" in message and "moco.momentum was 0.999, is None" in message
+
+
+def test_a_switch_that_an_older_run_did_not_know_counts_as_off(tmp_path, config):
+    older = configs.common.get_config()
+    with older.unlocked():
+        del older.views.average
+    open_workdir(str(tmp_path), older)
+    assert open_workdir(str(tmp_path), config) == tmp_path
+    config.views.average = True
+    assert "views.average was None, is True" in refused(tmp_path, config)
+    assert not make_views(older).average and make_views(config).average
 
 
 def test_runtime_settings_may_differ(tmp_path, config):
