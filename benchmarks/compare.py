@@ -15,14 +15,18 @@ import sys
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from benchmarks.hardware import add_rows, peak_of, surroundings
 from benchmarks.ours import VARIANTS, num_examples
 from benchmarks.peers.case import Case
 from benchmarks.turns import ROOT, Refusal, Worker, WorkerError, alternate, one_after_the_other, ratio
-from hexa_jax.build import ConfigError, make_method, make_network, make_resolutions, make_views
+from hexa_jax.build import ConfigError, make_method, make_network, make_resolutions, make_scheme
 from hexa_jax.command import parse_command
+from hexa_jax.views import HardView
+from hexa_jax.views.base import LABEL
+from hexa_jax.views.cutmix import CutMix
 
 # Config file below configs/, and settings.
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -61,8 +65,15 @@ def in_common(config: ConfigDict, augment: bool) -> dict[str, Any]:
     """What both sides need: one device, BatchNorm groups and blocks as large as the batch, SGD, crops from the host."""
     whole = dict.fromkeys(("bn_group_size", "cutmix_block", "shuffle_block"), config.batch_size)
     changes = whole | {"optimizer.name": "sgd", "data.on_device": False, "scheme": ""}
+    changes["views.average"] = False  # the peer does not divide
     changes |= {"runtime.microbatches": 1, "runtime.num_devices": 1}
     return changes if augment else changes | NO_AUGMENTATION
+
+
+def plain_view(view: HardView) -> HardView:
+    """The view without a schedule, replacement, other targets or shared boxes."""
+    plain = {"start_epoch": 0.0, "ramp_epochs": 0.0, "replace": 0.0, "target": LABEL}
+    return dataclasses.replace(view, **plain | ({"one_box": False} if isinstance(view, CutMix) else {}))
 
 
 def case_of(config: ConfigDict, views: dict[str, Any]) -> Case:
@@ -72,16 +83,23 @@ def case_of(config: ConfigDict, views: dict[str, Any]) -> Case:
         ConfigError: the peer does not do this.
     """
     config = config.copy_and_resolve_references()
-    config.views.update(views)
-    method, view_settings = make_method(config), make_views(config)
+    config.views.update_from_flattened_dict(views)
+    method, scheme = make_method(config), make_scheme(config)
     if config.method not in ("moco", "deepcluster"):
         raise ConfigError(f"config.method={config.method!r} has no peer: use moco or deepcluster")
     if config.precision not in ("bfloat16", "float32"):
         raise ConfigError(f"config.precision={config.precision!r} has no peer: use bfloat16 or float32")
-    plain = {"norm": "linf", "random_start": False, "one_box": False, "alpha3": 0.0}
+    settings = config.views
+    known = {"adversarial", "cutmix"}
+    if unknown := [view.name for view in scheme.views if view.name not in known or view != plain_view(view)]:
+        raise ConfigError(
+            f"the peer knows adversarial and cut-mixed views added from the first step on, not {unknown[0]}"
+        )
+    plain = {"norm": "linf", "random_start": False, "max_increase": 0.0}
     for name, value in plain.items():
-        if (found := getattr(view_settings, name)) != value:
+        if (found := settings[name]) != value:
             raise ConfigError(f"the peer knows no views.{name}={found!r}, only {value!r}")
+    weights = scheme.weights(jnp.int32(0))
     network, crops = make_network(config, method), make_resolutions(config, method.key_crops)
     assert network.head is not None
     of_method: dict[str, Any] = (
@@ -110,18 +128,17 @@ def case_of(config: ConfigDict, views: dict[str, Any]) -> Case:
         pixel_mean=network.pixel_mean,
         pixel_std=network.pixel_std,
         temperature=config[config.method].temperature,
-        alpha1=view_settings.alpha1,
-        alpha2=view_settings.alpha2,
-        epsilon=view_settings.epsilon,
-        step_size=view_settings.step_size,
-        steps=view_settings.steps,
-        attack_branch=view_settings.attack_branch,
-        cutmix_alpha=view_settings.cutmix_alpha,
-        cutmix_beta=view_settings.cutmix_beta,
-        # The same step as with gradients that are divided.
-        learning_rate=config.optimizer.learning_rate / view_settings.divisor,
+        alpha1=float(weights.get("adversarial", 0.0)),
+        alpha2=float(weights.get("cutmix", 0.0)),
+        epsilon=scheme.attack.epsilon,
+        step_size=scheme.attack.step_size,
+        steps=scheme.attack.steps,
+        attack_norm=scheme.attack.norm_set,
+        cutmix_alpha=settings.cutmix.alpha,
+        cutmix_beta=settings.cutmix.beta,
+        learning_rate=config.optimizer.learning_rate,
         momentum=config.optimizer.momentum,
-        weight_decay=config.optimizer.weight_decay * view_settings.divisor,
+        weight_decay=config.optimizer.weight_decay,
         **of_method,
     )
 

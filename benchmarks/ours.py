@@ -14,15 +14,29 @@ from benchmarks.turns import Refusal, serve
 from hexa_jax.build import ConfigError, make_trainer
 from hexa_jax.command import parse_command
 from hexa_jax.methods.base import Batch
-from hexa_jax.train_step import Trainer
+from hexa_jax.training.step import Trainer
 
 VARIANTS: dict[str, dict[str, Any]] = {
-    "plain": {"alpha1": 0.0, "alpha2": 0.0},
-    "adversarial, auxiliary": {"alpha1": 1.0, "alpha2": 0.0, "attack_branch": "auxiliary"},
-    "adversarial, main, separate": {"alpha1": 1.0, "alpha2": 0.0, "attack_branch": "main", "share_gradient": False},
-    "adversarial, main, shared": {"alpha1": 1.0, "alpha2": 0.0, "attack_branch": "main", "share_gradient": True},
-    "cut-mixed": {"alpha1": 0.0, "alpha2": 1.0},
-    "adversarial (auxiliary) + cut-mixed": {"alpha1": 1.0, "alpha2": 1.0, "attack_branch": "auxiliary"},
+    "plain": {"adversarial.weight": 0.0, "cutmix.weight": 0.0},
+    "adversarial, auxiliary": {"adversarial.weight": 1.0, "cutmix.weight": 0.0, "attack_norm": "adversarial"},
+    "adversarial, main, separate": {
+        "adversarial.weight": 1.0,
+        "cutmix.weight": 0.0,
+        "attack_norm": "clean",
+        "share_gradient": False,
+    },
+    "adversarial, main, shared": {
+        "adversarial.weight": 1.0,
+        "cutmix.weight": 0.0,
+        "attack_norm": "clean",
+        "share_gradient": True,
+    },
+    "cut-mixed": {"adversarial.weight": 0.0, "cutmix.weight": 1.0},
+    "adversarial (auxiliary) + cut-mixed": {
+        "adversarial.weight": 1.0,
+        "cutmix.weight": 1.0,
+        "attack_norm": "adversarial",
+    },
 }
 
 
@@ -64,7 +78,7 @@ class Variant:
 
     def __init__(self, config: ConfigDict, views: dict[str, Any]):
         config = config.copy_and_resolve_references()
-        config.views.update(views)
+        config.views.update_from_flattened_dict(views)
         config.scheme = ""  # it would have the last word on the weights
         self.trainer = make_trainer(config, num_examples(config))
         with jax.set_mesh(self.trainer.mesh):

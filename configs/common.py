@@ -14,8 +14,9 @@ def get_config() -> ml_collections.ConfigDict:
     config = ml_collections.ConfigDict()
     config.task = "pretrain"  # what to do; evaluations have configs of their own in configs/eval/
     config.method = "moco"  # moco, simclr, deepcluster, swav or rotation
-    # Which terms of equation 10 there are, by the names of Fig. 2: std, std+adv, std+cmx, std+adv+cmx, std+adv+cmxA, all.
-    # Terms whose weight is 0 below then count 1. Empty: the weights alone decide.
+    # Which terms equation 10 has, as a sum of std, adv, cmx, cmxA (cut-mixed adversarial), mixup, extra, noise, hard_crop;
+    # Fig. 2 has std, std+adv, std+cmx, std+adv+cmx, std+adv+cmxA and all (std+adv+cmx+cmxA). Views named here whose weight
+    # is 0 below count 1, others not at all. Empty: the weights alone decide.
     config.scheme = ""
     config.seed = 0
     # bfloat16 (compute only; parameters and statistics stay float32), float32 (accelerators may still round the factors of
@@ -61,21 +62,46 @@ def get_config() -> ml_collections.ConfigDict:
     swav.queue_start_epoch = 0  # from 0
     swav.freeze_steps = 0  # steps in which the prototypes stay as they are
 
+    config.rotation = ml_collections.ConfigDict()  # no settings
+
     config.views = views = ml_collections.ConfigDict()
-    views.alpha1 = 0.0  # weight of the adversarial loss (equation 10)
-    views.alpha2 = 0.0  # weight of the cut-mixed loss
-    views.alpha3 = 0.0  # weight of the loss of cut-mixed adversarial views (Fig. 2's "CmxA")
     views.average = False  # divide equation 10 by the sum of its weights: steps as long as the plain method's
-    views.epsilon = 1.0  # radius of the attack, in grey levels of 255
+    # The attack, which adversarial views, cut-mixed adversarial views and noise share.
+    views.epsilon = (
+        1.0  # radius, in grey levels of 255 (the paper gives no unit; docs/method.md: the second reading is 0.45)
+    )
     views.step_size = 1.0  # eta of equation 6, in grey levels
     views.steps = 1
     views.norm = "linf"  # linf or l2
     views.random_start = False
-    views.attack_branch = "auxiliary"  # BatchNorm set used while making the attack: auxiliary or main
-    views.share_gradient = True  # with main: take the attack's first gradient from the clean backward pass
-    views.cutmix_alpha = 5.0
-    views.cutmix_beta = 3.0
-    views.cutmix_one_box = False  # one box for the whole batch instead of one per crop
+    views.attack_norm = "adversarial"  # BatchNorm set used while making the attack: adversarial or clean
+    views.share_gradient = True  # with clean: take the attack's first gradient from the clean backward pass
+    views.max_increase = (
+        0.0  # t of the adaptive radius min(epsilon, t / |gradient|_1), in units of the loss; 0: epsilon
+    )
+
+    def hard_view(**own: Any) -> ml_collections.ConfigDict:
+        """A view's settings: those that all have, and its own."""
+        return ml_collections.ConfigDict(
+            dict(
+                weight=0.0,  # alpha of equation 10; 0: none
+                start_epoch=0.0,  # epoch (from 0) from which on the view counts
+                ramp_epochs=0.0,  # epochs over which its weight then grows linearly; 0: at once
+                replace=0.0,  # share of the rows whose clean view it takes the place of; 0: it is added to all rows
+                target="label",  # label, or own_crop: predict the clean crop's own embedding (moco, simclr)
+                **own,
+            )
+        )
+
+    views.adversarial = hard_view()
+    views.cutmix = hard_view(
+        alpha=5.0, beta=3.0, one_box=False
+    )  # lambda ~ Beta(alpha, beta); one_box: for a whole batch
+    views.cutmix_adversarial = hard_view(alpha=5.0, beta=3.0, one_box=False)  # Fig. 2's "CmxA"
+    views.mixup = hard_view(probability=1.0, alpha=1.0, beta=1.0)  # probability that an image is blended at all
+    views.extra = hard_view()  # a second clean view: the control of equal passes
+    views.noise = hard_view()  # random signs of the attack's size: the control of the attack
+    views.hard_crop = hard_view(candidates=2)  # of so many new crops the one with the highest loss
 
     config.optimizer = optimizer = ml_collections.ConfigDict()
     optimizer.name = "sgd"  # sgd, larc, lars or adam
@@ -158,8 +184,8 @@ def get_config() -> ml_collections.ConfigDict:
 def hard_examples(
     config: ml_collections.ConfigDict, alpha1: float = 1.0, alpha2: float = 0.0
 ) -> ml_collections.ConfigDict:
-    """Turn a plain recipe into HEXA: the weights of equation 10, everything else as it is."""
-    config.views.alpha1, config.views.alpha2 = alpha1, alpha2
+    """Turn a plain recipe into HEXA: the paper's weights of adversarial and cut-mixed views, everything else as it is."""
+    config.views.adversarial.weight, config.views.cutmix.weight = alpha1, alpha2
     return config
 
 

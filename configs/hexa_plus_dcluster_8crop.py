@@ -13,5 +13,5 @@ from configs import hexa_dcluster_8crop
 def get_config(text=None):
     """The recipe."""
     config = hexa_dcluster_8crop.get_config(text)
-    config.views.alpha2 = 1.0
+    config.views.cutmix.weight = 1.0
     return config

@@ -26,7 +26,7 @@ def get_config(text=None):
     config.model.head_batch_norm = True
     config.deepcluster.num_clusters = 100
     common.hard_examples(config)
-    config.views.attack_branch = "main"
+    config.views.attack_norm = "clean"
     config.optimizer.learning_rate = 0.12
     config.optimizer.schedule = "cosine"
     config.data.source = "shapes:train"

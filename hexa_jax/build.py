@@ -15,17 +15,18 @@ from hexa_jax.data.source import Source
 from hexa_jax.data.sources import make_source
 from hexa_jax.data.subset import Subset, spread
 from hexa_jax.mesh import Layout, make_mesh
-from hexa_jax.methods.base import Method, Spec
-from hexa_jax.methods.deepcluster import DeepCluster
-from hexa_jax.methods.moco import MoCo
-from hexa_jax.methods.rotation import Rotation
-from hexa_jax.methods.simclr import SimCLR
-from hexa_jax.methods.swav import SwAV
+from hexa_jax.methods import METHODS
+from hexa_jax.methods.base import LabelsFromOutputs, Method, Spec
 from hexa_jax.models.heads import Network, ProjectionHead
+from hexa_jax.models.norm import ADVERSARIAL, CLEAN
 from hexa_jax.models.resnet import make_resnet
-from hexa_jax.objective import Objective, ViewSettings
 from hexa_jax.remote import is_remote
-from hexa_jax.train_step import Trainer
+from hexa_jax.training.objective import Objective
+from hexa_jax.training.objective_from_outputs import ObjectiveFromOutputs
+from hexa_jax.training.step import Trainer
+from hexa_jax.views import VIEWS, Attack
+from hexa_jax.views.base import OWN_CROP
+from hexa_jax.views.scheme import Scheme
 
 
 class ConfigError(ValueError):
@@ -68,41 +69,19 @@ def open_training_source(config: ConfigDict) -> Source:
 
 
 def make_method(config: ConfigDict) -> Method:
-    """The method that `config.method` names."""
-
-    def moco() -> Method:
-        c = config.moco
-        return MoCo(c.queue_size, c.momentum, c.temperature)
-
-    def simclr() -> Method:
-        return SimCLR(config.simclr.temperature)
-
-    def deepcluster() -> Method:
-        c = config.deepcluster
-        return DeepCluster(c.num_clusters, c.num_heads, c.assign_crops, c.iterations, c.temperature)
-
-    def swav() -> Method:
-        c = config.swav
-        return SwAV(
-            num_prototypes=c.num_prototypes,
-            assign_crops=c.assign_crops,
-            temperature=c.temperature,
-            epsilon=c.epsilon,
-            iterations=c.iterations,
-            queue_length=c.queue_length,
-            queue_start_epoch=c.queue_start_epoch,
-            freeze_steps=c.freeze_steps,
-        )
-
-    methods = {"moco": moco, "simclr": simclr, "deepcluster": deepcluster, "swav": swav, "rotation": Rotation}
-    return choose("method", config.method, methods)()
+    """The method that `config.method` names, with the settings of the block of its name."""
+    method = choose("method", config.method, METHODS)
+    try:
+        return method(**(config[config.method] if config.method in config else {}))
+    except (ValueError, TypeError) as error:
+        raise ConfigError(f"config.{config.method}: {error}") from None
 
 
 def make_network(config: ConfigDict, method: Method) -> Network:
     """Backbone, and head if the method wants one; the adversarial BatchNorm set exists only where the objective uses it."""
     compute_dtype, _ = choose("precision", config.precision, PRECISIONS)
     model = config.model
-    auxiliary = make_views(config).attacks
+    auxiliary = make_scheme(config).auxiliary_norm
     backbone = make_resnet(
         model.backbone,
         model.base_channels,
@@ -116,7 +95,7 @@ def make_network(config: ConfigDict, method: Method) -> Network:
         return Network(backbone, None, *pixels, normalize=False)
     hidden = model.head_hidden or backbone.feature_dim
     head = ProjectionHead(hidden, model.head_dim, model.head_batch_norm, compute_dtype, auxiliary)
-    return Network(backbone, head, *pixels)
+    return Network(backbone, head, *pixels, predictor=method.make_predictor(model.head_dim, compute_dtype, auxiliary))
 
 
 def make_resolutions(config: ConfigDict, key_crops: int) -> tuple[Resolution, ...]:
@@ -195,54 +174,57 @@ def make_optimizer(config: ConfigDict, steps_per_epoch: int) -> optax.GradientTr
     return choose("optimizer.name", o.name, makers)()
 
 
-def make_views(config: ConfigDict) -> ViewSettings:
-    """Equation 10's settings, grey levels turned into pixels of [0, 1]."""
-    v, weights = config.views, _view_weights(config)
-    for name, value, known in (
-        ("norm", v.norm, ("linf", "l2")),
-        ("attack_branch", v.attack_branch, ("auxiliary", "main")),
-    ):
-        if value not in known:
-            raise ConfigError(f"config.views.{name}={value!r} is not known: use one of {', '.join(known)}")
-    if v.steps < 1 or v.epsilon <= 0 or v.step_size <= 0 or min(weights) < 0:
-        raise ConfigError("views.steps, epsilon and step_size must be positive, alpha1 to alpha3 not negative")
-    alpha1, alpha2, alpha3 = weights
-    return ViewSettings(
-        alpha1=alpha1,
-        alpha2=alpha2,
-        alpha3=alpha3,
-        average=v.get("average", False),  # runs of before it was there
-        epsilon=v.epsilon / 255,
-        step_size=v.step_size / 255,
-        steps=v.steps,
-        norm=v.norm,
-        random_start=v.random_start,
-        attack_branch=v.attack_branch,
-        share_gradient=v.share_gradient,
-        cutmix_alpha=v.cutmix_alpha,
-        cutmix_beta=v.cutmix_beta,
-        one_box=v.cutmix_one_box,
-    )
+def make_scheme(config: ConfigDict, steps_per_epoch: int = 1) -> Scheme:
+    """Equation 10's terms and the attack, grey levels turned into pixels of [0, 1]."""
+    v = config.views
+    norm_set = choose("views.attack_norm", v.attack_norm, {name: name for name in (CLEAN, ADVERSARIAL)})
+    choose("views.norm", v.norm, dict.fromkeys(("linf", "l2")))
+    try:
+        attack = Attack(
+            epsilon=v.epsilon / 255,
+            step_size=v.step_size / 255,
+            steps=v.steps,
+            norm=v.norm,
+            random_start=v.random_start,
+            norm_set=norm_set,
+            share_gradient=v.share_gradient,
+            max_increase=v.max_increase,
+        )
+        named = scheme_views(config.scheme)
+        views = []
+        for name, view in VIEWS.items():
+            settings = dict(v[name]) if name in v else {}
+            if named is not None:  # the scheme says which, the weight how much
+                settings["weight"] = (settings.get("weight") or 1.0) if name in named else 0.0
+            if settings.get("weight"):
+                views.append(view(**settings))
+            else:
+                view(**settings)  # a mistake in a view that is not used is a mistake all the same
+        return Scheme(tuple(views), attack, v.average, steps_per_epoch)
+    except ConfigError:
+        raise
+    except (ValueError, TypeError) as error:
+        raise ConfigError(f"config.views: {error}") from None
 
 
-# Terms of equation 10 besides the clean one, by the scheme names of Fig. 2.
-SCHEMES = {
-    "std": (),
-    "std+adv": ("alpha1",),
-    "std+cmx": ("alpha2",),
-    "std+adv+cmx": ("alpha1", "alpha2"),
-    "std+adv+cmxA": ("alpha1", "alpha3"),
-    "all": ("alpha1", "alpha2", "alpha3"),
-}
+def scheme_views(scheme: str) -> set[str] | None:
+    """Names of the views in a sum such as "std+adv+cmx"; None for "", where the views' weights alone decide."""
+    if not scheme:
+        return None
+    if scheme == "all":  # of Fig. 2
+        scheme = "std+adv+cmx+cmxA"
+    known = {view.scheme_name: view.name for view in VIEWS.values()}
+    first, *names = scheme.split("+")
+    unknown = [name for name in names if name not in known] if first == "std" else [first]
+    if unknown or len(set(names)) < len(names):
+        raise ConfigError(
+            f"config.scheme={scheme!r} is not known: use all, or std with any of +{', +'.join(known)}, each once"
+        )
+    return {known[name] for name in names}
 
 
-def _view_weights(config: ConfigDict) -> tuple[float, ...]:
-    """alpha1 to alpha3. A scheme says which terms there are, the config's own weights (or 1) how much each counts."""
-    weights = {name: config.views[name] for name in ("alpha1", "alpha2", "alpha3")}
-    if config.scheme:
-        terms = choose("scheme", config.scheme, SCHEMES)
-        weights = {name: (weight or 1.0) if name in terms else 0.0 for name, weight in weights.items()}
-    return tuple(weights.values())
+# The schemes of Fig. 2.
+SCHEMES = ("std", "std+adv", "std+cmx", "std+adv+cmx", "std+adv+cmxA", "all")
 
 
 def make_devices(config: ConfigDict) -> list[jax.Device]:
@@ -281,13 +263,33 @@ def _check_ranges(config: ConfigDict) -> None:
         raise ConfigError(f"config.data.crop_size={tuple(config.data.crop_size)} must be positive")
 
 
-def make_trainer(config: ConfigDict, num_examples: int, devices: list[jax.Device] | None = None) -> Trainer:
+def _check_views(scheme: Scheme, method: Method, layout: Layout) -> None:
+    """Raises ConfigError, one line, where a view does not suit the method or the rows."""
+    for view in scheme.views:
+        if view.target == OWN_CROP and not method.pairs_own_crop:
+            able = ", ".join(name for name, other in METHODS.items() if other.pairs_own_crop)
+            raise ConfigError(f"views.{view.name}.target={OWN_CROP} is for methods with embeddings as labels: {able}")
+        rows = view.replace * layout.unit
+        if abs(rows - round(rows)) > 1e-9:
+            raise ConfigError(
+                f"views.{view.name}.replace={view.replace} is no whole number of every {layout.unit} rows (bn_group_size "
+                f"and cutmix_block decide): use a multiple of {1 / layout.unit:g}"
+            )
+
+
+def make_trainer(
+    config: ConfigDict,
+    num_examples: int,
+    devices: list[jax.Device] | None = None,
+    num_classes: int | None = None,
+) -> Trainer:
     """Everything a pre-training run computes with.
 
     Args:
         config: see configs/common.py.
         num_examples: size of the data set.
         devices: to run on; by default what the config says.
+        num_classes: of the data set, for methods that learn from labels; None without labels.
 
     Raises:
         ConfigError: sizes or names that cannot work, in one line.
@@ -298,13 +300,14 @@ def make_trainer(config: ConfigDict, num_examples: int, devices: list[jax.Device
     method = make_method(config)
     resolutions = make_resolutions(config, method.key_crops)
     devices = make_devices(config) if devices is None else devices
-    views = make_views(config)
+    steps_per_epoch = num_examples // config.batch_size
+    scheme = make_scheme(config, steps_per_epoch)
     layout = Layout(
         batch_size=config.batch_size,
         microbatches=config.runtime.microbatches,
         num_devices=len(devices),
         bn_group_size=config.bn_group_size,
-        cutmix_block=config.cutmix_block if views.alpha2 or views.alpha3 else 0,
+        cutmix_block=config.cutmix_block if scheme.mixes else 0,
         shuffle_block=config.shuffle_block if method.key_crops else 0,
     )
     _, param_dtype = choose("precision", config.precision, PRECISIONS)
@@ -312,18 +315,24 @@ def make_trainer(config: ConfigDict, num_examples: int, devices: list[jax.Device
         network, photometric = make_network(config, method), make_photometric(config)
         spec = Spec(
             batch_size=config.batch_size,
-            steps_per_epoch=num_examples // config.batch_size,
+            steps_per_epoch=steps_per_epoch,
             num_examples=num_examples,
             embedding_dim=config.model.head_dim if network.head else network.backbone.feature_dim,
             num_crops=tuple(resolution.count for resolution in resolutions),
+            total_steps=config.epochs * steps_per_epoch,
+            num_classes=num_classes,
         )
         method.check(spec)
         layout.check()
+        _check_views(scheme, method, layout)
     except ConfigError:
         raise
     except ValueError as error:
         raise ConfigError(str(error)) from None
     crops = DeviceCrops(resolutions, method.key_crops, photometric, param_dtype)
-    objective = Objective(network, method, views, layout, crops)
+    if isinstance(method, LabelsFromOutputs):
+        objective: Objective = ObjectiveFromOutputs(network, method, scheme, layout, crops)
+    else:
+        objective = Objective(network, method, scheme, layout, crops)
     optimizer = make_optimizer(config, spec.steps_per_epoch)
     return Trainer(objective, optimizer, spec, make_mesh(devices), param_dtype)

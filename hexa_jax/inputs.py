@@ -13,7 +13,7 @@ from hexa_jax.data.source import Source
 from hexa_jax.data.subset import labels_are_free
 from hexa_jax.mesh import local_rows
 from hexa_jax.methods.base import Batch
-from hexa_jax.train_step import Trainer
+from hexa_jax.training.step import Trainer
 
 
 @dataclasses.dataclass
@@ -58,6 +58,7 @@ class Input:
             num_steps=(1 + self.config.epochs) * spec.steps_per_epoch,
             max_failures=self._max_failures(self.config, self.source),
             bad=frozenset(self.bad_images.seen) if on_device else frozenset(),
+            crop_sets=objective.scheme.crop_sets,
         )
         elements = host_iterator(steps, start, runtime.workers, runtime.threads, runtime.prefetch)
         return device_batches(elements, self.trainer.mesh, objective.layout, self.bad_images, self.labels)

@@ -1,6 +1,7 @@
 """Devices, and how a batch is laid out on them: [M microbatches, rows, ...], rows split over the one mesh axis "data"."""
 
 import dataclasses
+import math
 
 import jax
 import numpy as np
@@ -42,6 +43,11 @@ class Layout:
     def rows(self) -> int:
         """Rows of one microbatch on one device."""
         return self.batch_size // (self.microbatches * self.num_devices)
+
+    @property
+    def unit(self) -> int:
+        """Consecutive rows of which views may replace a share: whole in each BatchNorm group and block of partners."""
+        return math.gcd(min(self.bn_group_size, self.rows), self.cutmix_block or self.rows)
 
     def check(self) -> None:
         """Raises ValueError, one line with numbers that work, if rows cannot be laid out."""

@@ -22,10 +22,10 @@ from hexa_jax.data.source import Source
 from hexa_jax.evals.online import Probe, make_probe
 from hexa_jax.inputs import Input
 from hexa_jax.methods.base import Batch
-from hexa_jax.objective import Shown
 from hexa_jax.progress import Clock, say
 from hexa_jax.stops import Diverged, Interruptible, Terminated
-from hexa_jax.train_step import Steps, Trainer, TrainState
+from hexa_jax.training.objective import Shown
+from hexa_jax.training.step import Steps, Trainer, TrainState
 from hexa_jax.workdir import Metrics, write_json
 
 COLLAPSED = 0.02  # embedding_std below this: all embeddings are nearly the same
@@ -41,7 +41,7 @@ def pretrain(config: ConfigDict, workdir: pathlib.Path) -> dict[str, Any]:
         Diverged: the loss became NaN or infinite; no checkpoint was overwritten.
     """
     source = open_training_source(config)
-    trainer = make_trainer(config, len(source))
+    trainer = make_trainer(config, len(source), num_classes=source.num_classes)
     with jax.set_mesh(trainer.mesh):
         return _Run(config, workdir, source, trainer).run()
 

@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 from hexa_jax.data.decode import decode, resize_center_crop
 from hexa_jax.data.source import Source
 from hexa_jax.data.subset import spread
-from hexa_jax.objective import Shown
+from hexa_jax.training.objective import Shown
 
 ROWS = [("raw pixels", "pixels_"), ("random initialisation", "random_"), ("pre-trained", "")]
 COLUMNS = [("kNN", "knn_accuracy"), ("linear probe", "linear_accuracy")]

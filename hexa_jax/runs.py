@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 from hexa_jax.build import make_trainer, open_training_source
 from hexa_jax.checkpoint import CheckpointError, Checkpoints
 from hexa_jax.data.source import Source
-from hexa_jax.train_step import Trainer, TrainState
+from hexa_jax.training.step import Trainer, TrainState
 
 
 class OpenedRun(NamedTuple):
@@ -34,7 +34,7 @@ def open_run(workdir: pathlib.Path) -> OpenedRun:
         raise CheckpointError(f"{workdir} is not the workdir of a run: it has no config.json")
     config = ConfigDict(json.loads(saved.read_text()), convert_dict=True)
     source = open_training_source(config)
-    trainer = make_trainer(config, len(source))
+    trainer = make_trainer(config, len(source), num_classes=source.num_classes)
     checkpoints = Checkpoints(workdir / "checkpoints")
     with jax.set_mesh(trainer.mesh):
         restored = checkpoints.restore_latest(trainer.state_shapes())

@@ -32,7 +32,7 @@ from jax.experimental import topologies
 from hexa_jax.build import ConfigError, make_trainer
 from hexa_jax.command import parse_command
 from hexa_jax.evals.features import make_extractor
-from hexa_jax.train_step import Trainer
+from hexa_jax.training.step import Trainer
 from hexa_jax.workdir import write_json
 from launch.program import CHIPS, Chip, describe, microbatches_that_fit, too_large
 
@@ -75,7 +75,7 @@ def compile_program(trainer: Trainer, program: str, hlo: pathlib.Path | None = N
                 size = trainer.objective.crops.resolutions[0].size
                 images = jax.ShapeDtypeStruct((EVALUATION_ROWS * trainer.mesh.size, size, size, 3), jnp.uint8)
                 extractor: Any = make_extractor(trainer.objective.network, trainer.mesh, jnp.bfloat16)
-                lowered = extractor.lower(state.params, state.batch_stats, images)
+                lowered = extractor.lower(state.params["network"], state.batch_stats, images)
             compiled = lowered.compile()
             if hlo is not None:
                 hlo.parent.mkdir(parents=True, exist_ok=True)

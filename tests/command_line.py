@@ -52,7 +52,7 @@ SMALL = {
     "runtime.checkpoint_every": 3,
 }
 DEEPCLUSTER = {**SMALL, "deepcluster.num_clusters": 8}
-MOCO = {**SMALL, "moco.queue_size": 32, "views.alpha2": 1.0}
+MOCO = {**SMALL, "moco.queue_size": 32, "views.cutmix.weight": 1.0}
 FILES = {"deepcluster": "quickstart.py", "moco": "hexa_moco.py"}
 TIMED = ("images_per_second", "input_wait")  # metrics that are of no two runs the same
 KINDS = {"deepcluster": DEEPCLUSTER, "moco": MOCO}

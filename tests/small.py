@@ -32,7 +32,7 @@ def small_config(method="deepcluster", **overrides):
     # Jitter changes brightness alone: the other operations are functions of the same draws, and each takes seconds to compile.
     config.augment.contrast = config.augment.saturation = config.augment.hue = 0.0
     config.augment.blur_probability = (0.0,)
-    config.views.alpha1 = config.views.alpha2 = 1.0
+    config.views.adversarial.weight = config.views.cutmix.weight = 1.0
     config.update_from_flattened_dict(overrides)
     return config
 
@@ -63,6 +63,7 @@ class SmallRun:
             seed=0,
             num_steps=100,
             max_failures=1,
+            crop_sets=objective.scheme.crop_sets,
         )
         labels = np.full(len(self.source), -1, np.int32)
         iterator = host_iterator(host, start, 0, 1, 1)

@@ -153,7 +153,7 @@ def test_arrays_on_the_device(tmp_path):
         "linear.at_end": True,
         "knn.every_epochs": 5,  # never on the way: the curve has its ends
         "epochs": 2,
-        "views.alpha1": 0.0,  # compiles faster
+        "views.adversarial.weight": 0.0,  # compiles faster
     }
     ended = run(arguments("deepcluster", tmp_path / "run", **overrides))
     assert ended.code == 0 and not ended.stderr, ended.stderr

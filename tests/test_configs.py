@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 from small import SmallRun, largest_difference, small_config
 
 from hexa_jax.build import make_schedule, make_trainer
-from hexa_jax.objective import PICTURES
+from hexa_jax.training.objective import PICTURES
 
 NAMES = sorted(path.stem for path in pathlib.Path("configs").glob("*.py") if path.stem not in ("common", "__init__"))
 IMAGENET = 1_281_167
@@ -132,13 +132,13 @@ def test_numbers_are_those_of_the_sources(name):
         own.get("temperature"),
         config.data.num_crops,
         config.data.crop_size,
-        config.views.alpha1,
-        config.views.alpha2,
+        config.views.adversarial.weight,
+        config.views.cutmix.weight,
         own.get("momentum") or own.get("num_clusters") or own.get("num_prototypes"),
     )
     assert row == TABLE[name]
     assert (config.views.epsilon, config.views.step_size, config.views.steps, config.views.norm) == (1, 1, 1, "linf")
-    assert (config.views.cutmix_alpha, config.views.cutmix_beta) == (5, 3)
+    assert (config.views.cutmix.alpha, config.views.cutmix.beta) == (5, 3)
     assert config.model.backbone == "resnet50" and config.model.head_dim == 128
     assert config.bn_group_size == {"moco": 32, "rotation": 32, "simclr": config.batch_size}.get(
         config.method, min(512, config.batch_size)
@@ -191,9 +191,9 @@ SCHEMES = {
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_schemes_choose_the_terms_of_the_objective(scheme):
     config = load("hexa_moco")
-    config.views.alpha1 = 0.5  # kept where the scheme has the term
+    config.views.adversarial.weight = 0.5  # kept where the scheme has the term
     config.scheme = scheme
-    weights = make_trainer(config, IMAGENET, jax.devices()[:1]).objective.views.weights
+    weights = make_trainer(config, IMAGENET, jax.devices()[:1]).objective.scheme.weights(0)
     assert list(weights) == SCHEMES[scheme]
     assert weights.get("adversarial", 0.5) == 0.5
     assert weights.get("cutmix", 1) == weights.get("cutmix_adversarial", 1) == 1
@@ -208,7 +208,7 @@ def test_every_method_takes_a_step_in_every_family_of_schemes(method, scheme):
 
 
 def test_an_averaged_objective_is_the_sum_at_a_smaller_learning_rate(x64):
-    settings = {"scheme": "std+adv", "views.alpha1": 3.0, "views.attack_branch": "main"}
+    settings = {"scheme": "std+adv", "views.adversarial.weight": 3.0, "views.attack_norm": "clean"}
     averaged = SmallRun(small_config("rotation", **settings, **{"views.average": True}))
     config = small_config("rotation", **settings)
     config.optimizer.learning_rate, config.optimizer.weight_decay = (
@@ -235,7 +235,7 @@ def test_multi_crop_is_a_matter_of_settings(counts, sizes):
     config = load("hexa_dcluster")
     config.data.num_crops, config.data.crop_size = counts, sizes
     config.data.min_scale, config.data.max_scale = (0.14, 0.05), (1.0, 0.14)
-    config.views.alpha2 = 1.0
+    config.views.cutmix.weight = 1.0
     trainer = make_trainer(config, IMAGENET, jax.devices()[:1])
     with jax.set_mesh(trainer.mesh):
         views = jax.eval_shape(trainer.view_step, trainer.state_shapes(), trainer.batch_shapes(), None)

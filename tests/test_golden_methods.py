@@ -186,7 +186,7 @@ def swav_steps(method, num_devices, microbatches):
     @jax.jit
     def step(params, state, outputs):
         targets = find_targets(params, state, batch, outputs)
-        return targets, method.update(state, {"method": params}, batch, outputs, None)
+        return targets, method.update(state, {"method": params}, batch, outputs, None, jnp.int32(0))
 
     return step
 
@@ -237,7 +237,9 @@ def test_swav_queue_keeps_shape_and_types(x64):
     assert isinstance(state, SwAVState)
     assert state.queue.shape == (2, B, A, D)
     update = jax.jit(method.update)
-    after = update(state, {"method": params}, make_batch(2), in_microbatches(unit_rows(15, B, 3, D), 2), None)
+    after = update(
+        state, {"method": params}, make_batch(2), in_microbatches(unit_rows(15, B, 3, D), 2), None, jnp.int32(0)
+    )
     types = lambda tree: jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), tree)  # noqa: E731
     assert types(after) == types(state)
     assert int(after.step) == int(state.step) + 1
@@ -355,7 +357,7 @@ def rotation_turns(keys):
     """Quarter turns [M, n, 4] of the examples with keys [M, n]."""
     numbers = np.arange(keys.size, dtype=np.int32).reshape(keys.shape)
     batch = Batch(index=numbers, row=numbers, valid=numbers >= 0, label=numbers)
-    targets = jax.jit(lambda keys: Rotation().targets(None, (), batch, keys))(keys)
+    targets = jax.jit(lambda keys: Rotation().targets(None, {}, (), batch, keys))(keys)
     assert np.all(targets.known)
     return np.asarray(targets.y)
 

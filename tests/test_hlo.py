@@ -38,7 +38,7 @@ def check_traffic(trainer, train, refresh):
     # Every gradient exactly once: what is reduced is the parameters, plus BatchNorm moments and a few scalars.
     state = trainer.state_shapes()
     num_params = sum(leaf.size for leaf in jax.tree.leaves(state.params))
-    passes = len(trainer.objective.views.weights)
+    passes = len(trainer.objective.scheme.views) + 1
     num_moments = passes * sum(leaf.size for leaf in jax.tree.leaves(state.batch_stats["clean_batch_stats"]))
     reduced = [(dtype, elements) for kind, dtype, elements, _ in found if kind == "all-reduce"]
     total = sum(elements for _, elements in reduced)

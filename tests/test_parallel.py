@@ -59,7 +59,7 @@ def test_first_gradients_agree_in_float32_given_the_same_adversarial_input(metho
     """A last-bit difference flips the attack's signs in float32, so alpha1 is 0 and the attack is compared in float64."""
     gradients = []
     for devices, microbatches in ((1, 1), (4, 2)):
-        settings = {"precision": "float32", "views.alpha1": 0.0, "runtime.microbatches": microbatches}
+        settings = {"precision": "float32", "views.adversarial.weight": 0.0, "runtime.microbatches": microbatches}
         run = SmallRun(small_config(method, **settings), devices)
         # The first momentum buffer is the first gradient plus weight decay, which is the same everywhere.
         state = run.train(1)
@@ -69,9 +69,9 @@ def test_first_gradients_agree_in_float32_given_the_same_adversarial_input(metho
 
 @pytest.mark.parametrize("method", ["deepcluster", pytest.param("simclr", marks=pytest.mark.slow)])
 def test_sharing_the_clean_backward_gives_the_same_gradients(method, x64):
-    """With attack_branch=main the attack's gradient is that of the clean pass: taking it from there changes nothing."""
+    """With attack_norm=clean the attack's gradient is that of the clean pass: taking it from there changes nothing."""
     states = [
-        SmallRun(small_config(method, **{"views.attack_branch": "main", "views.share_gradient": share})).train(2)
+        SmallRun(small_config(method, **{"views.attack_norm": "clean", "views.share_gradient": share})).train(2)
         for share in (True, False)
     ]
     assert largest_difference(states[0].params, states[1].params) < 1e-12
@@ -93,7 +93,7 @@ def test_sharing_saves_a_forward_and_a_backward():
     """Floating-point operations of the compiled step; an attack through the auxiliary set cannot be shared."""
     flops = []
     for branch in ("main", "auxiliary"):
-        settings = {"precision": "float32", "views.attack_branch": branch, "views.alpha2": 0.0}
+        settings = {"precision": "float32", "views.attack_branch": branch, "views.cutmix.weight": 0.0}
         run = SmallRun(small_config("deepcluster", **settings))
         with jax.set_mesh(run.trainer.mesh):
             shapes = run.trainer.state_shapes(), run.trainer.batch_shapes(), None

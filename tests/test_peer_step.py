@@ -35,15 +35,15 @@ TWO_SIZES = {
 CASES = {
     "moco, auxiliary attack, cut-mixed": (
         "moco",
-        {"model.stem": "imagenet", "data.crop_size": (32,), "views.alpha2": 0.7, "optimizer.weight_decay": 0.01},
+        {"model.stem": "imagenet", "data.crop_size": (32,), "views.cutmix.weight": 0.7, "optimizer.weight_decay": 0.01},
     ),
     "moco, two attack steps through the main set, averaged": (
         "moco",
         {
-            "views.attack_branch": "main",
+            "views.attack_norm": "clean",
             "views.steps": 2,
-            "views.alpha1": 0.6,
-            "views.alpha2": 0.0,
+            "views.adversarial.weight": 0.6,
+            "views.cutmix.weight": 0.0,
             "views.average": True,
             "optimizer.weight_decay": 0.01,
         },
@@ -51,7 +51,12 @@ CASES = {
     "deepcluster, two sizes, all views": ("deepcluster", TWO_SIZES),
     "deepcluster, plain, bottleneck": (
         "deepcluster",
-        {"model.backbone": "resnet56", "views.alpha1": 0.0, "views.alpha2": 0.0, "optimizer.momentum": 0.5},
+        {
+            "model.backbone": "resnet56",
+            "views.adversarial.weight": 0.0,
+            "views.cutmix.weight": 0.0,
+            "optimizer.momentum": 0.5,
+        },
     ),
 }
 
@@ -211,7 +216,7 @@ def test_the_same_step(name, x64, float64_torch, monkeypatch):
             state, metrics = jax.device_get(steps.train(*jax.device_put((state, batch), shardings), None))
         losses = peer.step()
         shown = {key.removeprefix("loss_"): value for key, value in metrics.items() if key.startswith("loss_")}
-        assert losses.keys() == shown.keys() == trainer.objective.views.weights.keys()
+        assert losses.keys() == shown.keys() == trainer.objective.scheme.weights(0).keys()
         for view, loss in losses.items():  # metrics are float32
             assert float(loss) == pytest.approx(float(shown[view]), rel=2e-7)
         after = as_torch({"params": state.params, **state.batch_stats}, peer.network)

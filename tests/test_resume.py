@@ -134,8 +134,8 @@ def test_more_epochs_need_extend(tmp_path, capsys):
 def test_diverging_run_stops_and_keeps_what_was_good(tmp_path):
     overrides = {
         "optimizer.learning_rate": 1e15,
-        "views.alpha1": 0.0,
-        "views.alpha2": 0.0,
+        "views.adversarial.weight": 0.0,
+        "views.cutmix.weight": 0.0,
         "epochs": 1,
         "knn.every_epochs": 0,
         "runtime.checkpoint_every": 1,

@@ -40,7 +40,7 @@ class Case:
     epsilon: float
     step_size: float
     steps: int
-    attack_branch: str
+    attack_norm: str
     cutmix_alpha: float
     cutmix_beta: float
     learning_rate: float

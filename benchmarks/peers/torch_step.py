@@ -182,7 +182,7 @@ class TorchStep:
     def attack(self, crops: Sequence[Tensor], y: Tensor, slopes: Sequence[Tensor] | None) -> list[Tensor]:
         """Adversarial views; `slopes` are the gradients at the clean crops where the clean pass has made them."""
         case, points = self.case, list(crops)
-        branch = "adversarial" if case.attack_branch == "auxiliary" else "clean"
+        branch = case.attack_norm
         for number in range(case.steps):
             if number or slopes is None:
                 slopes = self.slope(points, y, branch)
@@ -231,7 +231,7 @@ class TorchStep:
         case = self.case
         crops = [pixels(x) for x in self.batch.crops]
         y = self.method.targets(self, self.batch)
-        shared = case.alpha1 > 0 and case.attack_branch == "main"
+        shared = case.alpha1 > 0 and case.attack_norm == "clean"
         for x in crops:
             x.requires_grad_(shared)
         self.optimizer.zero_grad(set_to_none=True)

@@ -4,6 +4,7 @@ Legend: N rows, V crops, S side of a crop.
 """
 
 import dataclasses
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -29,6 +30,12 @@ class Resolution:
     flip: float = 0.5
 
 
+def crop_number(resolutions: Sequence[Resolution], key_crops: int, crop_set: int) -> int:
+    """The number that the first crop of a set has in its example's random numbers; key crops come after set 0."""
+    own = sum(resolution.count for resolution in resolutions)
+    return crop_set * own + (key_crops if crop_set else 0)
+
+
 @dataclasses.dataclass(frozen=True)
 class DeviceCrops:
     """Makes the network's input inside the jitted step.
@@ -45,12 +52,25 @@ class DeviceCrops:
     photometric: tuple[Photometric, ...]
     dtype: jnp.dtype = jnp.float32
 
-    def online(self, keys: jax.Array, batch: Batch, data: jax.Array | None) -> tuple[jax.Array, ...]:
-        """Per resolution [N, V_r, S, S, 3] of the examples `batch.index`."""
+    def online(self, keys: jax.Array, batch: Batch, data: jax.Array | None, crop_set: int = 0) -> tuple[jax.Array, ...]:
+        """Make crops of the examples `batch.index`.
+
+        Args:
+            keys: [N], one per example.
+            batch: leaves [N, ...]; `crops` [N, sets * V_r, S, S, 3], set by set.
+            data: uint8 [examples, H, W, 3] when the whole data set is on the device.
+            crop_set: 0 for the crops that the method learns from, further ones for views that need others.
+
+        Returns:
+            Per resolution [N, V_r, S, S, 3].
+        """
         crops, first = [], 0
+        shift = crop_number(self.resolutions, self.key_crops, crop_set)
         for r, resolution in enumerate(self.resolutions):
-            pixels = None if data is not None else batch.crops[r]
-            crops.append(self._make(keys, batch.index, pixels, data, resolution, first, resolution.count))
+            place = crop_set * resolution.count
+            pixels = None if data is not None else batch.crops[r][:, place : place + resolution.count]
+            number = shift + first
+            crops.append(self._make(keys, batch.index, pixels, data, resolution, first, resolution.count, number))
             first += resolution.count
         return tuple(crops)
 
@@ -58,7 +78,7 @@ class DeviceCrops:
         """Key crops [N, 1, S, S, 3] of the examples `batch.key_index`."""
         first = sum(resolution.count for resolution in self.resolutions)
         pixels = None if data is not None else batch.key_crops
-        return self._make(keys, batch.key_index, pixels, data, self.resolutions[0], first, self.key_crops)
+        return self._make(keys, batch.key_index, pixels, data, self.resolutions[0], first, self.key_crops, first)
 
     def _make(
         self,
@@ -69,14 +89,18 @@ class DeviceCrops:
         resolution: Resolution,
         first: int,
         count: int,
+        number: int,
     ) -> jax.Array:
-        """Crops `first` to `first + count - 1`: all in one call where their settings are the same."""
+        """Crops with the settings `first` to `first + count - 1`: all in one call where these are the same.
+
+        `number` is what the first one's random numbers are drawn by.
+        """
         settings = self.photometric[first : first + count]
         same = len(set(settings)) == 1
         groups = [range(count)] if same else [range(v, v + 1) for v in range(count)]
         made = []
         for group in groups:
-            crop_keys = jnp.stack([_fold(keys, first + v) for v in group], axis=1).reshape(-1)  # [N * V]
+            crop_keys = jnp.stack([_fold(keys, number + v) for v in group], axis=1).reshape(-1)  # [N * V]
             if data is not None:
                 images = jnp.repeat(data[index], len(group), axis=0)
                 crops = random_resized_crop(_fold(crop_keys, GEOMETRY), images, resolution.size, resolution.scale)

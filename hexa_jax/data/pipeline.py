@@ -21,7 +21,7 @@ import jax
 import numpy as np
 from absl import flags
 
-from hexa_jax.data.crops import Resolution
+from hexa_jax.data.crops import Resolution, crop_number
 from hexa_jax.data.decode import BadImage, crop_generator, decode, random_resized_crop
 from hexa_jax.data.source import DataError
 from hexa_jax.mesh import Layout, place
@@ -57,6 +57,7 @@ class HostSteps:
         bad: indices known to be unreadable, with replacements already in place (resident data sets).
         rows: [M, local] from `mesh.local_rows`.
         max_failures: consecutive unreadable images after which to give up.
+        crop_sets: sets of crops of each image: the method's own, and those that hard views ask for.
     """
 
     source: Any
@@ -70,6 +71,7 @@ class HostSteps:
     num_steps: int
     max_failures: int
     bad: frozenset[int] = frozenset()
+    crop_sets: int = 1
 
     def __len__(self) -> int:
         return self.num_steps
@@ -107,7 +109,9 @@ class HostSteps:
 
     def _pixels(self, index: np.ndarray, rows: np.ndarray, shuffled: np.ndarray, pass_number: int) -> dict:
         """Crops of the rows, and key crops in shuffled order; each image is decoded once."""
-        crops = [np.empty((len(rows), r.count, r.size, r.size, 3), np.uint8) for r in self.resolutions]
+        sets = range(self.crop_sets)
+        shapes = [(len(rows), len(sets) * r.count, r.size, r.size, 3) for r in self.resolutions]
+        crops = [np.empty(shape, np.uint8) for shape in shapes]
         key_size = self.resolutions[0].size
         keys = np.empty((len(rows), self.key_crops, key_size, key_size, 3), np.uint8)
         slot_of = {int(row): slot for slot, row in enumerate(shuffled)} if self.key_crops else {}
@@ -118,13 +122,16 @@ class HostSteps:
             image, row_label, failed = read_or_replace(self.source, int(index[row]), self.max_failures)
             bad += failed
             cut = functools.partial(self._cut, image, pass_number, int(index[row]))
-            number = 0
-            for r, resolution in enumerate(self.resolutions):
-                if row in position_of:
-                    for v in range(resolution.count):
-                        crops[r][position_of[row], v] = cut(number + v, resolution)
-                number += resolution.count
+            if row in position_of:
+                for crop_set in sets:
+                    number = crop_number(self.resolutions, self.key_crops, crop_set)
+                    for r, resolution in enumerate(self.resolutions):
+                        place = crop_set * resolution.count
+                        for v in range(resolution.count):
+                            crops[r][position_of[row], place + v] = cut(number + v, resolution)
+                        number += resolution.count
             if row in slot_of:
+                number = sum(resolution.count for resolution in self.resolutions)
                 keys[slot_of[row], 0] = cut(number, self.resolutions[0])
             if row in position_of:
                 valid[position_of[row]] = not failed

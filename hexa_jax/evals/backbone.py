@@ -81,14 +81,14 @@ def load_backbone(checkpoint: str, **random: Any) -> Backbone:
     network = Network(resnet, None, *pixels, normalize=False)
     shapes = _shapes(network)
     like = {
-        "params": shapes["params"],
+        "params": {"network": shapes["params"]},
         "batch_stats": {name: tree for name, tree in shapes.items() if name != "params"},
     }
     restored = Checkpoints(path / "checkpoints").restore_latest(like, partial=True)
     if restored is None:
         raise CheckpointError(f"checkpoint {checkpoint!r} has no checkpoint yet")
     step, tree, _ = restored
-    return Backbone(network, {"params": tree["params"], **tree["batch_stats"]}, step, config)
+    return Backbone(network, {"params": tree["params"]["network"], **tree["batch_stats"]}, step, config)
 
 
 def random_backbone(

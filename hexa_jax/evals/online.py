@@ -14,7 +14,7 @@ from hexa_jax.data.subset import spread
 from hexa_jax.evals.features import EvalImages, extract, make_extractor, raw_pixels
 from hexa_jax.evals.knn import accuracy, knn_predict
 from hexa_jax.evals.linear import linear_probe
-from hexa_jax.train_step import Trainer, TrainState
+from hexa_jax.training.step import Trainer, TrainState
 
 PIXEL_BYTES = 2 << 30
 BATCH = 256  # images of a forward pass, about
@@ -36,7 +36,7 @@ class Probe:
         """Features of bank and queries, by the clean BatchNorm's running statistics."""
 
         def forward(images: np.ndarray) -> jax.Array:
-            return self.extractor(state.params, state.batch_stats, images)
+            return self.extractor(state.params["network"], state.batch_stats, images)
 
         bank = extract(forward, self.bank, self.batch_size, self.mesh)
         if self.leave_one_out:

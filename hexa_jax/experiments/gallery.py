@@ -18,9 +18,9 @@ from hexa_jax.data.source import Source
 from hexa_jax.data.subset import spread
 from hexa_jax.experiments.figures import save
 from hexa_jax.inputs import Input
-from hexa_jax.objective import PICTURES, UNATTACKED, Shown
 from hexa_jax.report import perturbation
 from hexa_jax.runs import OpenedRun, open_run
+from hexa_jax.training.objective import PICTURES, UNATTACKED, Shown
 
 SIDE = 128  # pixels of thumbnails
 MEMBERS = 3  # images that show a pseudo-label

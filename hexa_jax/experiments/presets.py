@@ -188,7 +188,7 @@ def fig5(preset: str, methods: Sequence[str], seeds: Sequence[int]) -> list[Entr
         settings = {**crops, "scheme": PLAIN, "seed": seed}
         name = PLAIN
         if beta is not None:
-            settings |= {"scheme": "std+cmx", "views.cutmix_alpha": float(beta[0]), "views.cutmix_beta": float(beta[1])}
+            settings |= {"scheme": "std+cmx", "views.cutmix.alpha": float(beta[0]), "views.cutmix.beta": float(beta[1])}
             name = f"beta{beta[0]}-{beta[1]}"
         stages = _stages(preset, method, sizes.fig5, sizes.probe[0], settings)
         factors = {"method": method, "beta": "plain" if beta is None else f"Beta({beta[0]}, {beta[1]})", "seed": seed}

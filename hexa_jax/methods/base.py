@@ -9,10 +9,22 @@ Legend: M microbatches, n rows of a microbatch, V crops, D embedding. Whole-step
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import flax.linen as nn
 import jax
+import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-EncodeKeys = Callable[[Any], jax.Array]
+
+class Encode(NamedTuple):
+    """Projections by a target network, as functions of its parameters: training mode, nothing written, no gradient.
+
+    Attributes:
+        key_crops: -> [M, n, 1, D] of the batch's key crops, in their shuffled order (`Batch.key_row` puts them back).
+        crops: -> [M, n, V, D] of the crops that the network itself learns from.
+    """
+
+    key_crops: Callable[[Any], jax.Array]
+    crops: Callable[[Any], jax.Array]
 
 
 class Batch(NamedTuple):
@@ -54,27 +66,39 @@ class Targets(NamedTuple):
 
 
 class Spec(NamedTuple):
-    """Sizes that a method's state depends on; `num_crops` per resolution, without the crops of a target encoder."""
+    """Sizes that a method's state depends on.
+
+    Attributes:
+        batch_size: examples of a step.
+        steps_per_epoch: whole batches in the data set.
+        num_examples: of the data set.
+        embedding_dim: length of an output.
+        num_crops: per resolution, without the crops of a target encoder.
+        total_steps: of the run.
+        num_classes: of the data set; None without labels.
+    """
 
     batch_size: int
     steps_per_epoch: int
     num_examples: int
     embedding_dim: int
     num_crops: tuple[int, ...] = (2,)
+    total_steps: int = 1
+    num_classes: int | None = None
 
 
 class Method:
     """What the train step asks of a method; what most methods do alike is done here.
 
-    A method either knows its pseudo-labels before the step (`targets`) or makes them from the step's own clean outputs
-    (`needs_outputs`, `targets_from_outputs`). Its own trainable parameters, if it has any, are `params["method"]`.
+    A subclass is a frozen dataclass whose fields are its block `config.NAME`. It is one of two kinds: `LabelsBeforeStep`
+    or `LabelsFromOutputs`. Its own trainable parameters, if it has any, are `params["method"]`.
     """
 
     key_crops = 0  # views per example that only a target encoder sees
     needs_first_pass = False  # whether an epoch of forward passes comes before the first step
-    needs_outputs = False  # whether pseudo-labels depend on the step's clean outputs
     live_dictionary = False  # whether the clean loss, and the attack on it, differentiate through the dictionary
     has_head = True  # whether outputs are unit vectors from a projection head; else pooled features
+    pairs_own_crop = False  # whether a view may predict its own clean crop (`own_crop_labels`)
 
     def check(self, spec: Spec) -> None:
         """Raises ValueError, one line, if the sizes do not fit together."""
@@ -83,49 +107,81 @@ class Method:
         """The network's input, where the task is a change of the input; crops as in `Batch`, keys [N] of the examples."""
         return crops
 
+    def make_predictor(self, embedding_dim: int, dtype: Any, auxiliary_norm: bool) -> nn.Module | None:
+        """A module (z [R, D], mode: NormMode) -> [R, D] behind the projection head of the online network only, or None.
+
+        Args:
+            embedding_dim: D.
+            dtype: compute precision.
+            auxiliary_norm: whether its BatchNorm needs an adversarial set.
+        """
+        return None
+
     def init_params(self, key: jax.Array, spec: Spec) -> dict[str, jax.Array]:
         """The method's own trainable parameters; empty if there are none."""
         return {}
 
     def init(self, key: jax.Array, params: Any, spec: Spec) -> Any:
-        """The method's state before the first step."""
+        """The method's state before the first step; params as in `TrainState`."""
         return ()
 
     def state_spec(self, spec: Spec) -> Any:
         """PartitionSpecs: a tree prefix of the state."""
         return P()
 
-    def targets(self, encode_keys: EncodeKeys, state: Any, batch: Batch, keys: jax.Array) -> Targets:
-        """Pseudo-labels of the whole step, from whole arrays.
+    def targets(self, encode: Encode, params: Any, state: Any, batch: Batch, keys: jax.Array) -> Targets:
+        """Pseudo-labels of the whole step, from whole arrays, before its outputs are known.
 
-        `encode_keys(params)` gives embeddings [M, n, key_crops, D] of the batch's key crops, in their shuffled order: a
-        training-mode forward pass that writes nothing and takes no gradient. `keys` [M, n] are those that `prepare` gets.
+        Args:
+            encode: target networks' projections.
+            params: all parameters, before the step.
+            state: the method's.
+            batch: leaves [M, n, ...].
+            keys: [M, n], those that `prepare` gets.
         """
-        raise NotImplementedError(f"{type(self).__name__} makes its pseudo-labels from outputs")
-
-    def targets_from_outputs(self, params: dict, state: Any, batch: Batch, outputs: jax.Array) -> Targets:
-        """Pseudo-labels of the whole step from its clean outputs [M, n, V, D].
-
-        Runs on one device's rows; what needs all rows communicates over the mesh axis "data". `params` are the method's own.
-        """
-        raise NotImplementedError(f"{type(self).__name__} knows its pseudo-labels before the step")
+        raise NotImplementedError
 
     def loss(self, params: dict, outputs: jax.Array, y: Any, dictionary: Any) -> jax.Array:
         """Losses [N, V] of outputs [N, V, D]; the objective is the mean over V, then over valid N."""
         raise NotImplementedError
 
+    def mixed_loss(
+        self, params: dict, outputs: jax.Array, y: Any, y_partner: Any, lam: jax.Array, dictionary: Any
+    ) -> jax.Array:
+        """Losses [N, V] of outputs of mixed images, lam [N, V] the share of y, 1 - lam that of y_partner (equation 9)."""
+        own = self.loss(params, outputs, y, dictionary)
+        return lam * own + (1 - lam) * self.loss(params, outputs, y_partner, dictionary)
+
+    def own_crop_labels(self, y: Any, dictionary: Any, outputs: jax.Array) -> tuple[Any, Any]:
+        """(y, dictionary) by which each crop predicts its own clean output, constants, instead of its pseudo-label.
+
+        Args:
+            y: leaves [N, ...].
+            dictionary: as `loss` gets it.
+            outputs: clean outputs [N, V, D].
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no label for a crop of its own")
+
     def freeze(self, gradients: dict, step: jax.Array) -> dict:
-        """Gradients of the method's own parameters as the optimiser shall see them at step `step` (from 0)."""
+        """Gradients of the method's own parameters as the optimizer shall see them at step `step` (from 0)."""
         return gradients
 
     def project(self, params: dict) -> dict:
-        """The method's own parameters after the optimiser's step, put back where they have to be."""
+        """The method's own parameters after the optimizer's step, put back where they have to be."""
         return params
 
-    def update(self, state: Any, params: Any, batch: Batch, outputs: jax.Array, targets: Targets | None) -> Any:
-        """The state after a step, from all new parameters and the clean outputs [M, n, V, D].
+    def update(
+        self, state: Any, params: Any, batch: Batch, outputs: jax.Array, targets: Targets | None, step: jax.Array
+    ) -> Any:
+        """The state after a step.
 
-        `targets` is None in the first pass, and for methods that make them from outputs.
+        Args:
+            state: before the step.
+            params: all parameters, after the step.
+            batch: leaves [M, n, ...].
+            outputs: clean outputs [M, n, V, D]; where a view replaced the clean one, that view's.
+            targets: what `targets` returned; None in the first pass.
+            step: int32, optimizer steps taken before this one.
         """
         return state
 
@@ -136,3 +192,22 @@ class Method:
     def describe(self, before: Any, after: Any) -> dict[str, jax.Array]:
         """Scalars about a refresh, for the log."""
         return {}
+
+
+class LabelsBeforeStep(Method):
+    """A method that knows its pseudo-labels before the step: it defines `targets`."""
+
+
+class LabelsFromOutputs(Method):
+    """A method that makes its pseudo-labels from the step's own clean outputs: it defines `targets_from_outputs`."""
+
+    def targets(self, encode: Encode, params: Any, state: Any, batch: Batch, keys: jax.Array) -> Targets:
+        """Nothing yet."""
+        return Targets(y=(), dictionary=(), known=jnp.ones(batch.valid.shape, bool))
+
+    def targets_from_outputs(self, params: dict, state: Any, batch: Batch, outputs: jax.Array) -> Targets:
+        """Pseudo-labels of the whole step from its clean outputs [M, n, V, D].
+
+        Runs on one device's rows; what needs all rows communicates over the mesh axis "data". `params` are the method's own.
+        """
+        raise NotImplementedError

@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec as P
 
 from hexa_jax.kmeans import spherical_kmeans
 from hexa_jax.losses import prototype_cross_entropy
-from hexa_jax.methods.base import Batch, EncodeKeys, Method, Spec, Targets
+from hexa_jax.methods.base import Batch, Encode, LabelsBeforeStep, Spec, Targets
 
 
 class DeepClusterState(NamedTuple):
@@ -36,7 +36,7 @@ class DeepClusterState(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class DeepCluster(Method):
+class DeepCluster(LabelsBeforeStep):
     """DeepCluster-v2 (facebookresearch/swav main_deepclusterv2.py).
 
     Prototypes are the centroids and get no gradient: in the reference they are frozen for longer than any run lasts.
@@ -82,7 +82,7 @@ class DeepCluster(Method):
     def state_spec(self, spec: Spec) -> Any:
         return DeepClusterState(P(), P(), P(), P(None, "data"), P(None, "data"), P())
 
-    def targets(self, encode_keys: EncodeKeys, state: DeepClusterState, batch: Batch, keys: jax.Array) -> Targets:
+    def targets(self, encode: Encode, params: Any, state: DeepClusterState, batch: Batch, keys: jax.Array) -> Targets:
         labels = jnp.moveaxis(state.assignments[:, batch.index], 0, -1)  # [M, n, H]
         return Targets(y=labels, dictionary=state.prototypes, known=labels[..., 0] >= 0)
 
@@ -95,7 +95,13 @@ class DeepCluster(Method):
         return sum(heads) / self.num_heads
 
     def update(
-        self, state: DeepClusterState, params: Any, batch: Batch, outputs: jax.Array, targets: Targets | None
+        self,
+        state: DeepClusterState,
+        params: Any,
+        batch: Batch,
+        outputs: jax.Array,
+        targets: Targets | None,
+        step: jax.Array,
     ) -> DeepClusterState:
         """Write the step's clean embeddings into the bank; called with targets None by the first pass."""
         # Axis 1 is the split one: moving it to the front before joining the two keeps every row on its device.

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from hexa_jax.losses import info_nce
-from hexa_jax.methods.base import Batch, EncodeKeys, Method, Spec, Targets
+from hexa_jax.methods.base import Batch, Encode, LabelsBeforeStep, Spec, Targets
 
 
 class MoCoState(NamedTuple):
@@ -19,7 +19,7 @@ class MoCoState(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class MoCo(Method):
+class MoCo(LabelsBeforeStep):
     """MoCo-v2 (facebookresearch/moco).
 
     Attributes:
@@ -33,6 +33,7 @@ class MoCo(Method):
     temperature: float
 
     key_crops = 1
+    pairs_own_crop = True
 
     def check(self, spec: Spec) -> None:
         if spec.num_crops != (1,):
@@ -50,10 +51,10 @@ class MoCo(Method):
     def init(self, key: jax.Array, params: Any, spec: Spec) -> MoCoState:
         queue = jax.random.normal(key, (self.queue_size, spec.embedding_dim))
         queue = queue / jnp.linalg.norm(queue, axis=1, keepdims=True)
-        return MoCoState(jax.tree.map(jnp.copy, params), queue, jnp.zeros([], jnp.int32))
+        return MoCoState(jax.tree.map(jnp.copy, params["network"]), queue, jnp.zeros([], jnp.int32))
 
-    def targets(self, encode_keys: EncodeKeys, state: MoCoState, batch: Batch, keys: jax.Array) -> Targets:
-        encoded = encode_keys(state.key_params)  # [M, n, 1, D], rows in shuffled order
+    def targets(self, encode: Encode, params: Any, state: MoCoState, batch: Batch, keys: jax.Array) -> Targets:
+        encoded = encode.key_crops(state.key_params)  # [M, n, 1, D], rows in shuffled order
         shape = encoded.shape[:2]
         assert batch.key_row is not None
         # Only embeddings travel back to their rows; the images were shuffled by the input (shuffle-BN).
@@ -64,13 +65,18 @@ class MoCo(Method):
         score = lambda query: info_nce(query, y, dictionary, self.temperature)  # noqa: E731
         return jax.vmap(score, in_axes=1, out_axes=1)(outputs)
 
+    def own_crop_labels(self, y: jax.Array, dictionary: jax.Array, outputs: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return jax.lax.stop_gradient(outputs[:, 0]), dictionary
+
     def update(
-        self, state: MoCoState, params: Any, batch: Batch, outputs: jax.Array, targets: Targets | None
+        self, state: MoCoState, params: Any, batch: Batch, outputs: jax.Array, targets: Targets | None, step: jax.Array
     ) -> MoCoState:
         # Algorithm 1 moves the key encoder after the step; the reference moves it at the start of the next, which is the same.
         assert targets is not None
         m = self.momentum
-        key_params = jax.tree.map(lambda k, q: (m * k + (1 - m) * q).astype(k.dtype), state.key_params, params)
+        key_params = jax.tree.map(
+            lambda k, q: (m * k + (1 - m) * q).astype(k.dtype), state.key_params, params["network"]
+        )
         keys = targets.y.reshape(-1, targets.y.shape[-1]).astype(state.queue.dtype)
         queue = jax.lax.dynamic_update_slice_in_dim(state.queue, keys, state.position, axis=0)
         return MoCoState(key_params, queue, (state.position + len(keys)) % self.queue_size)

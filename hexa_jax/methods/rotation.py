@@ -9,13 +9,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from hexa_jax.methods.base import Batch, EncodeKeys, Method, Spec, Targets
+from hexa_jax.methods.base import Batch, Encode, LabelsBeforeStep, Spec, Targets
 
 TURNS = 4
 
 
 @dataclasses.dataclass(frozen=True)
-class Rotation(Method):
+class Rotation(LabelsBeforeStep):
     """RotNet (Gidaris et al., 2018): every crop is seen in all four orientations, and a linear layer tells which is which.
 
     The order of the four is drawn per example. So the two images in a cut-mixed view are turned differently, and its
@@ -45,7 +45,7 @@ class Rotation(Method):
         kernel = jax.random.uniform(key, (spec.embedding_dim, TURNS), minval=-bound, maxval=bound)
         return {"kernel": kernel, "bias": jnp.zeros(TURNS)}
 
-    def targets(self, encode_keys: EncodeKeys, state: Any, batch: Batch, keys: jax.Array) -> Targets:
+    def targets(self, encode: Encode, params: Any, state: Any, batch: Batch, keys: jax.Array) -> Targets:
         order = jax.vmap(self._order)(keys)  # [M, n, 4]
         return Targets(y=order, dictionary=(), known=jnp.ones(order.shape[:2], bool))
 

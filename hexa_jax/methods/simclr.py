@@ -4,12 +4,13 @@ Legend: M microbatches, n rows of a microbatch, N rows, V = 2 crops, D embedding
 """
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from hexa_jax.methods.base import Batch, Method, Spec, Targets
+from hexa_jax.methods.base import Batch, LabelsFromOutputs, Spec, Targets
 
 
 class Candidates(NamedTuple):
@@ -20,7 +21,7 @@ class Candidates(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class SimCLR(Method):
+class SimCLR(LabelsFromOutputs):
     """SimCLR (google-research/simclr), NT-Xent over the whole step.
 
     The pseudo-label of an example is its row number; for its crop v that means the other crop of the row. The row's crop v
@@ -29,8 +30,8 @@ class SimCLR(Method):
 
     temperature: float
 
-    needs_outputs = True
     live_dictionary = True
+    pairs_own_crop = True
 
     def check(self, spec: Spec) -> None:
         if spec.num_crops != (2,):
@@ -49,15 +50,44 @@ class SimCLR(Method):
 
     def loss(self, params: dict, outputs: jax.Array, y: jax.Array, dictionary: Candidates) -> jax.Array:
         own = y[:, None] == dictionary.rows[None, :]  # [N, B]
+        return self._losses(outputs, own, [own], dictionary)[0]
 
-        def one_crop(crop: int) -> jax.Array:
-            def scores(view: int) -> jax.Array:
-                candidates = dictionary.embeddings[:, view]
-                return jnp.matmul(outputs[:, crop], candidates.T, precision="highest") / self.temperature
+    def mixed_loss(
+        self,
+        params: dict,
+        outputs: jax.Array,
+        y: jax.Array,
+        y_partner: jax.Array,
+        lam: jax.Array,
+        dictionary: Candidates,
+    ) -> jax.Array:
+        """A mixed crop shows two clean crops, and is compared with neither of them, whichever sibling it looks for."""
+        own, partner = (label[:, None] == dictionary.rows[None, :] for label in (y, y_partner))
+        own_loss, partner_loss = self._losses(outputs, own | partner, [own, partner], dictionary)
+        return lam * own_loss + (1 - lam) * partner_loss
 
-            siblings = scores(1 - crop)
-            same_side = jnp.where(own, -jnp.inf, scores(crop))
-            positive = jnp.sum(jnp.where(own, siblings, 0), axis=1)
-            return jax.nn.logsumexp(jnp.concatenate([siblings, same_side], axis=1), axis=1) - positive
+    def _losses(
+        self, outputs: jax.Array, shown: jax.Array, positives: Sequence[jax.Array], dictionary: Candidates
+    ) -> list[jax.Array]:
+        """Losses [N, 2] of outputs [N, 2, D], one array for each choice of siblings to find.
 
-        return jnp.stack([one_crop(0), one_crop(1)], axis=1)
+        Args:
+            outputs: of any views.
+            shown: bool [N, B], the rows that an image shows: their crops of its own side are no candidates.
+            positives: bool [N, B] each, the row whose sibling is to be found.
+            dictionary: all clean views.
+        """
+        by_crop = []
+        for crop in (0, 1):
+            scores = [
+                jnp.matmul(outputs[:, crop], dictionary.embeddings[:, side].T, precision="highest") / self.temperature
+                for side in (crop, 1 - crop)
+            ]
+            same_side, siblings = jnp.where(shown, -jnp.inf, scores[0]), scores[1]
+            total = jax.nn.logsumexp(jnp.concatenate([siblings, same_side], axis=1), axis=1)
+            by_crop.append([total - jnp.sum(jnp.where(own, siblings, 0), axis=1) for own in positives])
+        return [jnp.stack(pair, axis=1) for pair in zip(*by_crop, strict=True)]
+
+    def own_crop_labels(self, y: jax.Array, dictionary: Candidates, outputs: jax.Array) -> tuple[jax.Array, Candidates]:
+        """With the two sides of the candidates swapped, a crop finds itself, and its sibling is no candidate."""
+        return y, dictionary._replace(embeddings=jax.lax.stop_gradient(dictionary.embeddings[:, ::-1]))

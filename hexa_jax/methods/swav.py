@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
 from hexa_jax.losses import sinkhorn
-from hexa_jax.methods.base import Batch, Method, Spec, Targets
+from hexa_jax.methods.base import Batch, LabelsFromOutputs, Spec, Targets
 
 
 class SwAVState(NamedTuple):
@@ -26,7 +26,7 @@ class SwAVState(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class SwAV(Method):
+class SwAV(LabelsFromOutputs):
     """SwAV (facebookresearch/swav main_swav.py).
 
     The codes come from the clean crops of the whole step. An attacked or mixed crop keeps the codes of its clean crops.
@@ -50,8 +50,6 @@ class SwAV(Method):
     queue_length: int
     queue_start_epoch: int
     freeze_steps: int
-
-    needs_outputs = True
 
     def check(self, spec: Spec) -> None:
         if self.assign_crops > spec.num_crops[0]:
@@ -121,7 +119,9 @@ class SwAV(Method):
         prototypes = params["prototypes"]
         return {"prototypes": prototypes / jnp.linalg.norm(prototypes, axis=1, keepdims=True)}
 
-    def update(self, state: Any, params: Any, batch: Batch, outputs: jax.Array, targets: Targets | None) -> Any:
+    def update(
+        self, state: Any, params: Any, batch: Batch, outputs: jax.Array, targets: Targets | None, step: jax.Array
+    ) -> Any:
         """Enqueue the step's clean embeddings; rows keep their devices."""
         if not self.queue_length:
             return state

@@ -56,6 +56,7 @@ class Network(nn.Module):
         pixel_mean: per-channel mean of the pixels in [0, 1].
         pixel_std: per-channel standard deviation.
         normalize: whether the outputs have unit length.
+        predictor: a method's module behind the head, for the online network only.
     """
 
     backbone: ResNet
@@ -63,9 +64,16 @@ class Network(nn.Module):
     pixel_mean: tuple[float, float, float]
     pixel_std: tuple[float, float, float]
     normalize: bool = True
+    predictor: nn.Module | None = None
 
-    def __call__(self, crops: Sequence[jax.Array], mode: NormMode) -> jax.Array:
-        """Outputs [N, V, D] of crops: one array [N, V_r, H, W, 3] per resolution, V = sum of V_r, in order."""
+    def __call__(self, crops: Sequence[jax.Array], mode: NormMode, predict: bool = True) -> jax.Array:
+        """Outputs [N, V, D] of crops: one array [N, V_r, H, W, 3] per resolution, V = sum of V_r, in order.
+
+        Args:
+            crops: float pixels in [0, 1].
+            mode: how BatchNorm normalizes.
+            predict: whether the predictor, if there is one, is applied.
+        """
         num = crops[0].shape[0]
         pooled = []
         for x in crops:
@@ -75,6 +83,8 @@ class Network(nn.Module):
         z = stacked.reshape(-1, stacked.shape[-1])
         if self.head is not None:
             z = self.head(z, mode)
+        if self.predictor is not None and predict:
+            z = self.predictor(z, mode)
         z = z.astype(jnp.promote_types(jnp.float32, z.dtype))
         if self.normalize:
             z = z / jnp.maximum(jnp.linalg.norm(z, axis=-1, keepdims=True), 1e-12)

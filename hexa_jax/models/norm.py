@@ -4,7 +4,7 @@ Legend: G groups, n rows of a group, C channels.
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -40,6 +40,16 @@ Pool = Callable[[jax.Array], jax.Array]  # [N, H, W, C] -> [N, H', W', C], maxim
 def stats_collection(branch: str) -> str:
     """Name of the Linen collection that holds a branch's running mean and variance."""
     return f"{branch}_batch_stats"
+
+
+def set_of_parameters(params: Any) -> Any:
+    """A tree like the parameters: which set a leaf belongs to, "clean" or "adversarial"; "" for what all passes use."""
+    if not isinstance(params, Mapping):
+        return jax.tree.map(lambda _: "", params)
+    prefix = f"{ADVERSARIAL}_"
+    if f"{prefix}scale" in params:  # a BatchNorm with two sets
+        return {name: ADVERSARIAL if name.startswith(prefix) else CLEAN for name in params}
+    return {name: set_of_parameters(node) for name, node in params.items()}
 
 
 class BatchNorm(nn.Module):
@@ -136,3 +146,8 @@ def blend(running: dict, moments: dict) -> dict:
         return value
 
     return jax.tree.map(update, running, moments)
+
+
+def average_moments(running: dict, moments: dict) -> dict:
+    """One pass's sown moments as a tree like the running statistics; the mean over resolutions."""
+    return jax.tree.map(lambda value, sown: (jnp.mean(jnp.stack(sown), axis=0)).astype(value.dtype), running, moments)

@@ -25,13 +25,13 @@ from command_line import arguments, final_state, lines
 from hexa_jax import checkpoint, main, pretrain
 from hexa_jax.checkpoint import Checkpoints
 from hexa_jax.data.shapes import ShapesSource
-from hexa_jax.train_step import Trainer
+from hexa_jax.training.step import Trainer
 
 STEPS, EVERY = 16, 2
 SETTINGS = {
     "epochs": 4,
-    "views.alpha1": 0.0,
-    "views.alpha2": 0.0,
+    "views.adversarial.weight": 0.0,
+    "views.cutmix.weight": 0.0,
     "knn.every_epochs": 0,
     "runtime.checkpoint_every": EVERY,
 }

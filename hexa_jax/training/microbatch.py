@@ -23,7 +23,9 @@ def accumulate(function: Callable[[Any], tuple[Any, Any]], leaves: Any) -> tuple
     return jax.lax.scan(add, zeros, leaves)
 
 
-def twice(function: Callable[[Any], tuple[Any, Any]], leaves: Any) -> tuple[Any, Callable[[Any], tuple[Any, Any]]]:
+def map_with_recompute(
+    function: Callable[[Any], tuple[Any, Any]], leaves: Any
+) -> tuple[Any, Callable[[Any], tuple[Any, Any]]]:
     """First results of all microbatches now, second ones later.
 
     Args:

@@ -19,17 +19,9 @@ from jax.sharding import PartitionSpec as P
 from hexa_jax import draws
 from hexa_jax.draws import Draws, purpose_key
 from hexa_jax.mesh import ROWS
-from hexa_jax.methods.base import Batch, Spec, Targets
-from hexa_jax.microbatch import accumulate
-from hexa_jax.models.norm import CLEAN, EVALUATION, blend, stats_collection
-from hexa_jax.objective import (
-    Gradients,
-    Objective,
-    Rows,
-    Shown,
-    norm_branch,
-)
-from hexa_jax.whole_step import WholeStep
+from hexa_jax.methods.base import Batch, Encode, Spec, Targets
+from hexa_jax.models.norm import CLEAN, EVALUATION, average_moments, blend, stats_collection
+from hexa_jax.training.objective import Gradients, Inputs, Objective, Shown
 
 
 class TrainState(NamedTuple):
@@ -38,7 +30,8 @@ class TrainState(NamedTuple):
     Attributes:
         seed: uint32, decides every random number of the run.
         step: int32, optimiser steps taken.
-        params: the network's parameters, float32 (float64 under precision "float64").
+        params: {"network": the network's parameters, "method": the method's own}, float32 (float64 under precision
+            "float64").
         batch_stats: running mean and variance, one collection per BatchNorm set.
         opt_state: the optimiser's.
         method: the method's: queue and key encoder, or bank and clusters.
@@ -69,10 +62,9 @@ class Trainer:
         crops = (jnp.zeros((1, 1, 32, 32, 3)),)  # parameters do not depend on the image size
         variables = self.objective.network.init(network_key, crops, EVALUATION)
         variables = jax.tree.map(lambda x: x.astype(self.dtype), variables)
-        params = variables.pop("params")
         own = self.objective.method.init_params(jax.random.fold_in(method_key, 1), self.spec)
-        if own:
-            params = params | {"method": jax.tree.map(lambda x: x.astype(self.dtype), own)}
+        own = jax.tree.map(lambda x: x.astype(self.dtype), own)
+        params = {"network": variables.pop("params"), "method": own}
         method = self.objective.method.init(method_key, params, self.spec)
         return TrainState(seed, jnp.zeros([], jnp.int32), params, variables, self.optimizer.init(params), method)
 
@@ -94,7 +86,8 @@ class Trainer:
         def leaf(dtype: Any, *shape: int) -> jax.ShapeDtypeStruct:
             return jax.ShapeDtypeStruct(lead + shape, dtype, sharding=NamedSharding(self.mesh, ROWS))
 
-        pixels = [leaf(jnp.uint8, r.count, r.size, r.size, 3) for r in crops.resolutions]
+        sets = self.objective.scheme.crop_sets
+        pixels = [leaf(jnp.uint8, sets * r.count, r.size, r.size, 3) for r in crops.resolutions]
         key_size, number = crops.resolutions[0].size, leaf(jnp.int32)
         batch = Batch(number, number, leaf(jnp.bool_), number, () if on_device else tuple(pixels))
         if not method.key_crops:
@@ -115,26 +108,25 @@ class Trainer:
 
     def train_step(self, state: TrainState, batch: Batch, data: jax.Array | None = None) -> tuple[TrainState, dict]:
         """One optimiser step on leaves [M, n, ...]; returns the new state and scalar metrics."""
-        method = self.objective.method
-        targets, result = self._gradients(state, batch, data)
-        views = self.objective.views
-        grads = jax.tree.map(lambda g: g / views.divisor, result.params)
-        if "method" in grads:
-            grads = grads | {"method": method.freeze(grads["method"], state.step)}
+        method, scheme = self.objective.method, self.objective.scheme
+        rngs = self._rngs(state)
+        inputs, targets = self._inputs(state, batch, rngs, data)
+        result = self._reduced_gradients(state.params, inputs, rngs, data)
+        grads = scheme.divide(result.params, state.step)
+        grads = grads | {"method": method.freeze(grads["method"], state.step)}
         updates, opt_state = self.optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        if "method" in params:
-            params = params | {"method": method.project(params["method"])}
+        params = params | {"method": method.project(params["method"])}
         new_state = TrainState(
             seed=state.seed,
             step=state.step + 1,
             params=params,
-            batch_stats=_blend(state.batch_stats, result.moments),
+            batch_stats=self._blend(state.batch_stats, result.moments, state.step),
             opt_state=opt_state,
-            method=method.update(state.method, params, batch, result.outputs, targets),
+            method=method.update(state.method, params, batch, result.outputs, targets, state.step),
         )
         metrics = {f"loss_{view}": loss for view, loss in result.losses.items()}
-        metrics["loss"] = sum(views.weights[view] * loss for view, loss in result.losses.items()) / views.divisor
+        metrics["loss"] = scheme.total_loss(result.losses, state.step)
         metrics["embedding_std"] = embedding_std(result.outputs)
         metrics["gradient_norm"] = optax.tree.norm(grads)
         metrics["parameter_norm"] = optax.tree.norm(params)
@@ -142,36 +134,42 @@ class Trainer:
         return new_state, {name: jnp.asarray(value, jnp.float32) for name, value in metrics.items()}
 
     def observe_step(self, state: TrainState, batch: Batch, data: jax.Array | None = None) -> TrainState:
-        """Training-mode forward without gradient: writes BatchNorm statistics, and the bank of a method that has one."""
+        """Training-mode forward without gradient: writes BatchNorm statistics and what a method keeps of its outputs."""
+        outputs, moments = self._forward(state, batch, data)
+        batch_stats = self._blend(state.batch_stats, {CLEAN: moments}, state.step)
+        method = self.objective.method.update(state.method, state.params, batch, outputs, None, state.step)
+        return state._replace(batch_stats=batch_stats, method=method)
 
-        at = self._draws(state)._replace(epoch=jnp.int32(0))
+    def moments_step(self, state: TrainState, batch: Batch, data: jax.Array | None = None) -> Any:
+        """The clean BatchNorm moments of a batch of training crops, like the running statistics; writes nothing."""
+        moments = self._forward(state, batch, data)[1]
+        return average_moments(state.batch_stats[stats_collection(CLEAN)], moments)
 
-        def local(params: Any, batch: Batch, at: Draws, data: jax.Array | None) -> tuple[jax.Array, Any]:
+    def _forward(self, state: TrainState, batch: Batch, data: jax.Array | None) -> tuple[jax.Array, Any]:
+        """Outputs [M, n, V, D] of the first pass's crops, and the pass's moments."""
+        rngs = self._rngs(state)._replace(epoch=jnp.int32(0))
+
+        def local(params: Any, batch: Batch, rngs: Draws, data: jax.Array | None) -> tuple[jax.Array, Any]:
             def one(rows: Batch) -> tuple[jax.Array, Any]:
-                return self.objective.forward(params, self.objective.online_crops(rows, at, data))
+                return self.objective.forward(params, self.objective.online_crops(rows, rngs, data))
 
             outputs, moments = jax.lax.map(one, batch)
             return outputs, jax.tree.map(lambda m: jax.lax.pmean(jnp.mean(m, axis=0), "data"), moments)
 
-        outputs, moments = self._per_device(local, (P(), ROWS, P(), P()), (ROWS, P()))(state.params, batch, at, data)
-        state = state._replace(batch_stats=_blend(state.batch_stats, {CLEAN: moments}))
-        if not self.objective.method.needs_first_pass:
-            return state
-        method = self.objective.method.update(state.method, state.params, batch, outputs, None)
-        return state._replace(method=method)
+        return self._per_device(local, (P(), ROWS, P(), P()), (ROWS, P()))(state.params, batch, rngs, data)
 
     def augment_step(self, state: TrainState, batch: Batch, data: jax.Array | None = None) -> Any:
         """The next step's crops as the networks get them, [M, rows, V, H, W, 3] a resolution, and the key crops after them."""
-        objective, at = self.objective, self._draws(state)
+        objective, rngs = self.objective, self._rngs(state)
 
-        def local(batch: Batch, at: Draws, data: jax.Array | None) -> Any:
+        def local(batch: Batch, rngs: Draws, data: jax.Array | None) -> Any:
             def one(rows: Batch) -> Any:
-                crops = objective.online_crops(rows, at, data)
-                return (*crops, objective.key_crops(rows, at, data)) if objective.method.key_crops else crops
+                crops = objective.online_crops(rows, rngs, data)
+                return (*crops, objective.key_crops(rows, rngs, data)) if objective.method.key_crops else crops
 
             return jax.lax.map(one, batch)
 
-        return self._per_device(local, (ROWS, P(), P()), ROWS)(batch, at, data)
+        return self._per_device(local, (ROWS, P(), P()), ROWS)(batch, rngs, data)
 
     def refresh_step(self, state: TrainState, epoch: jax.Array) -> tuple[TrainState, dict]:
         """What the method does before epoch `epoch` (int32, from 0), and scalars about it."""
@@ -191,6 +189,7 @@ class Trainer:
             observe=jax.jit(
                 self.observe_step, in_shardings=(state, rows, whole), out_shardings=state, donate_argnums=0
             ),
+            moments=jax.jit(self.moments_step, in_shardings=(state, rows, whole), out_shardings=whole),
             views=jax.jit(self.view_step, in_shardings=(state, rows, whole), out_shardings=rows),
             augment=jax.jit(self.augment_step, in_shardings=(state, rows, whole), out_shardings=rows),
             refresh=jax.jit(
@@ -201,100 +200,80 @@ class Trainer:
     def _per_device(self, function: Callable, in_specs: Any, out_specs: Any) -> Callable:
         return jax.shard_map(function, mesh=self.mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
 
-    def _encode_keys(self, params: Any, batch: Batch, at: Draws, data: jax.Array | None) -> jax.Array:
-        def local(params: Any, batch: Batch, at: Draws, data: jax.Array | None) -> jax.Array:
-            return jax.lax.map(lambda rows: self.objective.encode_keys(params, rows, at, data), batch)
+    def _rngs(self, state: TrainState) -> Draws:
+        return Draws(state.seed, epoch=1 + state.step // self.spec.steps_per_epoch, step=state.step)
 
-        return self._per_device(local, (P(), ROWS, P(), P()), ROWS)(params, batch, at, data)
+    def _inputs(self, state: TrainState, batch: Batch, rngs: Draws, data: jax.Array | None) -> tuple[Inputs, Targets]:
+        """What is known of a step's rows before it: pseudo-labels, as far as the method has them, and weights."""
+        objective = self.objective
 
-    def _gradients(self, state: TrainState, batch: Batch, data: jax.Array | None) -> tuple[Targets | None, Gradients]:
-        """The objective over all microbatches and devices, one reduction of gradients; and targets known before the step."""
-        method, at = self.objective.method, self._draws(state)
+        def encoder(crops: Callable[[Batch, Draws, Any], tuple[jax.Array, ...]]) -> Callable[[Any], jax.Array]:
+            def local(params: Any, batch: Batch, rngs: Draws, data: jax.Array | None) -> jax.Array:
+                return jax.lax.map(lambda rows: objective.encode(params, crops(rows, rngs, data)), batch)
 
-        def reduce(grads: Any, moments: Any, losses: Any, outputs: jax.Array) -> Gradients:
+            specs = P(), ROWS, P(), P()
+            return lambda params: self._per_device(local, specs, ROWS)(params, batch, rngs, data)
+
+        encode = Encode(
+            key_crops=encoder(lambda *arguments: (objective.key_crops(*arguments),)),
+            crops=encoder(objective.online_crops),
+        )
+        keys = rngs.of_examples(draws.TASK, batch.index)
+        targets = objective.method.targets(encode, state.params, state.method, batch, keys)
+        counted = (batch.valid & targets.known).astype(self.dtype)
+        weight = counted / jnp.maximum(jnp.sum(counted), 1)
+        return Inputs(batch, targets.y, weight, targets.dictionary, state.method), targets
+
+    @property
+    def _input_specs(self) -> tuple:
+        """How (params, inputs, rngs, data) are split over devices."""
+        inputs = Inputs(ROWS, ROWS, ROWS, P(), self.objective.method.state_spec(self.spec))
+        return P(), inputs, P(), P()
+
+    def _reduced_gradients(self, params: Any, inputs: Inputs, rngs: Draws, data: jax.Array | None) -> Gradients:
+        """The objective over all microbatches and devices: one reduction of gradients, after all views are added up."""
+
+        def local(*arguments: Any) -> Gradients:
+            grads, moments, losses, outputs = self.objective.device_gradients(*arguments)
             moments = jax.tree.map(lambda m: jax.lax.pmean(m, "data"), moments)
             return Gradients(jax.lax.psum(grads, "data"), moments, jax.lax.psum(losses, "data"), outputs)
 
-        def local(params: Any, rows: Rows, at: Draws, data: jax.Array | None) -> Gradients:
-            def one(leaves: Any) -> tuple[Any, jax.Array]:
-                batch, y, weight = leaves
-                result = self.objective.gradients(params, Rows(batch, y, weight, rows.dictionary), at, data)
-                return result[:3], result.outputs
-
-            (grads, moments, losses), outputs = accumulate(one, rows[:3])
-            moments = jax.tree.map(lambda m: m / len(rows.weight), moments)
-            return reduce(grads, moments, losses, outputs)
-
-        def local_whole(*args: Any) -> Gradients:
-            return reduce(*WholeStep(self.objective, *args).gradients())
-
         out_specs = Gradients(P(), P(), P(), ROWS)
-        if method.needs_outputs:
-            whole, specs = self._whole_step(state, batch, at, data)
-            return None, self._per_device(local_whole, specs, out_specs)(*whole)
-        rows, targets = self._rows(state, batch, at, data)
-        specs = (P(), Rows(ROWS, ROWS, ROWS, P()), P(), P())
-        return targets, self._per_device(local, specs, out_specs)(state.params, rows, at, data)
-
-    def _draws(self, state: TrainState) -> Draws:
-        return Draws(state.seed, epoch=1 + state.step // self.spec.steps_per_epoch, step=state.step)
-
-    def _rows(self, state: TrainState, batch: Batch, at: Draws, data: jax.Array | None) -> tuple[Rows, Targets]:
-        """Pseudo-labels and weights of a step's rows, for a method that knows them before the step."""
-        encode_keys = lambda params: self._encode_keys(params, batch, at, data)  # noqa: E731
-        keys = at.of_examples(draws.TASK, batch.index)
-        targets = self.objective.method.targets(encode_keys, state.method, batch, keys)
-        return Rows(batch, targets.y, self._weight(batch.valid & targets.known), targets.dictionary), targets
-
-    def _weight(self, counted: jax.Array) -> jax.Array:
-        weight = counted.astype(self.dtype)
-        return weight / jnp.maximum(jnp.sum(weight), 1)
-
-    def _whole_step(self, state: TrainState, batch: Batch, at: Draws, data: jax.Array | None) -> tuple[tuple, tuple]:
-        """Arguments of WholeStep after the objective, and how they are split over devices."""
-        arguments = (state.params, state.method, batch, self._weight(batch.valid), at, data)
-        return arguments, (P(), self.objective.method.state_spec(self.spec), ROWS, ROWS, P(), P())
+        return self._per_device(local, self._input_specs, out_specs)(params, inputs, rngs, data)
 
     def view_step(self, state: TrainState, batch: Batch, data: jax.Array | None = None) -> Shown:
         """What the next step would learn from, to look at: leaves [M, rows, ...], PICTURES rows of images a device."""
-        objective, at = self.objective, self._draws(state)
+        rngs = self._rngs(state)
+        inputs, _ = self._inputs(state, batch, rngs, data)
+        preview = self._per_device(self.objective.device_preview, self._input_specs, ROWS)
+        return preview(state.params, inputs, rngs, data)
 
-        def local(params: Any, rows: Rows, at: Draws, data: jax.Array | None) -> Shown:
-            def one(leaves: Any) -> tuple[Any, Shown]:
-                batch, y, weight = leaves
-                rows_here = Rows(batch, y, weight, rows.dictionary)
-                x = objective.online_crops(batch, at, data)
-                attacked = objective.attack(params, x, rows_here, at) if objective.views.attacks else None
-                return (), objective.views_of(params, x, attacked, rows_here, at)
-
-            return accumulate(one, rows[:3])[1]
-
-        if objective.method.needs_outputs:
-            whole, specs = self._whole_step(state, batch, at, data)
-            return self._per_device(lambda *args: WholeStep(objective, *args).views(), specs, ROWS)(*whole)
-        rows, _ = self._rows(state, batch, at, data)
-        specs = (P(), Rows(ROWS, ROWS, ROWS, P()), P(), P())
-        return self._per_device(local, specs, ROWS)(state.params, rows, at, data)
+    def _blend(self, batch_stats: dict[str, Any], moments: dict[str, Any], step: jax.Array) -> dict[str, Any]:
+        """Running statistics after step int32: one update per training pass that counted, in order."""
+        scheme = self.objective.scheme
+        views = {view.name: view for view in scheme.views}
+        batch_stats = dict(batch_stats)
+        for name, sown in moments.items():
+            view = views.get(name)
+            collection = stats_collection(view.norm if view else CLEAN)
+            before, after = batch_stats[collection], blend(batch_stats[collection], sown)
+            active = scheme.active(view, step) if view else scheme.clean_active(step)
+            if active is not True:
+                after = jax.tree.map(lambda old, new, active=active: jnp.where(active, new, old), before, after)
+            batch_stats[collection] = after
+        return batch_stats
 
 
 class Steps(NamedTuple):
-    """Compiled functions of a run: init(seed); train, observe, views and augment of (state, batch, data); refresh(state, epoch)."""
+    """Compiled functions of a run: init(seed); refresh(state, epoch); all others take (state, batch, data)."""
 
     init: Any
     train: Any
     observe: Any
+    moments: Any
     views: Any
     augment: Any
     refresh: Any
-
-
-def _blend(batch_stats: dict[str, Any], moments: dict[str, Any]) -> dict[str, Any]:
-    """Running statistics after a step: one update per training pass, in order."""
-    batch_stats = dict(batch_stats)
-    for view, sown in moments.items():
-        name = stats_collection(norm_branch(view))
-        batch_stats[name] = blend(batch_stats[name], sown)
-    return batch_stats
 
 
 def embedding_std(outputs: jax.Array) -> jax.Array:

@@ -1,0 +1,1 @@
+"""A training step: equation 10 on the rows of a device, and the pure functions that a run compiles."""

@@ -1,0 +1,427 @@
+"""Equation 10 on the rows of one device, with its gradients.
+
+    L = L_clean + sum over hard views of weight * L_view
+
+A view says which input is scored and with which mixture of labels (`hexa_jax.views`), a method where labels come from and
+how a prediction is scored (`hexa_jax.methods`); here they meet. Nothing in here communicates, except BatchNorm groups that
+span devices: an image never leaves its device.
+
+Legend: M microbatches, n rows of a microbatch on one device, N the same, V crops, H W C image, D embedding.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+
+from hexa_jax import draws
+from hexa_jax.draws import Draws
+from hexa_jax.mesh import Layout
+from hexa_jax.methods.base import Batch, Method
+from hexa_jax.models.heads import Network
+from hexa_jax.models.norm import ADVERSARIAL, CLEAN
+from hexa_jax.training.microbatch import accumulate
+from hexa_jax.views import Attack, HardView, View, adversarial
+from hexa_jax.views.base import OWN_CROP, block_permutation
+from hexa_jax.views.scheme import Scheme
+
+UNATTACKED = "unattacked"  # clean crops through the adversarial BatchNorm set, to compare adversarial ones with
+PICTURES = 8  # rows of images in a preview
+Views = tuple[HardView, ...]
+
+
+class Crops(Protocol):
+    """Makes float crops in [0, 1] from a batch [N, ...]; `data` is the whole data set when it lives on the device."""
+
+    @property
+    def resolutions(self) -> Sequence[Any]:
+        """Each with `count` crops of side `size`."""
+
+    def online(self, keys: jax.Array, batch: Batch, data: jax.Array | None, crop_set: int = 0) -> tuple[jax.Array, ...]:
+        """Per resolution [N, V_r, S, S, 3], drawn from one key per example; `crop_set` counts independent sets."""
+
+    def target(self, keys: jax.Array, batch: Batch, data: jax.Array | None) -> jax.Array:
+        """Key crops [N, 1, S, S, 3] of the examples `batch.key_index`."""
+
+
+class Inputs(NamedTuple):
+    """What a device knows of its rows before the step.
+
+    Attributes:
+        batch: leaves [M, n, ...], or [N, ...] of one microbatch.
+        y: pseudo-labels, leaves alike; () where they come from the step's own outputs.
+        weight: [M, n] or [N], each row's share in the mean over the whole step.
+        dictionary: shared by all rows; () where it comes from the step's own outputs.
+        method_state: the method's state, this device's part.
+    """
+
+    batch: Batch
+    y: Any
+    weight: jax.Array
+    dictionary: Any
+    method_state: Any
+
+
+class Gradients(NamedTuple):
+    """Result of the objective; all but the outputs add up over microbatches and devices.
+
+    Attributes:
+        params: gradients, like the parameters.
+        moments: per training pass, the BatchNorm moments it sowed.
+        losses: per training pass, the weighted sum of its example losses, without the pass's own weight.
+        outputs: embeddings [N, V, D], or [M, n, V, D]: clean ones, or those of the view that replaced the clean one.
+    """
+
+    params: Any
+    moments: dict[str, Any]
+    losses: dict[str, jax.Array]
+    outputs: jax.Array
+
+
+class Shown(NamedTuple):
+    """Views to look at; leaves [N, ...], images at most PICTURES rows.
+
+    Attributes:
+        images: per view, per resolution [N, V, S, S, 3].
+        mask: per resolution bool [N, V, S, S, 1], where the first cut-mixed view shows the partner; () without one.
+        lam: per mixed view [N, V], the share of the image itself.
+        row: int32 position in the step's batch.
+        partner: int32, that of the partner in mixed views; its own without such views.
+        index: int32 example.
+        outputs: per view, and UNATTACKED where there is an attack, [N, V, D].
+        y: pseudo-labels.
+    """
+
+    images: dict[str, Any]
+    mask: Any
+    lam: dict[str, jax.Array]
+    row: jax.Array
+    partner: jax.Array
+    index: jax.Array
+    outputs: dict[str, jax.Array]
+    y: Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Objective:
+    """The objective of a method that knows its pseudo-labels before the step, as a function of parameters and rows."""
+
+    network: Network
+    method: Method
+    scheme: Scheme
+    layout: Layout
+    crops: Crops
+
+    # ---- One device ---------------------------------------------------------------------------------------------------
+
+    def device_gradients(self, params: Any, inputs: Inputs, rngs: Draws, data: jax.Array | None) -> Gradients:
+        """Gradients of one device's rows [M, n, ...]; moments are averaged over microbatches.
+
+        The views that count change where one starts; each stretch of the run has a branch of its own in the one program.
+        """
+        (_, first), *later = self.scheme.phases
+        if not later:
+            return self._phase_gradients(first, params, inputs, rngs, data)
+
+        def branch(views: Views) -> Callable[..., Gradients]:
+            return lambda *arguments: self._complete(self._phase_gradients(views, *arguments))
+
+        number = sum((rngs.step >= start).astype(jnp.int32) for start, _ in later)
+        branches = [branch(views) for _, views in self.scheme.phases]
+        return jax.lax.switch(number, branches, params, inputs, rngs, data)
+
+    def _complete(self, result: Gradients) -> Gradients:
+        """Zeros for the passes that a stretch of the run leaves out: all branches return the same tree."""
+        moments = jax.tree.map(jnp.zeros_like, next(iter(result.moments.values())))
+        names = [CLEAN, *(view.name for view in self.scheme.views)]
+        zero = jnp.zeros((), next(iter(result.losses.values())).dtype)
+        return result._replace(
+            moments={name: result.moments.get(name, moments) for name in names},
+            losses={name: result.losses.get(name, zero) for name in names},
+        )
+
+    def _phase_gradients(
+        self, views: Views, params: Any, inputs: Inputs, rngs: Draws, data: jax.Array | None
+    ) -> Gradients:
+        def one(leaves: Any) -> tuple[Any, jax.Array]:
+            batch, y, weight = leaves
+            rows = inputs._replace(batch=batch, y=y, weight=weight)
+            result = self.gradients(views, params, rows, rngs, data)
+            return result[:3], result.outputs
+
+        (grads, moments, losses), outputs = accumulate(one, inputs[:3])
+        moments = jax.tree.map(lambda m: m / len(inputs.weight), moments)
+        return Gradients(grads, moments, losses, outputs)
+
+    def device_preview(self, params: Any, inputs: Inputs, rngs: Draws, data: jax.Array | None) -> Shown:
+        """All views of one device's rows [M, n, ...], to look at."""
+
+        def one(leaves: Any) -> tuple[Any, Shown]:
+            batch, y, weight = leaves
+            rows = inputs._replace(batch=batch, y=y, weight=weight)
+            context = StepContext(self, params, self.online_crops(batch, rngs, data), rows, rngs, data)
+            if self.scheme.attacks:
+                context = dataclasses.replace(context, attacked=self.attacked(params, context))
+            return (), self.preview(context)
+
+        return accumulate(one, inputs[:3])[1]
+
+    # ---- One microbatch -----------------------------------------------------------------------------------------------
+
+    def gradients(self, views: Views, params: Any, inputs: Inputs, rngs: Draws, data: jax.Array | None) -> Gradients:
+        """Gradients of equation 10 for N rows: the clean pass, and each of `views`."""
+        x = self.online_crops(inputs.batch, rngs, data)
+        rows = self.rows_of(views)
+        kept, whole = rows[CLEAN], StepContext(self, params, x, inputs, rngs, data)
+        added_attacks = any(view.attacks and not view.replace for view in views)
+        # Where the attack shares the clean pass, one backward gives both gradients.
+        shared = added_attacks and kept.whole and self.scheme.attack.shares_gradient
+        result, at_crops = self._clean_gradients(params, whole.of_rows(kept), shared)
+        whole = dataclasses.replace(whole, outputs=result.outputs, attack_gradient=at_crops)
+        if added_attacks:
+            whole = dataclasses.replace(whole, attacked=self.attacked(params, whole))
+        outputs = {CLEAN: result.outputs}
+        for view in views:
+            context = whole.of_rows(rows[view.name]) if view.replace else whole
+            if view.replace and view.attacks:
+                context = dataclasses.replace(context, attacked=self.attacked(params, context))
+            result, outputs[view.name] = self.add_view(result, view, context)
+        if kept.whole:
+            return result
+        parts = {name: share for name, share in rows.items() if not share.empty}
+        return result._replace(outputs=rejoin([outputs[name] for name in parts], list(parts.values())))
+
+    def _clean_gradients(self, params: Any, context: "StepContext", at_crops: bool) -> tuple[Gradients, Any]:
+        """The clean pass, and with `at_crops` the loss's gradient at the crops, else None."""
+        if context.inputs.weight.size == 0:  # a view replaces all of it
+            zeros = jax.tree.map(jnp.zeros_like, params)
+            return Gradients(zeros, {}, {CLEAN: jnp.zeros((), context.inputs.weight.dtype)}, jnp.zeros(())), None
+
+        def clean(params: Any, x: Any) -> tuple[jax.Array, Any]:
+            losses, (moments, outputs) = self.row_losses(params, View(x), context.inputs, CLEAN)
+            loss = jnp.sum(losses)
+            return loss, (loss, moments, outputs)
+
+        wanted = (0, 1) if at_crops else 0
+        slopes, (loss, moments, outputs) = jax.grad(clean, wanted, has_aux=True)(params, context.crops)
+        grads, slope = slopes if at_crops else (slopes, None)
+        return Gradients(grads, {CLEAN: moments}, {CLEAN: loss}, outputs), slope
+
+    def add_view(self, total: Gradients, view: HardView, context: "StepContext") -> tuple[Gradients, jax.Array]:
+        """`total` with a hard view's part added, and the view's own outputs [N, V, D]."""
+        made = view.make(dataclasses.replace(context, view=view))
+        inputs = context.inputs
+        if view.target == OWN_CROP:
+            y, dictionary = self.method.own_crop_labels(inputs.y, inputs.dictionary, context.outputs)
+            inputs = inputs._replace(y=y, dictionary=dictionary)
+        weight = self.scheme.weights(context.rngs.step)[view.name]
+
+        def weighted(params: Any) -> tuple:
+            losses, (moments, outputs) = self.row_losses(params, made, inputs, view.norm)
+            loss = jnp.sum(losses)
+            return weight * loss, (loss, moments, outputs)
+
+        more, (loss, moments, outputs) = jax.grad(weighted, has_aux=True)(context.params)
+        grads = jax.tree.map(jnp.add, total.params, more)
+        result = total._replace(
+            params=grads,
+            moments=total.moments | {view.name: moments},
+            losses=total.losses | {view.name: loss},
+        )
+        return result, outputs
+
+    def row_losses(self, params: Any, view: View, inputs: Inputs, norm: str) -> tuple[jax.Array, Any]:
+        """Weighted losses [N, V] of a view, summing to its part of the objective; and (moments, outputs) of the pass."""
+        outputs, moments = self.forward(params, view.crops, norm)
+        own = params["method"]
+        if view.lam is None:
+            losses = self.method.loss(own, outputs, inputs.y, inputs.dictionary)
+        else:
+            y_partner = jax.tree.map(lambda leaf: leaf[view.partner], inputs.y)
+            losses = self.method.mixed_loss(own, outputs, inputs.y, y_partner, view.lam, inputs.dictionary)
+        return losses * inputs.weight[:, None] / losses.shape[1], (moments, outputs)
+
+    def forward(self, params: Any, crops: tuple[jax.Array, ...], norm: str = CLEAN) -> tuple[jax.Array, Any]:
+        """Training-mode outputs [N, V, D] and the pass's BatchNorm moments."""
+        mode = self.layout.norm_mode(norm)
+        outputs, sown = self.network.apply({"params": params["network"]}, crops, mode, mutable=["moments"])
+        return outputs, sown["moments"]
+
+    def encode(self, network_params: Any, crops: tuple[jax.Array, ...]) -> jax.Array:
+        """Projections [N, V, D] by a target network: training mode, no predictor, nothing written."""
+        mode = self.layout.norm_mode(CLEAN)
+        return self.network.apply({"params": network_params}, crops, mode, predict=False, mutable=["moments"])[0]
+
+    def online_crops(
+        self, batch: Batch, rngs: Draws, data: jax.Array | None, crop_set: int = 0
+    ) -> tuple[jax.Array, ...]:
+        """Augmented crops that the network learns from."""
+        crops = self.crops.online(rngs.of_examples(draws.AUGMENT, batch.index), batch, data, crop_set)
+        return self.method.prepare(rngs.of_examples(draws.TASK, batch.index), crops)
+
+    def key_crops(self, batch: Batch, rngs: Draws, data: jax.Array | None) -> jax.Array:
+        """Augmented crops [N, 1, H, W, 3] that only the target encoder sees."""
+        return self.crops.target(rngs.of_examples(draws.AUGMENT, batch.key_index), batch, data)
+
+    def attacked(self, params: Any, context: "StepContext") -> Any:
+        """The context's crops after the attack on their own pseudo-labels; no statistics are written."""
+        attack, inputs = self.scheme.attack, context.inputs
+
+        def losses(x: Any) -> jax.Array:
+            return self.row_losses(params, View(x), inputs, attack.norm_set)[0]
+
+        return adversarial(
+            context.keys("attack"),
+            context.crops,
+            losses,
+            epsilon=attack.epsilon,
+            step_size=attack.step_size,
+            steps=attack.steps,
+            norm=attack.norm,
+            random_start=attack.random_start,
+            gradient=context.attack_gradient,
+            max_increase=attack.max_increase,
+            loss_scale=self.loss_scale(inputs.weight, context.crops),
+        )
+
+    def loss_scale(self, weight: jax.Array, crops: tuple[jax.Array, ...]) -> jax.Array:
+        """What `row_losses` multiplies each row's losses by, [N]."""
+        return weight / sum(x.shape[1] for x in crops)
+
+    def rows_of(self, views: Views) -> dict[str, "RowShare"]:
+        """The rows of the clean pass and of each view that replaces it; shares of `layout.unit` consecutive rows."""
+        unit, first = self.layout.unit, 0
+        rows: dict[str, RowShare] = {}
+        for view in views:
+            if view.replace:
+                count = round(view.replace * unit)
+                rows[view.name] = RowShare(first, first + count, unit)
+                first += count
+        return {CLEAN: RowShare(first, unit, unit)} | rows
+
+    def preview(self, context: "StepContext") -> Shown:
+        """What a step learns from once all views count, to look at: PICTURES rows of images, all rows of outputs."""
+        views = {view: view.make(dataclasses.replace(context, view=view)) for view in self.scheme.views}
+        images = {CLEAN: context.crops} | {view.name: made.crops for view, made in views.items()}
+        norms = {CLEAN: CLEAN} | {view.name: view.norm for view in views}
+        outputs = {name: self.forward(context.params, crops, norms[name])[0] for name, crops in images.items()}
+        if self.scheme.attacks:
+            # Through the same BatchNorm set as the attacked ones: what differs is the attack alone.
+            outputs[UNATTACKED] = self.forward(context.params, context.crops, ADVERSARIAL)[0]
+        row = context.inputs.batch.row
+        partner = next((made.partner for made in views.values() if made.partner is not None), jnp.arange(len(row)))
+        mask = next((made.mask for made in views.values() if made.mask), ())
+        lam = {view.name: made.lam for view, made in views.items() if made.lam is not None}
+        cut = lambda tree: jax.tree.map(lambda leaf: leaf[:PICTURES], tree)  # noqa: E731
+        index = context.inputs.batch.index
+        return Shown(cut(images), cut(mask), lam, row, row[partner], index, outputs, context.inputs.y)
+
+
+class RowShare(NamedTuple):
+    """Rows `first` to `stop` - 1 of each `unit` consecutive ones."""
+
+    first: int
+    stop: int
+    unit: int
+
+    @property
+    def whole(self) -> bool:
+        """Whether these are all rows."""
+        return self.stop - self.first == self.unit
+
+    @property
+    def empty(self) -> bool:
+        """Whether these are no rows."""
+        return self.stop == self.first
+
+    def take(self, tree: Any) -> Any:
+        """The rows of leaves [N, ...]."""
+        if self.whole:
+            return tree
+
+        def one(leaf: jax.Array) -> jax.Array:
+            blocks = leaf.reshape(-1, self.unit, *leaf.shape[1:])
+            return blocks[:, self.first : self.stop].reshape(-1, *leaf.shape[1:])
+
+        return jax.tree.map(one, tree)
+
+
+def rejoin(parts: Sequence[jax.Array], rows: Sequence[RowShare]) -> jax.Array:
+    """Leaves [N, ...] from what `RowShare.take` took apart."""
+    ordered = sorted(zip(rows, parts, strict=True), key=lambda pair: pair[0].first)
+    blocks = [part.reshape(-1, row.stop - row.first, *part.shape[1:]) for row, part in ordered]
+    joined = jnp.concatenate(blocks, axis=1)
+    return joined.reshape(-1, *joined.shape[2:])
+
+
+@dataclasses.dataclass(frozen=True)
+class StepContext:
+    """What a view may ask of the step (`hexa_jax.views.Context`), for N rows of one device and microbatch.
+
+    Attributes:
+        objective: equation 10.
+        params: all parameters.
+        crops: clean crops, per resolution [N, V_r, H, W, 3].
+        inputs: pseudo-labels and weights of the rows.
+        rngs: seed, pass and step.
+        data: the resident data set, or None.
+        view: the view that asks.
+        rows: which rows of the microbatch these are; None: all.
+        outputs: clean outputs [N, V, D]; () where the view replaces the clean pass.
+        attack_gradient: the losses' gradient at the crops, where the clean pass gave it.
+        attacked: the clean crops after the attack on their own labels; () where no view asks for them.
+    """
+
+    objective: Objective
+    params: Any
+    crops: tuple[jax.Array, ...]
+    inputs: Inputs
+    rngs: Draws
+    data: jax.Array | None
+    view: HardView | None = None
+    rows: RowShare | None = None
+    outputs: Any = ()
+    attack_gradient: Any = None
+    attacked: Any = ()
+
+    def of_rows(self, rows: RowShare) -> "StepContext":
+        """The same for some of the rows."""
+        if rows.whole:
+            return self
+        inputs = self.inputs
+        batch, y, weight = rows.take((inputs.batch, inputs.y, inputs.weight))
+        inputs = inputs._replace(batch=batch, y=y, weight=weight)
+        return StepContext(self.objective, self.params, rows.take(self.crops), inputs, self.rngs, self.data, rows=rows)
+
+    @property
+    def attack(self) -> Attack:
+        """Settings of the attack."""
+        return self.objective.scheme.attack
+
+    def keys(self, purpose: str) -> jax.Array:
+        """Typed PRNG keys [N], a function of (seed, purpose, epoch, example) only."""
+        number = draws.ATTACK if purpose == "attack" else draws.purpose_of(purpose)
+        return self.rngs.of_examples(number, self.inputs.batch.index)
+
+    def partners(self) -> jax.Array:
+        """int32 [N], partners from the same block of rows, hence from the same device; keyed by (seed, step, block)."""
+        row, block = self.inputs.batch.row, self.objective.layout.cutmix_block
+        if self.rows is not None:
+            block = block * (self.rows.stop - self.rows.first) // self.rows.unit
+        keys = self.rngs.of_rows(draws.PARTNER, row[::block])
+        return block_permutation(keys, row.shape[0], block)
+
+    def new_crops(self, number: int) -> tuple[jax.Array, ...]:
+        """The number-th of the view's own sets of augmented clean crops, shaped like `crops`."""
+        assert self.view is not None
+        crop_set = self.objective.scheme.first_crop_set(self.view) + number
+        return self.objective.online_crops(self.inputs.batch, self.rngs, self.data, crop_set)
+
+    def losses(self, crops: tuple[jax.Array, ...]) -> jax.Array:
+        """The method's own losses [N, V] of crops, by the view's BatchNorm set; writes no statistics."""
+        assert self.view is not None
+        outputs, _ = self.objective.forward(self.params, crops, self.view.norm)
+        losses = self.objective.method.loss(self.params["method"], outputs, self.inputs.y, self.inputs.dictionary)
+        return jax.lax.stop_gradient(losses)
