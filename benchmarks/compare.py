@@ -72,8 +72,8 @@ def in_common(config: ConfigDict, augment: bool) -> dict[str, Any]:
 
 def plain_view(view: HardView) -> HardView:
     """The view without a schedule, replacement, other targets or shared boxes."""
-    plain = {"start_epoch": 0.0, "ramp_epochs": 0.0, "replace": 0.0, "target": LABEL}
-    return dataclasses.replace(view, **plain | ({"one_box": False} if isinstance(view, CutMix) else {}))
+    plain = dataclasses.replace(view, start_epoch=0.0, ramp_epochs=0.0, replace=0.0, target=LABEL)
+    return dataclasses.replace(plain, one_box=False) if isinstance(plain, CutMix) else plain
 
 
 def case_of(config: ConfigDict, views: dict[str, Any]) -> Case:

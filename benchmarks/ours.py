@@ -16,27 +16,19 @@ from hexa_jax.command import parse_command
 from hexa_jax.methods.base import Batch
 from hexa_jax.training.step import Trainer
 
+
+def _weights(adversarial: float, cutmix: float, **attack: Any) -> dict[str, Any]:
+    """Settings below config.views."""
+    return {"adversarial.weight": adversarial, "cutmix.weight": cutmix, **attack}
+
+
 VARIANTS: dict[str, dict[str, Any]] = {
-    "plain": {"adversarial.weight": 0.0, "cutmix.weight": 0.0},
-    "adversarial, auxiliary": {"adversarial.weight": 1.0, "cutmix.weight": 0.0, "attack_norm": "adversarial"},
-    "adversarial, main, separate": {
-        "adversarial.weight": 1.0,
-        "cutmix.weight": 0.0,
-        "attack_norm": "clean",
-        "share_gradient": False,
-    },
-    "adversarial, main, shared": {
-        "adversarial.weight": 1.0,
-        "cutmix.weight": 0.0,
-        "attack_norm": "clean",
-        "share_gradient": True,
-    },
-    "cut-mixed": {"adversarial.weight": 0.0, "cutmix.weight": 1.0},
-    "adversarial (auxiliary) + cut-mixed": {
-        "adversarial.weight": 1.0,
-        "cutmix.weight": 1.0,
-        "attack_norm": "adversarial",
-    },
+    "plain": _weights(0.0, 0.0),
+    "adversarial, auxiliary": _weights(1.0, 0.0, attack_norm="adversarial"),
+    "adversarial, main, separate": _weights(1.0, 0.0, attack_norm="clean", share_gradient=False),
+    "adversarial, main, shared": _weights(1.0, 0.0, attack_norm="clean", share_gradient=True),
+    "cut-mixed": _weights(0.0, 1.0),
+    "adversarial (auxiliary) + cut-mixed": _weights(1.0, 1.0, attack_norm="adversarial"),
 }
 
 

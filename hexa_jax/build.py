@@ -1,5 +1,6 @@
 """From a config to the objects of a run; every mistake that a config can hold is found here, before anything is compiled."""
 
+import logging
 import operator
 import os
 
@@ -71,8 +72,10 @@ def open_training_source(config: ConfigDict) -> Source:
 def make_method(config: ConfigDict) -> Method:
     """The method that `config.method` names, with the settings of the block of its name."""
     method = choose("method", config.method, METHODS)
+    if config.method not in config:
+        raise ConfigError(f"config has no block config.{config.method} with the settings of the method")
     try:
-        return method(**(config[config.method] if config.method in config else {}))
+        return method(**config[config.method])
     except (ValueError, TypeError) as error:
         raise ConfigError(f"config.{config.method}: {error}") from None
 
@@ -151,6 +154,11 @@ def make_schedule(config: ConfigDict, steps_per_epoch: int) -> optim.Schedule:
     choose("optimizer.schedule", o.schedule, dict.fromkeys(("epoch_cosine", "cosine", "steps")))
     if o.schedule == "epoch_cosine":
         return optim.epoch_cosine(o.learning_rate, epochs, steps_per_epoch)
+    if o.schedule == "cosine" and o.warmup_epochs > epochs:
+        raise ConfigError(
+            f"optimizer.warmup_epochs={o.warmup_epochs} is longer than the run, epochs={epochs}: the learning rate would "
+            "never be reached"
+        )
     if o.schedule == "steps":
         return optim.epoch_steps(o.learning_rate, o.milestones, o.decay, steps_per_epoch)
     return optim.warmup_cosine(
@@ -178,7 +186,7 @@ def make_scheme(config: ConfigDict, steps_per_epoch: int = 1) -> Scheme:
     """Equation 10's terms and the attack, grey levels turned into pixels of [0, 1]."""
     v = config.views
     norm_set = choose("views.attack_norm", v.attack_norm, {name: name for name in (CLEAN, ADVERSARIAL)})
-    choose("views.norm", v.norm, dict.fromkeys(("linf", "l2")))
+    choose("views.norm", v.norm, {name: name for name in ("linf", "l2")})
     try:
         attack = Attack(
             epsilon=v.epsilon / 255,
@@ -190,21 +198,25 @@ def make_scheme(config: ConfigDict, steps_per_epoch: int = 1) -> Scheme:
             share_gradient=v.share_gradient,
             max_increase=v.max_increase,
         )
-        named = scheme_views(config.scheme)
-        views = []
-        for name, view in VIEWS.items():
-            settings = dict(v[name]) if name in v else {}
-            if named is not None:  # the scheme says which, the weight how much
-                settings["weight"] = (settings.get("weight") or 1.0) if name in named else 0.0
-            if settings.get("weight"):
-                views.append(view(**settings))
-            else:
-                view(**settings)  # a mistake in a view that is not used is a mistake all the same
-        return Scheme(tuple(views), attack, v.average, steps_per_epoch)
-    except ConfigError:
-        raise
-    except (ValueError, TypeError) as error:
+    except ValueError as error:
         raise ConfigError(f"config.views: {error}") from None
+    named = scheme_views(config.scheme)
+    views = []
+    for name, view in VIEWS.items():
+        if name not in v:  # of a program that defines views, in a config without them
+            continue
+        settings = dict(v[name])
+        if named is not None:  # the scheme says which views there are, the weights what they count
+            settings["weight"] = (settings["weight"] or 1.0) if name in named else 0.0
+        try:
+            made = view(**settings)  # also where it is not used: a mistake is a mistake
+        except (ValueError, TypeError) as error:
+            raise ConfigError(f"config.{error}") from None
+        views += [made] if made.weight else []
+    try:
+        return Scheme(tuple(views), attack, v.average, steps_per_epoch)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
 
 
 def scheme_views(scheme: str) -> set[str] | None:
@@ -253,6 +265,7 @@ NOT_NEGATIVE = (
 
 def _check_ranges(config: ConfigDict) -> None:
     choose("runtime.writer", config.runtime.writer, dict.fromkeys(("clu", "tensorboardX")))
+    choose("eval_statistics", config.eval_statistics, dict.fromkeys(("running", "reestimated")))
     for names, wanted, lowest in ((POSITIVE, "positive", 1e-12), (NOT_NEGATIVE, "0 or more", 0)):
         for name in names:
             if (value := operator.attrgetter(name)(config)) < lowest:
@@ -261,6 +274,17 @@ def _check_ranges(config: ConfigDict) -> None:
         raise ConfigError(f"config.seed={config.seed} must be below 2^32")
     if min(config.data.crop_size, default=1) < 1:
         raise ConfigError(f"config.data.crop_size={tuple(config.data.crop_size)} must be positive")
+
+
+def _warn(method: Method, layout: Layout) -> None:
+    """Log settings that work, but hardly as they are meant."""
+    if method.key_crops and layout.bn_group_size >= layout.shuffle_block:
+        logging.warning(
+            "shuffle-BN does nothing: keys are shuffled among shuffle_block=%d rows, which share their BatchNorm statistics "
+            "anyway (bn_group_size=%d); use a smaller bn_group_size, 32 for example",
+            layout.shuffle_block,
+            layout.bn_group_size,
+        )
 
 
 def _check_views(scheme: Scheme, method: Method, layout: Layout) -> None:
@@ -325,6 +349,7 @@ def make_trainer(
         method.check(spec)
         layout.check()
         _check_views(scheme, method, layout)
+        _warn(method, layout)
     except ConfigError:
         raise
     except ValueError as error:

@@ -22,6 +22,7 @@ from hexa_jax.data.source import Source
 from hexa_jax.evals.online import Probe, make_probe
 from hexa_jax.inputs import Input
 from hexa_jax.methods.base import Batch
+from hexa_jax.models.norm import CLEAN, stats_collection
 from hexa_jax.progress import Clock, say
 from hexa_jax.stops import Diverged, Interruptible, Terminated
 from hexa_jax.training.objective import Shown
@@ -118,6 +119,8 @@ class _Run:
                 if pending:
                     self._report(*pending)  # also the check that what is saved is finite
                 pending = None
+                if self.step == self.total:
+                    self._settle_statistics()
                 self._save(last=stopping or self.step == self.total)
             if stopping and self.step < self.total:
                 raise Terminated(f"SIGTERM: saved step {self.step} in {self.workdir}; the same command resumes it")
@@ -138,15 +141,26 @@ class _Run:
             self._save(last=False)
 
     def _measure_random(self, calibrated: bool) -> None:
-        state = self.state
-        if not calibrated:  # running statistics of a fresh network are made up; give it real ones, then forget them
-            state = jax.tree.map(jnp.copy, state)
-            for batch in itertools.islice(self.input.batches(0), min(CALIBRATION_STEPS, self.steps_per_epoch)):
-                state = self.steps.observe(state, batch, self.input.resident)
+        # Running statistics of a fresh network are made up.
+        state = self.state if calibrated else self._reestimated(min(CALIBRATION_STEPS, self.steps_per_epoch))
         results = self._probe_results(state)
         self.metadata |= {f"random_{name}": value for name, value in results.items()}
         self.metrics.write(0, results)
         say(f"random initialisation: kNN {results['knn_accuracy']:.1f} %")
+
+    def _reestimated(self, num_batches: int) -> TrainState:
+        """The state with clean statistics that are the mean over so many batches of clean training crops."""
+        total: Any = None
+        for batch in itertools.islice(self.input.batches(0), num_batches):
+            moments = self.steps.moments(self.state, batch, self.input.resident)
+            total = moments if total is None else jax.tree.map(jnp.add, total, moments)
+        mean = jax.tree.map(lambda value: value / num_batches, total)
+        return self.state._replace(batch_stats=self.state.batch_stats | {stats_collection(CLEAN): mean})
+
+    def _settle_statistics(self) -> None:
+        """Give the state the statistics that it is evaluated by; training passes never read them."""
+        if self.config.eval_statistics == "reestimated":
+            self.state = self._reestimated(self.steps_per_epoch)
 
     def _probe_results(self, state: TrainState) -> dict[str, float]:
         assert self.probe is not None
@@ -180,6 +194,7 @@ class _Run:
 
     def _evaluate(self, epoch: int, due: list[str]) -> None:
         assert self.probe is not None
+        self._settle_statistics()
         features = self.probe.features(self.state)
         accuracies = {f"{name}_accuracy": getattr(self.probe, name)(features) for name in due}
         values = {name: value for name, value in accuracies.items() if value is not None}

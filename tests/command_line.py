@@ -60,9 +60,10 @@ KINDS = {"deepcluster": DEEPCLUSTER, "moco": MOCO}
 # Calls main as a program would, then tells what it left in the process.
 INSPECTED = """
 import json, sys
-from hexa_jax import main, train_step
-kept, compile = [], train_step.Trainer.compile
-train_step.Trainer.compile = lambda self: kept.append(compile(self)) or kept[-1]
+from hexa_jax import main
+from hexa_jax.training import step as training_step
+kept, compile = [], training_step.Trainer.compile
+training_step.Trainer.compile = lambda self: kept.append(compile(self)) or kept[-1]
 code = main.main(sys.argv)
 counts = {name: getattr(kept[0], name)._cache_size() for name in kept[0]._fields} if kept else {}
 print("INSPECTED " + json.dumps({"tensorflow": "tensorflow" in sys.modules, "traced": counts}))

@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 from small import SmallRun, largest_difference, small_config
 
+from hexa_jax.build import make_scheme
+
 
 @pytest.fixture(scope="module")
 def run():
@@ -25,19 +27,21 @@ def run():
 @functools.cache
 def compiled(run, settings):
     """The objective of the run's rows under other view settings, jitted."""
-    objective = run.trainer.objective
-    objective = dataclasses.replace(objective, views=dataclasses.replace(objective.views, **dict(settings)))
+    config = small_config("deepcluster", **{f"views.{name}": value for name, value in settings})
+    objective = dataclasses.replace(run.trainer.objective, scheme=make_scheme(config, run.steps_per_epoch))
     trainer = dataclasses.replace(run.trainer, objective=objective)
 
     def compute(state, batch):
-        return trainer._gradients(state, batch, None)[1]
+        rngs = trainer._rngs(state)
+        inputs, _ = trainer._inputs(state, batch, rngs, None)
+        return trainer._reduced_gradients(state.params, inputs, rngs, None)
 
     return jax.jit(compute)
 
 
 def gradients(run, alpha1, alpha2, batch=None, **settings):
     """Result of the objective for the run's batch, on the host; the attack is strong enough to see."""
-    settings |= {"alpha1": alpha1, "alpha2": alpha2, "epsilon": 4 / 255, "step_size": 4 / 255}
+    settings |= {"adversarial.weight": float(alpha1), "cutmix.weight": float(alpha2), "epsilon": 4.0, "step_size": 4.0}
     with jax.set_mesh(run.trainer.mesh):
         result = compiled(run, tuple(sorted(settings.items())))(run.state, run.batch if batch is None else batch)
     return jax.device_get(result)
@@ -72,7 +76,7 @@ def test_clean_gradients_leave_the_adversarial_set_alone(run, x64):
 
 def test_cutmix_that_cuts_nothing_is_the_clean_loss(run, x64):
     """Beta(1e6, 1e-3) puts lambda0 at 1: the box is empty."""
-    result = gradients(run, 0, 1, cutmix_alpha=1e6, cutmix_beta=1e-3)
+    result = gradients(run, 0, 1, **{"cutmix.alpha": 1e6, "cutmix.beta": 1e-3})
     assert result.losses["cutmix"] == pytest.approx(result.losses["clean"], abs=1e-12)
 
 

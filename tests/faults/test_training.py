@@ -52,12 +52,12 @@ class Train:
 @pytest.fixture(scope="module")
 def programs():
     """Compiles once for all runs, with a place to plant NaN in the gradients; leaves out the evaluation at the end."""
-    steps, gradients, build = [], Trainer._gradients, Trainer.compile
+    steps, gradients, build = [], Trainer._reduced_gradients, Trainer.compile
 
-    def planted(self, state, batch, data):
-        targets, result = gradients(self, state, batch, data)
-        wrong = jax.numpy.where(jax.numpy.any(batch.label == PLANTED), jax.numpy.nan, 0)
-        return targets, result._replace(params=jax.tree.map(lambda g: g + wrong.astype(g.dtype), result.params))
+    def planted(self, params, inputs, rngs, data):
+        result = gradients(self, params, inputs, rngs, data)
+        wrong = jax.numpy.where(jax.numpy.any(inputs.batch.label == PLANTED), jax.numpy.nan, 0)
+        return result._replace(params=jax.tree.map(lambda g: g + wrong.astype(g.dtype), result.params))
 
     def build_once(self):
         if not steps:
@@ -66,7 +66,7 @@ def programs():
         return steps[0]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Trainer, "_gradients", planted)
+        patch.setattr(Trainer, "_reduced_gradients", planted)
         patch.setattr(Trainer, "compile", build_once)
         patch.setattr(pretrain, "make_probe", lambda *_: None)
         patch.setattr(pretrain._Run, "_finish", lambda self: self.checkpoints.wait())
