@@ -145,6 +145,13 @@ def test_orbax_stays_behind_checkpoint():
     assert users == {"checkpoint"}
 
 
+def test_no_module_touches_the_process_wide_drawing_back_end():
+    """Figures are objects: pyplot's state, and the notebook's way to show figures, are the user's."""
+    for name, path in MODULES.items():
+        assert "matplotlib.pyplot" not in imported(path), name
+        assert "matplotlib.use(" not in path.read_text(), name
+
+
 def test_tensorflow_is_imported_by_nobody_at_module_level():
     """Nor what imports it or takes long: clu's writers and tfds come only when asked for."""
     for name, path in MODULES.items():
