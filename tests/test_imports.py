@@ -18,7 +18,7 @@ LEVELS = {
     "data": 0,  # sources, decoding, augmentation
     "remote": -1,
     "mirror": 1,
-    "hosts": 0,
+    "hosts": -1,
     "workdir": 1,
     "progress": 0,
     "stops": 0,

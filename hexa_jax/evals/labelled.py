@@ -28,10 +28,15 @@ PART_BATCHES = 50  # what a kill can cost
 CALIBRATION_IMAGES = 512  # whose statistics a random network gets
 
 
-def open_backbone(config: ConfigDict) -> Backbone:
-    """The backbone that `config.checkpoint` names; a random one has its architecture from `config.random`."""
+def require_checkpoint(config: ConfigDict) -> None:
+    """Raise ConfigError where `config.checkpoint` says nothing."""
     if not config.checkpoint:
         raise ConfigError("config.checkpoint is missing: a workdir, a weights file, or random")
+
+
+def open_backbone(config: ConfigDict) -> Backbone:
+    """The backbone that `config.checkpoint` names; a random one has its architecture from `config.random`."""
+    require_checkpoint(config)
     if config.checkpoint != RANDOM:
         return load_backbone(config.checkpoint)
     settings = config.random

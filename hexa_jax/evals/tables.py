@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 from ml_collections import ConfigDict
 
 from hexa_jax.build import ConfigError
-from hexa_jax.evals.backbone import RANDOM
-from hexa_jax.evals.labelled import open_backbone
+from hexa_jax.evals.backbone import RANDOM, check_checkpoint
+from hexa_jax.evals.labelled import require_checkpoint
 from hexa_jax.grid import Cell, Entry, Outcome, Stage, run_grid
 from hexa_jax.progress import say
 from hexa_jax.remote import path_of
@@ -65,7 +65,10 @@ def tables(config: ConfigDict, workdir: pathlib.Path) -> dict[str, Any]:
     Raises:
         ConfigError: no data, or an evaluation failed (the others are done; the message names the first).
     """
-    open_backbone(config)  # a wrong path is told now, not by each evaluation
+    # A wrong path is told now, not by each evaluation. Nothing here may open a device: each evaluation is a process
+    # of its own, and an accelerator has room for one.
+    require_checkpoint(config)
+    check_checkpoint(config.checkpoint)
     rows = [row for row in ROWS if config.data[row.needs].source]
     if not rows:
         raise ConfigError(
