@@ -96,7 +96,9 @@ def get_config() -> ml_collections.ConfigDict:
 
     config.data = data = ml_collections.ConfigDict()
     data.source = "tfds:imagenet2012:train"  # tfds:NAME[/CONFIG][:SPLIT], folder:DIR, arrays:FILE.npz, shapes
-    data.eval_source = ""  # held-out examples for the online kNN; empty: leave-one-out on the training images
+    # Held-out examples for the online kNN and linear probe, and for evaluations of the run. Empty: leave-one-out kNN on the
+    # training images. A recipe's own are left out where --config.data.source names another data set.
+    data.eval_source = ""
     data.limit = 0  # use so many examples, spread evenly over the data set; 0: all
     data.shapes_size = 32  # shapes: side in pixels
     data.shapes_count = 10_000  # shapes: number of images
@@ -216,7 +218,11 @@ def larc_batch(config: ml_collections.ConfigDict, batch: int) -> ml_collections.
 
 
 def on_imagenet(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
-    """How the ImageNet recipes run: bfloat16 is ours, the references compute in float32 or float16."""
+    """How the ImageNet recipes run: bfloat16 is ours, the references compute in float32 or float16.
+
+    The validation set judges the network on the way, and is what a linear probe of the run is tested on.
+    """
+    config.data.eval_source = "tfds:imagenet2012:validation"
     config.precision = "bfloat16"
     config.runtime.workers = 8  # one decodes and cuts a few hundred images a second
     return config
