@@ -91,7 +91,7 @@ def get_config() -> ml_collections.ConfigDict:
     optimizer.milestones = (
         120,
         160,
-    )  # steps: epochs (from 0) at whose start the learning rate is multiplied by `decay`
+    )  # steps: epochs (from 0, fractions too) at whose start the learning rate is multiplied by `decay`
     optimizer.decay = 0.1  # steps
 
     config.data = data = ml_collections.ConfigDict()
@@ -183,6 +183,16 @@ def arguments(text: str | None, **defaults: Any) -> Any:
         except ValueError:
             raise ValueError(f"config argument {name}={value!r} must be of type {kind.__name__}") from None
     return types.SimpleNamespace(**values)
+
+
+def milestones(epochs: int, *percents: int) -> tuple[float, ...]:
+    """Epochs at which so many per cent of a run are over, for `optimizer.milestones`.
+
+    They may lie inside an epoch: rounded down, those of a run of one epoch would all lie before its first step.
+    """
+    return tuple(
+        epochs * percent // 100 if epochs * percent % 100 == 0 else epochs * percent / 100 for percent in percents
+    )
 
 
 # Crops of the reference scripts: count, side, smallest and largest share of the image's area, per resolution.

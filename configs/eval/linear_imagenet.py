@@ -32,7 +32,7 @@ def get_config(text=None):
     optimizer.momentum = 0.9
     optimizer.weight_decay = 0.0 if choice.family == "moco" else 1e-6
     optimizer.schedule = "steps" if choice.family == "moco" else "epoch_cosine"
-    optimizer.milestones = (choice.epochs * 60 // 100, choice.epochs * 80 // 100)
+    optimizer.milestones = common.milestones(choice.epochs, 60, 80)
     optimizer.decay = 0.1
 
     config.data.min_scale = 0.08
