@@ -5,8 +5,9 @@ Command:   python -m hexa_jax.main --config=configs/cifar10_simclr.py --workdir=
 Arguments: epochs=200; scheme= (hard examples, as in Fig. 2: std+adv, std+cmx, ...)
 Hardware:  one accelerator. On a CPU use fewer channels and a part of the data (docs/results.md has such runs).
 Time:      not measured on an accelerator.
-Expected:  kNN 82.8 after 200 epochs in the benchmark of lightly-ai/lightly, whose numbers these are: B = 512, SGD 0.24 (0.06
-           per 128 images), weight decay 5e-4, temperature 0.5, colour strength 0.5, crops from 8 %. Nothing measured here yet.
+Expected:  kNN 84.8 after 200 epochs, 87.9 after 800 in the benchmark of lightly-ai/lightly (docs of 2023; 82.8 and 87.5 in 2022),
+           whose numbers these are: B = 512, SGD 0.24 (0.06 per 128 images), weight decay 5e-4, temperature 0.5, colour
+           strength 0.5, crops from 8 %. Nothing measured here yet.
 """
 
 from configs import common

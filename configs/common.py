@@ -117,12 +117,14 @@ def get_config() -> ml_collections.ConfigDict:
     optimizer.milestones = (
         120,
         160,
-    )  # steps: epochs (from 0) at whose start the learning rate is multiplied by `decay`
+    )  # steps: epochs (from 0, fractions too) at whose start the learning rate is multiplied by `decay`
     optimizer.decay = 0.1  # steps
 
     config.data = data = ml_collections.ConfigDict()
     data.source = "tfds:imagenet2012:train"  # tfds:NAME[/CONFIG][:SPLIT], folder:DIR, arrays:FILE.npz, shapes
-    data.eval_source = ""  # held-out examples for the online kNN; empty: leave-one-out on the training images
+    # Held-out examples for the online kNN and linear probe, and for evaluations of the run. Empty: leave-one-out kNN on the
+    # training images. A recipe's own are left out where --config.data.source names another data set.
+    data.eval_source = ""
     data.limit = 0  # use so many examples, spread evenly over the data set; 0: all
     data.shapes_size = 32  # shapes: side in pixels
     data.shapes_count = 10_000  # shapes: number of images
@@ -214,6 +216,16 @@ def arguments(text: str | None, **defaults: Any) -> Any:
     return types.SimpleNamespace(**values)
 
 
+def milestones(epochs: int, *percents: int) -> tuple[float, ...]:
+    """Epochs at which so many per cent of a run are over, for `optimizer.milestones`.
+
+    They may lie inside an epoch: rounded down, those of a run of one epoch would all lie before its first step.
+    """
+    return tuple(
+        epochs * percent // 100 if epochs * percent % 100 == 0 else epochs * percent / 100 for percent in percents
+    )
+
+
 # Crops of the reference scripts: count, side, smallest and largest share of the image's area, per resolution.
 CROPS = {
     2: ((2,), (224,), (0.08,), (1.0,)),
@@ -247,7 +259,11 @@ def larc_batch(config: ml_collections.ConfigDict, batch: int) -> ml_collections.
 
 
 def on_imagenet(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
-    """How the ImageNet recipes run: bfloat16 is ours, the references compute in float32 or float16."""
+    """How the ImageNet recipes run: bfloat16 is ours, the references compute in float32 or float16.
+
+    The validation set judges the network on the way, and is what a linear probe of the run is tested on.
+    """
+    config.data.eval_source = "tfds:imagenet2012:validation"
     config.precision = "bfloat16"
     config.runtime.workers = 8  # one decodes and cuts a few hundred images a second
     return config

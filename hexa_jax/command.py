@@ -52,6 +52,8 @@ def parse_command(argv: list[str]) -> Command:
     if values.workdir is None:
         raise ConfigError(f"--workdir is missing: {HELP}")
     _check_tuples(known, flatten(values.config.to_dict()), overrides)
+    if "data.source" in overrides and "data.eval_source" not in overrides:
+        _leave_out_foreign_images(values.config.data, defaults.data)
     place = Place(values.coordinator, values.num_processes, values.process_id)
     return Command(values.config, values.workdir, values.extend, place)
 
@@ -118,6 +120,24 @@ def _check_tuples(before: dict, now: dict, overrides: list[str]) -> None:
                 wanted = ("pairs of " if pairs else "") + ("numbers" if float in kinds else "whole numbers")
                 example = "((1, 2),)" if pairs else "(1,)"
                 raise ConfigError(f"--config.{key} takes a tuple of {wanted}, such as '{example}', not ({found})")
+
+
+def _leave_out_foreign_images(data: ConfigDict, recipe: ConfigDict) -> None:
+    """Drop the recipe's held-out examples where the training examples are of another data set.
+
+    Somebody's own photographs would otherwise be judged by ImageNet's.
+    """
+    known = {_data_set(recipe.source), _data_set(recipe.eval_source)}
+    if recipe.eval_source and _data_set(data.source) not in known:
+        data.eval_source = ""
+
+
+def _data_set(source: str) -> str:
+    """What a source's splits have in common: tfds:NAME/CONFIG, shapes, or all of it."""
+    kind, _, rest = source.partition(":")
+    if kind == "shapes":
+        return kind
+    return f"{kind}:{rest.partition(':')[0]}" if kind == "tfds" else source
 
 
 def _numbers(values: Iterable[Any]) -> list[Any]:

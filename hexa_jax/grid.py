@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import pathlib
 import subprocess
 import sys
@@ -114,13 +115,24 @@ def _run(workdir: pathlib.Path, cell: Cell, extra: Sequence[str]) -> str:
             continue
         with (folder / "log.txt").open("ab") as log:
             words = stage.command(folder, extra if position == 0 else ())
-            code = subprocess.run(words, stdout=log, stderr=subprocess.STDOUT, cwd=ROOT, check=False).returncode
+            code = subprocess.run(
+                words, stdout=log, stderr=subprocess.STDOUT, env=_environment(), check=False
+            ).returncode
         if code == 143:
             raise SystemExit(143)  # the scheduler stops this process, too: cells go on from their checkpoints
         if code:
             lines = (folder / "log.txt").read_text(errors="replace").strip().splitlines()
             return f"exit code {code}: {lines[-1] if lines else 'no output'}"
     return ""
+
+
+def _environment() -> dict[str, str]:
+    """Environment of a cell: it finds this very package and its configs from whatever folder the user works in.
+
+    PYTHONSAFEPATH keeps that folder itself, which may well have a `configs` of its own, out of Python's search path.
+    """
+    paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "PYTHONSAFEPATH": "1"}
 
 
 def _finished(workdir: pathlib.Path, cell: Cell) -> bool:

@@ -100,8 +100,17 @@ def launcher(environment: Mapping[str, str]) -> str | None:
 
 
 def first() -> bool:
-    """Whether this process writes the files."""
-    return jax.process_index() == 0
+    """Whether this process writes the files.
+
+    Like `alone`, it opens no device in a process that `join` left alone: one that only starts other processes must leave the
+    accelerator to them.
+    """
+    return not jax.distributed.is_initialized() or jax.process_index() == 0
+
+
+def alone() -> bool:
+    """Whether the run consists of this process."""
+    return not jax.distributed.is_initialized() or jax.process_count() == 1
 
 
 def gather(tree: Any) -> Any:

@@ -25,8 +25,6 @@ import uuid
 from collections.abc import Callable, Iterator
 from typing import Any, NoReturn
 
-import jax
-
 from hexa_jax import hosts, remote
 from hexa_jax.progress import say
 from hexa_jax.stops import Terminated
@@ -53,7 +51,7 @@ def local_workdir(path: str) -> Iterator[str]:
         yield path
         return
     mirror = Mirror(path)
-    previous = signal.signal(signal.SIGTERM, _terminated) if jax.process_count() == 1 else None
+    previous = signal.signal(signal.SIGTERM, _terminated) if hosts.alone() else None
     try:
         try:
             mirror.open()

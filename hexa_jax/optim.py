@@ -41,8 +41,8 @@ def epoch_cosine(base: float, epochs: int, steps_per_epoch: int) -> Schedule:
     return schedule
 
 
-def epoch_steps(base: float, milestones: Sequence[int], decay: float, steps_per_epoch: int) -> Schedule:
-    """`base` times `decay` to the number of milestones (epochs, from 0) that the step's epoch has reached."""
+def epoch_steps(base: float, milestones: Sequence[float], decay: float, steps_per_epoch: int) -> Schedule:
+    """`base` times `decay` to the number of milestones (epochs, from 0, fractions too) that the step has reached."""
 
     def schedule(step: jax.Array) -> jax.Array:
         passed = sum(jnp.asarray(step) >= epoch * steps_per_epoch for epoch in milestones)

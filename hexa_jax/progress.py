@@ -4,9 +4,7 @@ import contextlib
 import time
 from collections.abc import Iterator
 
-import jax
-
-from hexa_jax import remote
+from hexa_jax import hosts, remote
 
 
 class Clock:
@@ -48,5 +46,5 @@ class Clock:
 
 def say(text: str) -> None:
     """A line for the person at the terminal."""
-    if jax.process_index() == 0:
+    if hosts.first():
         print(remote.shown(text), flush=True)

@@ -5,12 +5,9 @@ import json
 import pathlib
 from typing import Any, NamedTuple
 
-import matplotlib
-
-matplotlib.use("Agg")
 import jax
-import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.figure import Figure
 from ml_collections import ConfigDict
 
 from hexa_jax.data.decode import decode, resize_center_crop
@@ -83,7 +80,8 @@ def _curves(metrics: pathlib.Path, path: pathlib.Path) -> None:
         ("embedding spread", "embedding_std"),
     ]
     names = [(title, name) for title, name in names if any(key.startswith(name) for line in lines for key in line)]
-    figure, axes = plt.subplots(1, max(len(names), 1), figsize=(4 * max(len(names), 1), 3), squeeze=False)
+    figure = Figure(figsize=(4 * max(len(names), 1), 3))
+    axes = figure.subplots(1, max(len(names), 1), squeeze=False)
     for axis, (title, prefix) in zip(axes[0], names, strict=False):
         for key in sorted({key for line in lines for key in line if key.startswith(prefix)}):
             points = [(line["step"], line[key]) for line in lines if key in line]
@@ -105,7 +103,8 @@ def _hard_examples(shown: Shown, path: pathlib.Path, count: int = 8) -> None:
         rows += [(f"perturbation\n(±{255 * radius:.1f} of 255)", delta), ("adversarial", images["adversarial"])]
     rows += [(view.replace("_", "\n"), images[view]) for view in shown.lam]
     count = len(images["clean"])
-    figure, axes = plt.subplots(len(rows), count, figsize=(1.3 * count + 1.2, 1.4 * len(rows)), squeeze=False)
+    figure = Figure(figsize=(1.3 * count + 1.2, 1.4 * len(rows)))
+    axes = figure.subplots(len(rows), count, squeeze=False)
     for axis_row, (title, pictures) in zip(axes, rows, strict=True):
         lam = shown.lam.get(title.replace("\n", "_"))
         for column, (axis, image) in enumerate(zip(axis_row, pictures, strict=True)):
@@ -129,7 +128,8 @@ def _clusters(source: Any, assignments: np.ndarray, path: pathlib.Path, rows: in
     order = np.argsort(-sizes, kind="stable")
     order = order[sizes[order] > 0]
     chosen = order[np.linspace(0, len(order) - 1, min(rows, len(order))).astype(int)]
-    figure, axes = plt.subplots(len(chosen), columns, figsize=(columns, 1.05 * len(chosen)), squeeze=False)
+    figure = Figure(figsize=(columns, 1.05 * len(chosen)))
+    axes = figure.subplots(len(chosen), columns, squeeze=False)
     for axis_row, cluster in zip(axes, chosen, strict=True):
         members = np.flatnonzero(assignments == cluster)
         members = members[spread(len(members), columns)]  # folders are sorted by class: the first ones are alike anyway
@@ -148,7 +148,6 @@ def _flat(x: jax.Array) -> np.ndarray:
     return x.reshape(-1, *x.shape[2:])  # microbatches and rows together
 
 
-def _save(figure: Any, path: pathlib.Path) -> None:
+def _save(figure: Figure, path: pathlib.Path) -> None:
     figure.tight_layout()
     figure.savefig(path, dpi=110)
-    plt.close(figure)

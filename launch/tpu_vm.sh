@@ -25,10 +25,15 @@ tpu() {
 remove() {
   if [ -z "$keep" ]; then tpu delete "$name" --quiet; fi
 }
+not_created() {
+  echo "$script: $name was not created, so nothing is deleted; see gcloud compute tpus tpu-vm list --zone=$zone" >&2
+}
 
 cd "$(dirname "$0")/.."
-trap remove EXIT
+# A refused create may mean that the name is somebody else's machine: only what this script created is deleted.
+trap not_created EXIT
 tpu create "$name" --accelerator-type="$type" --version="$version" ${spot:+--spot}
+trap remove EXIT
 run git archive --output=/tmp/hexa_jax.tar.gz HEAD
 run gcloud storage cp /tmp/hexa_jax.tar.gz "$bucket/hexa_jax.tar.gz"
 install="gcloud storage cp $(printf %q "$bucket/hexa_jax.tar.gz") . && mkdir -p hexa_jax && tar -xzf hexa_jax.tar.gz -C hexa_jax"

@@ -1,6 +1,7 @@
 """Every config builds, takes its real-size step in the abstract, and holds the numbers of its source."""
 
 import importlib
+import itertools
 import pathlib
 
 import jax
@@ -11,6 +12,7 @@ from ml_collections import ConfigDict
 from small import SmallRun, largest_difference, small_config
 
 from hexa_jax.build import ConfigError, make_schedule, make_trainer
+from hexa_jax.evals.linear_sgd import probe_schedule
 from hexa_jax.training.objective import PICTURES
 
 NAMES = sorted(path.stem for path in pathlib.Path("configs").glob("*.py") if path.stem not in ("common", "__init__"))
@@ -229,6 +231,32 @@ def test_schedules_of_the_two_families():
     assert float(moco(5004)) < 0.03  # once per epoch
     assert float(deepcluster(0)) == pytest.approx(0.6)
     assert float(deepcluster(200 * 5004)) == pytest.approx(0.0006, rel=1e-3)
+
+
+@pytest.mark.parametrize("epochs", [1, 2, 3, 7, 100])
+@pytest.mark.parametrize(
+    ("name", "base", "decay", "percents"),
+    [
+        ("eval.linear_imagenet:family=moco,", 30.0, 0.1, (60, 80)),
+        ("cifar10_rotation:", 0.1, 0.2, (30, 60, 80)),
+        ("imagenette_rotation:", 0.1, 0.2, (30, 60, 80)),
+    ],
+)
+def test_a_short_run_has_the_same_learning_rates_as_a_long_one(name, base, decay, percents, epochs):
+    """Each for its share of the steps: one epoch begins with the recipe's learning rate, too."""
+    config, steps = load(f"{name}epochs={epochs}"), 500
+    if config.task == "linear":
+        (rate,) = config.optimizer.learning_rates
+        factor = probe_schedule(config, steps)
+        schedule = lambda step: rate * factor(step)  # noqa: E731
+    else:
+        schedule = make_schedule(config, steps)
+    total, bounds = epochs * steps, (0, *percents, 100)
+    for passed, (start, end) in enumerate(itertools.pairwise(bounds)):
+        for step in (total * start // 100, total * end // 100 - 1):
+            assert float(schedule(step)) == pytest.approx(base * decay**passed, rel=1e-5), step
+    if epochs == 100:
+        assert config.optimizer.milestones == percents and all(type(m) is int for m in config.optimizer.milestones)
 
 
 @pytest.mark.parametrize(("counts", "sizes"), [((2, 4), (160, 96)), ((2, 6), (224, 96))])

@@ -8,12 +8,12 @@ import sys
 import numpy as np
 import pytest
 import scipy.stats
-from command_line import environment
+from command_line import REPOSITORY, environment, finished, image_folder
 
 from hexa_jax.command import parse_command
 from hexa_jax.experiments import tables
 from hexa_jax.experiments.presets import GRIDS, METHODS, PRESETS
-from hexa_jax.grid import Cell, Entry, Outcome
+from hexa_jax.grid import Cell, Entry, Outcome, Stage, run_grid
 
 SMALL = ("--config.data.shapes_count=64", "--config.linear.at_end=False", "--config.knn.every_epochs=0")
 
@@ -123,6 +123,60 @@ def test_a_grid_runs_once_and_goes_on_after_a_failure(tmp_path):
 
     other = experiment(tmp_path, "fig4", "--methods=moco")
     assert other.returncode == 2 and "use another --workdir" in other.stderr
+
+
+# Runs a command whose children are not started: each tells instead whether the parent has opened a device by then.
+PARENT = """
+import subprocess, sys
+from jax._src import xla_bridge
+from hexa_jax import main
+from hexa_jax.experiments import __main__ as experiments
+
+def child(words, **options):
+    print("child started, device opened:", xla_bridge.backends_are_initialized(), flush=True)
+    return subprocess.CompletedProcess(words, 3)
+
+subprocess.run = child
+program, *words = sys.argv[1:]
+sys.exit({"experiments": experiments.main, "main": main.main}[program](words))
+"""
+
+
+def parent(program, *words):
+    command = [sys.executable, "-c", PARENT, program, *map(str, words)]
+    return subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=120, check=False)
+
+
+def test_an_experiment_leaves_the_accelerator_to_its_cells(tmp_path):
+    done = parent("experiments", "fig4", "--methods=moco", f"--workdir={tmp_path}")
+    assert done.returncode == 1, done.stderr
+    assert done.stdout.count("child started, device opened: False") == 3
+    assert "device opened: True" not in done.stdout
+
+
+def test_the_table_of_evaluations_leaves_the_accelerator_to_them(tmp_path):
+    data = {"source": "shapes:train", "eval_source": "shapes:test"}
+    words = [f"--config.data.cifar10.{name}={value}" for name, value in data.items()]
+    config = f"--config={REPOSITORY}/configs/eval/all.py"
+    run, _ = finished("moco")
+    done = parent("main", "hexa", config, f"--config.checkpoint={run}", f"--workdir={tmp_path}", *words)
+    assert done.returncode == 2 and "linear_cifar-cifar10-pre-trained: exit code 3" in done.stderr
+    assert done.stdout.count("child started, device opened: False") == 4
+    assert "device opened: True" not in done.stdout
+
+
+def test_cells_work_in_the_folder_of_the_user(tmp_path, monkeypatch):
+    """Relative paths mean what they mean on the command line, and a `configs` that lies there is none of ours."""
+    image_folder(tmp_path / "mine" / "images", count=12)
+    (tmp_path / "mine" / "configs").mkdir()
+    (tmp_path / "mine" / "configs" / "__init__.py").write_text("raise RuntimeError('of the user')")
+    monkeypatch.chdir(tmp_path / "mine")
+    monkeypatch.delenv("PYTHONPATH", raising=False)
+    settings = {"data.source": "folder:images", "leave_one_out": True, "neighbours": "(1,)", "data.crop": 8}
+    settings |= {"data.resize": 8, "random.backbone": "resnet10", "random.base_channels": 2}
+    stage = Stage("eval/knn.py", settings | {"runtime.num_devices": 1}, checkpoint="random")
+    (outcome,) = run_grid([Entry({"seed": 0}, Cell("cell", (stage,)))], tmp_path / "run")
+    assert not outcome.failure and outcome.values["train_images"] == 12
 
 
 @pytest.mark.slow

@@ -222,7 +222,10 @@ def opened(name="source", run=None, labelled=True, **data):
     return open_split(config, Backbone(None, None, 0, run), name, labelled=labelled)
 
 
-RUN = ConfigDict({"data": {"source": "shapes", "eval_source": "shapes:test", "shapes_count": 70, "shapes_size": 20}})
+RUN = ConfigDict({
+    "data": {"source": "shapes", "eval_source": "shapes:test", "shapes_count": 70, "shapes_size": 20},
+    "runtime": {"data_dir": "", "data_cache": ""},
+})  # fmt: skip
 
 
 def test_sources_default_to_those_of_the_run():

@@ -18,7 +18,7 @@ LEVELS = {
     "data": 0,  # sources, decoding, augmentation
     "remote": -1,
     "mirror": 1,
-    "hosts": 0,
+    "hosts": -1,
     "workdir": 1,
     "progress": 0,
     "stops": 0,
@@ -143,6 +143,13 @@ def test_methods_and_views_do_not_know_each_other():
 def test_orbax_stays_behind_checkpoint():
     users = {name for name, path in MODULES.items() if any(belongs(full, "orbax") for full in imported(path))}
     assert users == {"checkpoint"}
+
+
+def test_no_module_touches_the_process_wide_drawing_back_end():
+    """Figures are objects: pyplot's state, and the notebook's way to show figures, are the user's."""
+    for name, path in MODULES.items():
+        assert "matplotlib.pyplot" not in imported(path), name
+        assert "matplotlib.use(" not in path.read_text(), name
 
 
 def test_tensorflow_is_imported_by_nobody_at_module_level():

@@ -1,4 +1,4 @@
-"""Launch scripts: what they would run, word by word, and their mistakes. Nothing is started."""
+"""Launch scripts: what they would run, word by word, and their mistakes. Nothing real is started."""
 
 import os
 import shlex
@@ -14,8 +14,8 @@ TPU = ["--name=hexa", "--zone=us-west4-a", "--type=v5litepod-64", "--bucket=gs:/
 GKE = ["--name=hexa", "--cluster=c", "--zone=z", "--type=v5litepod-256", "--image=registry/hexa:tpu"]
 
 
-def script(name, *words):
-    env = {"PATH": os.environ["PATH"], "HOME": "/nonexistent"}
+def script(name, *words, path=""):
+    env = {"PATH": path + os.environ["PATH"], "HOME": "/nonexistent"}
     return subprocess.run([LAUNCH / name, *words], capture_output=True, text=True, timeout=60, env=env)
 
 
@@ -49,6 +49,28 @@ def test_tpu_vm_creates_installs_runs_and_deletes():
         "ssh",
     ]
     assert "--spot" not in kept[0] and "--project=p" in kept[0]
+
+
+GCLOUD = """#!/bin/sh
+echo "$*" >> "$(dirname "$0")/calls"
+case "$*" in *" $(cat "$(dirname "$0")/refuses") "*) echo "ERROR: ALREADY_EXISTS" >&2; exit 1 ;; esac
+"""
+
+
+@pytest.mark.parametrize(
+    ("refused", "calls"),
+    [("create", ["create"]), ("ssh", ["create", "ssh", "delete"]), ("nothing", ["create", "ssh", "ssh", "delete"])],
+)
+def test_tpu_vm_deletes_what_it_created_and_nothing_else(refused, calls, tmp_path):
+    for name, text in {"gcloud": GCLOUD, "git": "#!/bin/sh\n"}.items():
+        (tmp_path / name).write_text(text)
+        (tmp_path / name).chmod(0o755)
+    (tmp_path / "refuses").write_text(refused)
+    done = script("tpu_vm.sh", *TPU, "--", "--config=c", path=f"{tmp_path}:")
+    assert done.returncode == (refused != "nothing")
+    made = [line.split() for line in (tmp_path / "calls").read_text().splitlines()]
+    assert [words[3] for words in made if words[0] == "compute"] == calls
+    assert ("hexa was not created" in done.stderr) == (refused == "create")
 
 
 def test_gke_builds_pushes_and_starts():

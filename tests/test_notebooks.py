@@ -20,10 +20,12 @@ def test_notebook_is_that_of_its_source(name):
 
 
 def execute(name, folder, **settings):
-    """Runs a notebook's source in a kernel of its own, in the repository's root; returns the text that it printed."""
-    env = (
-        environment() | settings | {"MPLBACKEND": "Agg", "IPYTHONDIR": str(folder), "JUPYTER_RUNTIME_DIR": str(folder)}
-    )
+    """Run a notebook's source in a kernel of its own, in the repository's root; returns the text that it printed.
+
+    Each cell that ends in `plt.show()` must have shown a picture.
+    """
+    env = environment() | settings | {"IPYTHONDIR": str(folder), "JUPYTER_RUNTIME_DIR": str(folder)}
+    env.pop("MPLBACKEND", None)  # the kernel chooses its own, as it does in Jupyter
     notebook = jupytext.read(REPOSITORY / "notebooks" / f"{name}.py")
     notebook.metadata["kernelspec"] = {"name": "python3", "display_name": "Python 3", "language": "python"}
     before = dict(os.environ)
@@ -33,7 +35,10 @@ def execute(name, folder, **settings):
     finally:
         os.environ.clear()
         os.environ.update(before)
-    outputs = [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
+    cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    for cell in (cell for cell in cells if "plt.show()" in cell.source):
+        assert any("image/png" in output.get("data", {}) for output in cell.outputs), cell.source
+    outputs = [output for cell in cells for output in cell.outputs]
     return "".join(output.get("text", "") for output in outputs)
 
 

@@ -65,17 +65,9 @@ def load_backbone(checkpoint: str, **random: Any) -> Backbone:
     if checkpoint == RANDOM:
         return random_backbone(**random)
     path = remote.path_of(checkpoint)
-    with remote.told(checkpoint):
-        if remote.exists(path):
-            return _from_file(path)
-        saved = path / "config.json"
-        if not remote.exists(saved):
-            raise CheckpointError(
-                f"checkpoint {checkpoint!r} is neither a file nor the workdir of a run: it has no config.json"
-            )
-        config = ConfigDict(json.loads(saved.read_text()), convert_dict=True)
-    if "model" not in config:
-        raise CheckpointError(f"checkpoint {checkpoint!r} is no pre-training run: its config has no model")
+    config = _config_of_run(checkpoint)
+    if config is None:
+        return _from_file(path)
     model, pixels = config.model, (tuple(config.data.pixel_mean), tuple(config.data.pixel_std))
     resnet = make_resnet(model.backbone, model.base_channels, stem=model.stem)
     network = Network(resnet, None, *pixels, normalize=False)
@@ -89,6 +81,39 @@ def load_backbone(checkpoint: str, **random: Any) -> Backbone:
         raise CheckpointError(f"checkpoint {checkpoint!r} has no checkpoint yet")
     step, tree, _ = restored
     return Backbone(network, {"params": tree["params"]["network"], **tree["batch_stats"]}, step, config)
+
+
+def check_checkpoint(checkpoint: str) -> None:
+    """See whether there are weights, without a device: of a file only that it exists, of a run that it has checkpoints.
+
+    Raises:
+        CheckpointError: neither a file nor a pre-training run is there, or a run that saved nothing yet.
+    """
+    if checkpoint == RANDOM or _config_of_run(checkpoint) is None:
+        return
+    if not Checkpoints(remote.path_of(checkpoint) / "checkpoints").steps():
+        raise CheckpointError(f"checkpoint {checkpoint!r} has no checkpoint yet")
+
+
+def _config_of_run(checkpoint: str) -> ConfigDict | None:
+    """The saved config of the pre-training run in a workdir; None where `checkpoint` is a file.
+
+    Raises:
+        CheckpointError: it is neither.
+    """
+    path = remote.path_of(checkpoint)
+    with remote.told(checkpoint):
+        if remote.exists(path):
+            return None
+        saved = path / "config.json"
+        if not remote.exists(saved):
+            raise CheckpointError(
+                f"checkpoint {checkpoint!r} is neither a file nor the workdir of a run: it has no config.json"
+            )
+        config = ConfigDict(json.loads(saved.read_text()), convert_dict=True)
+    if "model" not in config:
+        raise CheckpointError(f"checkpoint {checkpoint!r} is no pre-training run: its config has no model")
+    return config
 
 
 def random_backbone(

@@ -4,11 +4,8 @@ import pathlib
 from typing import Any
 
 import jax
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.figure import Figure
 from ml_collections import ConfigDict
 
 from hexa_jax.data.decode import decode, resize_center_crop
@@ -66,7 +63,8 @@ def _gallery(
     chosen = np.linspace(0, len(queries) - 1, min(ROWS, len(queries))).astype(int)
     columns = min(COLUMNS, len(bank) - int(leave_one_out))
     similarity, position = nearest(bank, queries[chosen], columns, own=chosen if leave_one_out else None)
-    figure, axes = plt.subplots(len(chosen), columns + 1, figsize=(columns + 1, 1.15 * len(chosen)), squeeze=False)
+    figure = Figure(figsize=(columns + 1, 1.15 * len(chosen)))
+    axes = figure.subplots(len(chosen), columns + 1, squeeze=False)
     for axis_row, query, scores, rows in zip(axes, chosen, similarity, position, strict=True):
         axis_row[0].imshow(_thumbnail(held_out, query))
         for axis, score, row in zip(axis_row[1:], scores, rows, strict=True):
@@ -78,7 +76,6 @@ def _gallery(
     axes[0, 1].set_title("nearest training images", fontsize=7, loc="left")
     figure.tight_layout(pad=0.3)
     figure.savefig(path, dpi=120)
-    plt.close(figure)
 
 
 def _thumbnail(source: Source, index: int) -> np.ndarray:

@@ -28,10 +28,15 @@ PART_BATCHES = 50  # what a kill can cost
 CALIBRATION_IMAGES = 512  # whose statistics a random network gets
 
 
-def open_backbone(config: ConfigDict) -> Backbone:
-    """The backbone that `config.checkpoint` names; a random one has its architecture from `config.random`."""
+def require_checkpoint(config: ConfigDict) -> None:
+    """Raise ConfigError where `config.checkpoint` says nothing."""
     if not config.checkpoint:
         raise ConfigError("config.checkpoint is missing: a workdir, a weights file, or random")
+
+
+def open_backbone(config: ConfigDict) -> Backbone:
+    """The backbone that `config.checkpoint` names; a random one has its architecture from `config.random`."""
+    require_checkpoint(config)
     if config.checkpoint != RANDOM:
         return load_backbone(config.checkpoint)
     settings = config.random
@@ -42,15 +47,22 @@ def open_backbone(config: ConfigDict) -> Backbone:
 def open_split(config: ConfigDict, backbone: Backbone, name: str, *, labelled: bool = True) -> Source:
     """The source `data.<name>`, or that of the pre-training run where the config has none.
 
+    The run's own data are looked for where the run found them, unless `runtime.data_dir` says otherwise.
+
     Raises:
         ConfigError: neither names one.
         DataError: it has no labels and needs them.
     """
-    spec = config.data[name] or (backbone.config.data[name] if backbone.config else "")
+    run = backbone.config
+    spec = config.data[name] or (run.data[name] if run else "")
     if not spec:
-        raise ConfigError(f"data.{name} is empty, and there is no pre-training run that had one")
-    data = backbone.config.data if backbone.config else ConfigDict({"shapes_size": 32, "shapes_count": 10_000})
-    source = open_source(ConfigDict({"runtime": config.runtime, "data": data}), spec)
+        had = "the pre-training run had none either" if run else "there is no pre-training run that had one"
+        raise ConfigError(f"data.{name} is empty, and {had}: give --config.data.{name}")
+    data = run.data if run else ConfigDict({"shapes_size": 32, "shapes_count": 10_000})
+    runtime = config.runtime
+    if run and not config.data[name] and not runtime.data_dir:
+        runtime = ConfigDict({key: run.runtime.get(key, runtime[key]) for key in ("data_dir", "data_cache")})
+    source = open_source(ConfigDict({"runtime": runtime, "data": data}), spec)
     if labelled and source.num_classes is None:
         raise DataError(f"{spec} has no labels, which config.task={config.task} needs")
     if name == "source" and config.data.list:

@@ -85,6 +85,16 @@ def probe_step(
     return ProbeState(state.step + 1, kernel, bias, kernel_momentum, bias_momentum), losses
 
 
+def probe_schedule(config: ConfigDict, steps_per_epoch: int) -> optim.Schedule:
+    """Factor of all learning rates as a function of the step."""
+    o = config.optimizer
+    makers = {
+        "steps": lambda: optim.epoch_steps(1.0, o.milestones, o.decay, steps_per_epoch),
+        "epoch_cosine": lambda: optim.epoch_cosine(1.0, config.epochs, steps_per_epoch),
+    }
+    return choose("optimizer.schedule", o.schedule, makers)()
+
+
 def linear(config: ConfigDict, workdir: pathlib.Path) -> dict[str, Any]:
     """Train or resume the probe that `configs/eval/linear_imagenet.py` describes; returns what `result.json` holds.
 
@@ -160,7 +170,7 @@ class _Probe:
 
     def _compile(self) -> Any:
         o = self.config.optimizer
-        schedule = self._schedule()
+        schedule = probe_schedule(self.config, self.steps_per_epoch)
 
         def step(state: ProbeState, variables: Any, batch: Batch) -> tuple[ProbeState, dict[str, jax.Array]]:
             features = self._features(variables, batch.crops[0][0, :, 0])
@@ -171,14 +181,6 @@ class _Probe:
 
         rows, whole = NamedSharding(self.mesh, ROWS), NamedSharding(self.mesh, P())
         return jax.jit(step, in_shardings=(whole, whole, rows), out_shardings=whole, donate_argnums=0)
-
-    def _schedule(self) -> optim.Schedule:
-        o, epochs = self.config.optimizer, self.config.epochs
-        makers = {
-            "steps": lambda: optim.epoch_steps(1.0, o.milestones, o.decay, self.steps_per_epoch),
-            "epoch_cosine": lambda: optim.epoch_cosine(1.0, epochs, self.steps_per_epoch),
-        }
-        return choose("optimizer.schedule", o.schedule, makers)()
 
     def _accuracy(self, state: ProbeState, held_out: Features) -> dict[str, float]:
         """Top-1 and top-5 of the first learning rate in per cent, and top-1 of each."""

@@ -3,11 +3,8 @@
 import pathlib
 from collections.abc import Mapping, Sequence
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.figure import Figure
 from sklearn.metrics import confusion_matrix as count_confusions
 
 NAMED_CLASSES = 25  # more are not named on the axes
@@ -20,7 +17,8 @@ def confusion_matrix(
     classes = max(int(max(labels.max(initial=0), predictions.max(initial=0))) + 1, len(names or ()))
     counts = count_confusions(labels, predictions, labels=np.arange(classes)).astype(float)
     shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
-    figure, axis = plt.subplots(figsize=(5.5, 5))
+    figure = Figure(figsize=(5.5, 5))
+    axis = figure.subplots()
     picture = axis.imshow(shares, cmap="Blues", vmin=0, vmax=1)
     figure.colorbar(picture, shrink=0.8)
     if classes <= NAMED_CLASSES:
@@ -39,7 +37,8 @@ def confusion_matrix(
 
 def curves(series: Mapping[str, Sequence[float]], xlabel: str, ylabel: str, path: pathlib.Path) -> None:
     """Lines over 1, 2, ...: one per name."""
-    figure, axis = plt.subplots(figsize=(5, 3.4))
+    figure = Figure(figsize=(5, 3.4))
+    axis = figure.subplots()
     for name, values in series.items():
         axis.plot(np.arange(1, len(values) + 1), values, marker=".", label=name)
     axis.set(xlabel=xlabel, ylabel=ylabel)
@@ -55,7 +54,8 @@ def error_bars(
     path: pathlib.Path,
 ) -> None:
     """Means with standard deviations over x, on a logarithmic axis: {name: (means, deviations)}."""
-    figure, axis = plt.subplots(figsize=(5, 3.4))
+    figure = Figure(figsize=(5, 3.4))
+    axis = figure.subplots()
     for name, (means, deviations) in series.items():
         axis.errorbar(x, means, yerr=deviations, marker=".", capsize=3, label=name)
     axis.set_xscale("log", base=2)
@@ -65,7 +65,6 @@ def error_bars(
     _save(figure, path)
 
 
-def _save(figure: plt.Figure, path: pathlib.Path) -> None:
+def _save(figure: Figure, path: pathlib.Path) -> None:
     figure.tight_layout()
     figure.savefig(path, dpi=120)
-    plt.close(figure)

@@ -6,26 +6,23 @@ from collections.abc import Sequence
 from typing import Any
 
 import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 import numpy as np
 import scipy.stats
+from matplotlib.figure import Figure
 
 from hexa_jax.experiments.presets import BETAS, CONTROL, PLAIN, STRENGTHS
 from hexa_jax.experiments.tables import METRICS, Summary, summarise
 from hexa_jax.grid import Outcome
 
-GREY, COLOURS = "#999999", plt.get_cmap("tab10").colors  # type: ignore[attr-defined]
+GREY, COLOURS = "#999999", matplotlib.colormaps["tab10"].colors  # type: ignore[attr-defined]
 
 
-def save(figure: Any, workdir: pathlib.Path, name: str) -> list[pathlib.Path]:
+def save(figure: Figure, workdir: pathlib.Path, name: str) -> list[pathlib.Path]:
     """Write `name`.png and `name`.svg; returns their paths."""
     figure.tight_layout()
     paths = [workdir / f"{name}.{kind}" for kind in ("png", "svg")]
     for path in paths:
         figure.savefig(path, dpi=130)
-    plt.close(figure)
     return paths
 
 
@@ -42,7 +39,8 @@ def fig2(outcomes: Sequence[Outcome], workdir: pathlib.Path) -> list[pathlib.Pat
 
 def fig5(outcomes: Sequence[Outcome], workdir: pathlib.Path) -> list[pathlib.Path]:
     """(a) densities of the Beta distributions; (b) accuracy with each."""
-    figure, axis = plt.subplots(figsize=(5, 3.4))
+    figure = Figure(figsize=(5, 3.4))
+    axis = figure.subplots()
     x = np.linspace(0.001, 0.999, 500)
     for alpha, beta in BETAS:
         law = scipy.stats.beta(alpha, beta)
@@ -66,7 +64,8 @@ def _bars(outcomes: Sequence[Outcome], workdir: pathlib.Path, name: str, label: 
     if not metrics:
         return []
     shape = len(methods), len(metrics)
-    figure, axes = plt.subplots(*shape, figsize=(4.2 * shape[1] + 0.5, 3 * shape[0]), squeeze=False)
+    figure = Figure(figsize=(4.2 * shape[1] + 0.5, 3 * shape[0]))
+    axes = figure.subplots(*shape, squeeze=False)
     for axis_row, method in zip(axes, methods, strict=True):
         for axis, metric in zip(axis_row, metrics, strict=True):
             rows = {f: s for f, s in summarise(outcomes, metric).items() if f[0] == method}
@@ -100,7 +99,8 @@ def fig3(outcomes: Sequence[Outcome], workdir: pathlib.Path) -> list[pathlib.Pat
     drawn = [panel for panel in panels if any(_curve(outcome.folder / panel[1], panel[2]) for outcome in outcomes)]
     if not drawn:
         return []
-    figure, axes = plt.subplots(1, len(drawn), figsize=(4.4 * len(drawn), 3.4), squeeze=False)
+    figure = Figure(figsize=(4.4 * len(drawn), 3.4))
+    axes = figure.subplots(1, len(drawn), squeeze=False)
     methods = list(dict.fromkeys(outcome.entry.factors["method"] for outcome in outcomes))
     for axis, (title, folder, metric, xlabel) in zip(axes[0], drawn, strict=True):
         groups: dict[tuple, list[dict[float, float]]] = {}
@@ -134,7 +134,8 @@ def fig4(outcomes: Sequence[Outcome], workdir: pathlib.Path) -> list[pathlib.Pat
     metrics = measured(outcomes)
     if not metrics:
         return []
-    figure, axes = plt.subplots(1, len(metrics), figsize=(3.6 * len(metrics), 3.3), squeeze=False)
+    figure = Figure(figsize=(3.6 * len(metrics), 3.3))
+    axes = figure.subplots(1, len(metrics), squeeze=False)
     for axis, metric in zip(axes[0], metrics, strict=True):
         rows = summarise(outcomes, metric)
         grid = np.full((len(STRENGTHS), len(STRENGTHS)), np.nan)

@@ -8,8 +8,9 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import matplotlib.pyplot as plt
+import matplotlib
 import numpy as np
+from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from sklearn.decomposition import PCA
 
@@ -58,7 +59,8 @@ def _gallery(run: OpenedRun, shown: Shown, workdir: pathlib.Path, name: str) -> 
     pictured = np.arange(min(PICTURES, len(clean)))
     order = np.concatenate([pictured[changed[pictured]], pictured[~changed[pictured]]])[:SHOWN]
     columns = len(titles) + 2 * MEMBERS
-    figure, axes = plt.subplots(len(order), columns, figsize=(1.25 * columns, 1.4 * len(order)), squeeze=False)
+    figure = Figure(figsize=(1.25 * columns, 1.4 * len(order)))
+    axes = figure.subplots(len(order), columns, squeeze=False)
     for axis_row, row in zip(axes, order, strict=True):
         mask = np.repeat(shown.mask[0][row, 0].astype(float), 3, axis=-1)
         pictures = [
@@ -134,9 +136,10 @@ def _projection(shown: Shown, workdir: pathlib.Path, name: str) -> list[pathlib.
     axes = PCA(2).fit(views["clean"])
     flat = {view: axes.transform(z) for view, z in views.items()}
     number_of = {int(row): position for position, row in enumerate(shown.row)}
-    figure, axis = plt.subplots(figsize=(6.4, 5.2))
+    figure = Figure(figsize=(6.4, 5.2))
+    axis = figure.subplots()
     axis.plot(*flat["clean"].T, ".", color="#cccccc", markersize=4, zorder=0)
-    colours = plt.get_cmap("tab10").colors  # type: ignore[attr-defined]
+    colours = matplotlib.colormaps["tab10"].colors  # type: ignore[attr-defined]
     for row in range(min(DRAWN, len(flat["clean"]))):
         colour, start = colours[row % 10], flat["clean"][row]
         axis.annotate("", flat["adversarial"][row], start, arrowprops={"arrowstyle": "-", "color": colour})

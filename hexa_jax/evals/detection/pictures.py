@@ -4,10 +4,10 @@ import pathlib
 from collections.abc import Sequence
 
 import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 
 from hexa_jax.data.subset import spread
 from hexa_jax.evals.detection.batches import pixels_of
@@ -22,10 +22,11 @@ def picture_detections(source: DetectionSource, found: Sequence[Detections], cou
     """Images spread over the data: true boxes above (difficult ones dashed), detections with their scores below."""
     chosen = spread(len(source), count)
     groups = np.array_split(chosen, -(-len(chosen) // COLUMNS))
-    figure, axes = plt.subplots(2 * len(groups), COLUMNS, figsize=(3.2 * COLUMNS, 5.0 * len(groups)), squeeze=False)
+    figure = Figure(figsize=(3.2 * COLUMNS, 5.0 * len(groups)))
+    axes = figure.subplots(2 * len(groups), COLUMNS, squeeze=False)
     for axis in axes.ravel():
         axis.axis("off")
-    colours = plt.get_cmap("tab10" if len(source.class_names) <= 10 else "tab20")
+    colours = matplotlib.colormaps["tab10" if len(source.class_names) <= 10 else "tab20"]
     for row, group in enumerate(groups):
         for column, index in enumerate(group.tolist()):
             pixels, truth, detections = pixels_of(source, index), source.truth(index), found[index]
@@ -46,14 +47,11 @@ def picture_detections(source: DetectionSource, found: Sequence[Detections], cou
                 _draw(below, box, name, colours(int(label) % colours.N), "-")
     figure.tight_layout()
     figure.savefig(path, dpi=90)
-    plt.close(figure)
 
 
-def _draw(axis: plt.Axes, box: np.ndarray, text: str, colour: object, style: str) -> None:
+def _draw(axis: Axes, box: np.ndarray, text: str, colour: object, style: str) -> None:
     x1, y1, x2, y2 = box.tolist()
-    axis.add_patch(
-        plt.Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, edgecolor=colour, linestyle=style, linewidth=1)
-    )
+    axis.add_patch(Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, edgecolor=colour, linestyle=style, linewidth=1))
     axis.text(
         x1,
         y1,
