@@ -136,7 +136,8 @@ def parameters(name: str, strength: int, family: str) -> tuple[Any, ...]:
         KeyError: an unknown name.
         ValueError: an unknown family.
     """
-    value = _CORRUPTIONS[name][1 + FAMILIES.index(family)][strength - 1]
+    _, imagenet, cifar = _CORRUPTIONS[name]
+    value = (imagenet, cifar)[FAMILIES.index(family)][strength - 1]
     return value if isinstance(value, tuple) else (value,)
 
 
