@@ -31,6 +31,7 @@ from hexa_jax.evals.linear_sgd import linear
 from hexa_jax.evals.robustness import robustness
 from hexa_jax.evals.svm import lowshot, svm
 from hexa_jax.evals.tables import tables
+from hexa_jax.evals.transfer import transfer
 from hexa_jax.mirror import local_workdir
 from hexa_jax.pretrain import pretrain
 from hexa_jax.remote import RemoteError
@@ -51,6 +52,7 @@ TASKS = {
     "tables": tables,
     "detection": detection,
     "robustness": robustness,
+    "transfer": transfer,
 }
 
 

@@ -234,7 +234,7 @@ class _Judge:
 
     def _conditions(self, batch: "_Batch", labels: np.ndarray) -> Iterator[tuple[str, Callable[[], Predictions]]]:
         """Name of each condition, and a function that gives the read-outs' classes under it."""
-        yield "clean", lambda: self._predictions(self._place(batch.pixels))
+        yield "clean", lambda: self._predictions(batch, self._place(batch.pixels))
         for corruption in self.config.corruptions:
             for strength in STRENGTHS:
                 yield f"{corruption}_{strength}", functools.partial(self._corrupted, batch, corruption, strength)
@@ -242,11 +242,11 @@ class _Judge:
             yield f"linf{epsilon:g}", functools.partial(self._under_attack, batch, labels, epsilon)
 
     def _corrupted(self, batch: "_Batch", name: str, strength: int) -> Predictions:
-        return self._predictions(self._place(batch.corrupted(name, strength)))
+        return self._predictions(batch, self._place(batch.corrupted(name, strength)))
 
     def _under_attack(self, batch: "_Batch", labels: np.ndarray, epsilon: float) -> Predictions:
         return {
-            name: self._predictions(self._attacked(name, batch, labels, epsilon), only=name)[name]
+            name: self._predictions(batch, self._attacked(name, batch, labels, epsilon), only=name)[name]
             for name in self._readouts
         }
 
@@ -275,8 +275,9 @@ class _Judge:
         batch[: len(pixels)] = pixels / np.float32(GREY_LEVELS)
         return jax.make_array_from_callback(batch.shape, self._rows, lambda index: batch[index])
 
-    def _predictions(self, batch: jax.Array, only: str = "") -> Predictions:
-        features = np.asarray(self._features(self._variables, batch))
+    def _predictions(self, batch: "_Batch", pixels: jax.Array, only: str = "") -> Predictions:
+        """The classes of a batch, whose pixels as they are or changed fill the first rows of `pixels`."""
+        features = np.asarray(self._features(self._variables, pixels))[: len(batch.positions)]
         return {
             name: readout.predict(features).tolist() for name, readout in self._readouts.items() if only in ("", name)
         }
