@@ -112,6 +112,12 @@ def _check_tuples(before: dict, now: dict, overrides: list[str]) -> None:
     """absl checks the type of a number, but not of what a tuple holds."""
     for key in overrides:
         if isinstance(before[key], list):
+            if before[key] and all(isinstance(value, str) for value in before[key]):
+                if not all(isinstance(value, str) for value in now[key]):
+                    found = ", ".join(map(repr, now[key]))
+                    example = f'("{before[key][0]}",)'
+                    raise ConfigError(f"--config.{key} takes a tuple of texts, such as '{example}', not ({found})")
+                continue
             old, new = _numbers(before[key]), _numbers(now[key])
             kinds = (int, float) if any(isinstance(value, float) for value in old) else (int,)
             pairs = isinstance(next(iter(before[key]), None), list)

@@ -28,8 +28,10 @@ from hexa_jax.evals.finetune import finetune
 from hexa_jax.evals.knn_task import knn
 from hexa_jax.evals.linear_features import linear_features
 from hexa_jax.evals.linear_sgd import linear
+from hexa_jax.evals.robustness import robustness
 from hexa_jax.evals.svm import lowshot, svm
 from hexa_jax.evals.tables import tables
+from hexa_jax.evals.transfer import transfer
 from hexa_jax.mirror import local_workdir
 from hexa_jax.pretrain import pretrain
 from hexa_jax.remote import RemoteError
@@ -49,6 +51,8 @@ TASKS = {
     "features": features,
     "tables": tables,
     "detection": detection,
+    "robustness": robustness,
+    "transfer": transfer,
 }
 
 

@@ -135,6 +135,45 @@ def knn_predict(
     return np.argmax(votes, axis=1)
 
 
+def vote_logits(
+    bank: jax.Array,
+    bank_labels: jax.Array,
+    queries: jax.Array,
+    *,
+    classes: int,
+    temperature: float = 0.07,
+    neighbours: int = 0,
+) -> jax.Array:
+    """Logarithms of the votes that `knn_predict` compares, differentiable with respect to the queries.
+
+    Args:
+        bank: float [N, F] features, any length but 0.
+        bank_labels: int [N].
+        queries: float [Q, F].
+        classes: C.
+        temperature: tau of the weights exp(cosine / tau).
+        neighbours: k; 0: all of the bank votes, so that each class has votes and the logits always have a slope.
+
+    Returns:
+        [Q, C], up to a constant per query; very low where a class has no vote.
+    """
+
+    def unit(x: jax.Array) -> jax.Array:
+        # The square root of 0 has no derivative: a feature that is 0 everywhere stays so.
+        return x / jnp.sqrt(jnp.maximum(jnp.sum(jnp.square(x), axis=1, keepdims=True), 1e-24))
+
+    scores = jnp.matmul(unit(queries), unit(bank).T, precision="highest") / temperature
+    if 0 < neighbours < len(bank):
+        scores, rows = jax.lax.top_k(scores, neighbours)
+        chosen = jax.nn.one_hot(bank_labels[rows], classes, dtype=scores.dtype)  # [Q, k, C]
+    weights = jnp.exp(scores - jax.lax.stop_gradient(jnp.max(scores, axis=1, keepdims=True)))
+    if 0 < neighbours < len(bank):
+        votes = jnp.einsum("qk,qkc->qc", weights, chosen, precision="highest")
+    else:
+        votes = jax.ops.segment_sum(weights.T, bank_labels, classes).T
+    return jnp.log(votes + jnp.finfo(votes.dtype).tiny)
+
+
 def accuracy(predictions: np.ndarray, labels: np.ndarray) -> float:
     """Share of right predictions, in per cent."""
     return 100.0 * float(np.mean(predictions == labels))

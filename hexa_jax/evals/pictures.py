@@ -65,6 +65,35 @@ def error_bars(
     _save(figure, path)
 
 
+def against_strength(
+    panels: Mapping[str, tuple[Sequence[float], Mapping[str, Sequence[float]]]], ylabel: str, path: pathlib.Path
+) -> None:
+    """Panels side by side on one axis from 0 on: {label of the x axis: (x, {name of a line: values})}."""
+    figure = Figure(figsize=(1 + 4.2 * len(panels), 3.6))
+    axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)
+    for axis, (xlabel, (x, series)) in zip(axes[0], panels.items(), strict=True):
+        for name, values in series.items():
+            axis.plot(x, values, marker=".", label=name)
+        axis.set(xlabel=xlabel, xticks=list(x))
+    axes[0, 0].set(ylabel=ylabel, ylim=(0, None))
+    axes[0, -1].legend(fontsize=7)
+    _save(figure, path)
+
+
+def image_grid(rows: Mapping[str, Sequence[np.ndarray]], columns: Sequence[str | int], path: pathlib.Path) -> None:
+    """Images uint8 [H, W, 3] under column titles, each row with its name."""
+    figure = Figure(figsize=(1.2 * len(columns) + 0.5, 1.2 * len(rows)))
+    axes = figure.subplots(len(rows), len(columns), squeeze=False)
+    for axis_row, (name, images) in zip(axes, rows.items(), strict=True):
+        for axis, image in zip(axis_row, images, strict=True):
+            axis.imshow(image)
+            axis.set(xticks=[], yticks=[])
+        axis_row[0].set_ylabel(name, fontsize=7)
+    for axis, title in zip(axes[0], columns, strict=True):
+        axis.set_title(str(title), fontsize=8)
+    _save(figure, path)
+
+
 def _save(figure: Figure, path: pathlib.Path) -> None:
     figure.tight_layout()
     figure.savefig(path, dpi=120)
