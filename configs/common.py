@@ -13,7 +13,7 @@ def get_config() -> ml_collections.ConfigDict:
     """The defaults: plain 2-crop pre-training of a ResNet-50."""
     config = ml_collections.ConfigDict()
     config.task = "pretrain"  # what to do; evaluations have configs of their own in configs/eval/
-    config.method = "moco"  # moco, simclr, deepcluster, swav or rotation
+    config.method = "moco"  # moco, pcl, simclr, deepcluster, swav or rotation
     # Which terms equation 10 has, as a sum of std, adv, cmx, cmxA (cut-mixed adversarial), mixup, extra, noise, hard_crop;
     # Fig. 2 has std, std+adv, std+cmx, std+adv+cmx, std+adv+cmxA and all (std+adv+cmx+cmxA). Views named here whose weight
     # is 0 below count 1, others not at all. Empty: the weights alone decide.
@@ -41,6 +41,14 @@ def get_config() -> ml_collections.ConfigDict:
     moco.queue_size = 65536
     moco.momentum = 0.999  # of the key encoder
     moco.temperature = 0.2
+
+    config.pcl = pcl = ml_collections.ConfigDict()
+    pcl.queue_size = 16384
+    pcl.momentum = 0.999  # of the key encoder
+    pcl.temperature = 0.2  # of InfoNCE, and the mean of the prototypes' concentrations
+    pcl.num_clusters = (25_000, 50_000, 100_000)  # of each clustering
+    pcl.iterations = 20  # of k-means
+    pcl.warmup_epochs = 20  # without prototypes; at least 1
 
     config.deepcluster = deepcluster = ml_collections.ConfigDict()
     deepcluster.num_clusters = 3000
@@ -88,7 +96,7 @@ def get_config() -> ml_collections.ConfigDict:
                 start_epoch=0.0,  # epoch (from 0) from which on the view counts
                 ramp_epochs=0.0,  # epochs over which its weight then grows linearly; 0: at once
                 replace=0.0,  # share of the rows whose clean view it takes the place of; 0: it is added to all rows
-                target="label",  # label, or own_crop: predict the clean crop's own embedding (moco, simclr)
+                target="label",  # label, or own_crop: predict the clean crop's own embedding (moco, pcl, simclr)
                 **own,
             )
         )

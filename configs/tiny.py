@@ -1,7 +1,7 @@
 """Any method and scheme at a size that two CPU cores train in seconds; what the tests and the `tiny` preset run.
 
 Command:   python -m hexa_jax.main --config=configs/tiny.py:method=moco,scheme=std+adv --workdir=DIR
-Arguments: method=deepcluster (moco, simclr, swav, rotation); scheme=std+adv; epochs=2
+Arguments: method=deepcluster (moco, pcl, simclr, swav, rotation); scheme=std+adv; epochs=2
 Hardware:  two CPU cores.
 Time:      about half a minute, most of it compiling.
 Expected:  nothing: it is far too small to learn.
@@ -20,8 +20,10 @@ def get_config(text=None):
     config.batch_size, config.bn_group_size, config.cutmix_block, config.shuffle_block = 32, 16, 16, 32
     config.model.backbone, config.model.stem, config.model.base_channels = "resnet10", "cifar", 4
     config.model.head_dim, config.model.head_hidden = 16, 16
-    config.model.head_batch_norm = choice.method != "moco"
+    config.model.head_batch_norm = choice.method not in ("moco", "pcl")
     config.moco.queue_size, config.moco.momentum = 64, 0.99
+    config.pcl.queue_size, config.pcl.momentum = 64, 0.99
+    config.pcl.num_clusters, config.pcl.warmup_epochs = (5, 10), 1
     config.deepcluster.num_clusters, config.deepcluster.num_heads = 10, 2
     config.swav.num_prototypes = 10
     config.optimizer.learning_rate = 0.05

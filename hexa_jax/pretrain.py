@@ -179,7 +179,8 @@ class _Run:
         values = {name: float(value) for name, value in scalars.items()}
         if self.assignments is not None:
             labels = hosts.largest(self.input.labels)  # each process has seen those of its own rows
-            if (labels[(self.assignments >= 0).all(axis=0)] >= 0).all():  # after a resume, tfds's are gathered anew
+            seen = (self.assignments >= 0).all(axis=0)  # none while a method warms up without clusters
+            if seen.any() and (labels[seen] >= 0).all():  # after a resume, tfds's are gathered anew
                 values["nmi"] = _nmi(self.assignments, labels)
         if values:
             self.metrics.write(self.step, {"epoch": epoch} | values)

@@ -56,7 +56,7 @@ def write_report(workdir: pathlib.Path, config: ConfigDict, run: Pictured, resul
     pictures = {"curves.png": "Loss and accuracy", "hard_examples.png": "What the network learns from"}
     _curves(workdir / "metrics.jsonl", folder / "curves.png")
     _hard_examples(run.views, folder / "hard_examples.png")
-    if run.assignments is not None:
+    if run.assignments is not None and (run.assignments[0] >= 0).any():
         pictures["clusters.png"] = "Clusters of the first head: each row shows members of one cluster"
         _clusters(run.source, run.assignments[0], folder / "clusters.png")
     page = folder / "index.html"

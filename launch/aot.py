@@ -32,6 +32,7 @@ from jax.experimental import topologies
 from hexa_jax.build import ConfigError, make_trainer
 from hexa_jax.command import parse_command
 from hexa_jax.evals.features import make_extractor
+from hexa_jax.methods.base import Method
 from hexa_jax.training.step import Trainer
 from hexa_jax.workdir import write_json
 from launch.program import CHIPS, Chip, describe, microbatches_that_fit, too_large
@@ -185,7 +186,7 @@ def main(argv: list[str]) -> int:
     overrides = sorted(word.removeprefix("--config.") for word in settings if word.startswith("--config."))
     fits = True
     for program in options.programs.split(","):
-        if program == "refresh" and not trainer.objective.method.needs_first_pass:
+        if program == "refresh" and type(trainer.objective.method).refresh is Method.refresh:  # nothing to do
             continue
         versions = f"jax {jax.__version__}, libtpu {importlib.metadata.version('libtpu')}"
         key = f"{named} {' '.join(overrides)} {options.topology} {options.num_examples} {program} {versions}"

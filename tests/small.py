@@ -26,6 +26,7 @@ def small_config(method="deepcluster", **overrides):
     config.model.head_dim, config.model.head_hidden = 8, 16
     config.model.head_batch_norm = method in ("simclr", "deepcluster", "swav")
     config.moco.queue_size = 64
+    config.pcl.queue_size, config.pcl.num_clusters, config.pcl.warmup_epochs = 64, (5, 7), 1
     config.deepcluster.num_clusters, config.deepcluster.num_heads = 7, 2
     config.swav.num_prototypes, config.swav.queue_length = 7, 64
     config.data.source, config.data.shapes_count, config.data.crop_size = "shapes", 70, (8,)

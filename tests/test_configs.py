@@ -22,6 +22,7 @@ IMAGENET = 1_281_167
 TABLE = {
     "moco_v2": ("moco", 256, 200, 0.03, 1e-4, "sgd", 0.2, (2,), (224,), 0, 0, 0.999),
     "moco_v2:epochs=800": ("moco", 256, 800, 0.03, 1e-4, "sgd", 0.2, (2,), (224,), 0, 0, 0.999),
+    "pcl_v2": ("pcl", 256, 200, 0.03, 1e-4, "sgd", 0.2, (2,), (224,), 0, 0, 0.999),
     "hexa_moco": ("moco", 256, 200, 0.03, 1e-4, "sgd", 0.2, (2,), (224,), 1, 0, 0.99),
     "hexa_moco:epochs=800": ("moco", 256, 800, 0.03, 1e-4, "sgd", 0.2, (2,), (224,), 1, 0, 0.99),
     "deepcluster_v2": ("deepcluster", 256, 200, 0.6, 1e-6, "larc", 0.1, (2,), (224,), 0, 0, 3000),
@@ -142,7 +143,7 @@ def test_numbers_are_those_of_the_sources(name):
     assert (config.views.epsilon, config.views.step_size, config.views.steps, config.views.norm) == (1, 1, 1, "linf")
     assert (config.views.cutmix.alpha, config.views.cutmix.beta) == (5, 3)
     assert config.model.backbone == "resnet50" and config.model.head_dim == 128
-    assert config.bn_group_size == {"moco": 32, "rotation": 32, "simclr": config.batch_size}.get(
+    assert config.bn_group_size == {"moco": 32, "pcl": 32, "rotation": 32, "simclr": config.batch_size}.get(
         config.method, min(512, config.batch_size)
     )
 

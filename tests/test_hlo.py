@@ -46,8 +46,8 @@ def check_traffic(trainer, train, refresh):
     allowed = embeddings * (2 if trainer.objective.method.live_dictionary else 1)
     assert num_params <= total <= num_params + num_moments + allowed + 256, (total, num_params, num_moments)
     # Between epochs: priorities and labels of the bank's rows, and centroids, never the bank itself.
-    if trainer.objective.method.needs_first_pass:
-        bank = state.method.bank.size
+    if hasattr(state.method, "bank"):
+        bank = state.method.bank.rows.size
         for kind, _, elements, _ in collectives(refresh):
             assert elements < bank // 4, (kind, elements)
     return {dtype for dtype, elements in reduced if elements > 256}
@@ -64,6 +64,7 @@ def traffic_config(method, microbatches, precision="float32"):
             "bn_group_size": 4,
             "cutmix_block": 4,
             "moco.queue_size": 256,
+            "pcl.queue_size": 256,
             "swav.queue_length": 256,
             "runtime.microbatches": microbatches,
         },
@@ -73,7 +74,7 @@ def traffic_config(method, microbatches, precision="float32"):
 @pytest.mark.parametrize(
     ("method", "microbatches"),
     [("moco", 1), ("deepcluster", 4)]
-    + [pytest.param(*case, marks=pytest.mark.slow) for case in (("simclr", 4), ("swav", 1))],
+    + [pytest.param(*case, marks=pytest.mark.slow) for case in (("simclr", 4), ("swav", 1), ("pcl", 4))],
 )
 def test_only_gradients_and_embeddings_travel(method, microbatches):
     trainer = make_trainer(traffic_config(method, microbatches), 1024, jax.devices())
@@ -156,7 +157,7 @@ print("REDUCED", sorted(check_traffic(trainer, *compiled(trainer))))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["moco", "deepcluster", "simclr", "swav"])
+@pytest.mark.parametrize("method", ["moco", "deepcluster", "simclr", "swav", "pcl"])
 @pytest.mark.parametrize("microbatches", [1, 4])
 def test_only_gradients_and_embeddings_travel_on_tpu(method, microbatches):
     """The same promises in the TPU compiler's program, bfloat16 compute: gradients are still reduced in float32."""

@@ -3,6 +3,7 @@
 from hexa_jax.methods.base import LabelsBeforeStep, LabelsFromOutputs, Method
 from hexa_jax.methods.deepcluster import DeepCluster
 from hexa_jax.methods.moco import MoCo
+from hexa_jax.methods.pcl import PCL
 from hexa_jax.methods.rotation import Rotation
 from hexa_jax.methods.simclr import SimCLR
 from hexa_jax.methods.swav import SwAV
@@ -29,3 +30,4 @@ register("simclr", SimCLR)
 register("deepcluster", DeepCluster)
 register("swav", SwAV)
 register("rotation", Rotation)
+register("pcl", PCL)

@@ -18,6 +18,21 @@ class MoCoState(NamedTuple):
     position: jax.Array
 
 
+def check_queue(block: str, queue_size: int, spec: Spec) -> None:
+    """Raises ValueError, naming the method's block, if crops or queue do not fit a query and its key."""
+    if spec.num_crops != (1,):
+        raise ValueError(
+            f"{block} takes two crops of one size, a query and a key: data.num_crops=(2,) with one data.crop_size; "
+            "deepcluster and swav take more"
+        )
+    if queue_size % spec.batch_size:
+        below = queue_size // spec.batch_size * spec.batch_size
+        near = ", ".join(str(size) for size in (below, below + spec.batch_size) if size)
+        raise ValueError(
+            f"{block}.queue_size={queue_size} is not a multiple of batch_size={spec.batch_size}: use {near}"
+        )
+
+
 @dataclasses.dataclass(frozen=True)
 class MoCo(LabelsBeforeStep):
     """MoCo-v2 (facebookresearch/moco).
@@ -36,17 +51,7 @@ class MoCo(LabelsBeforeStep):
     pairs_own_crop = True
 
     def check(self, spec: Spec) -> None:
-        if spec.num_crops != (1,):
-            raise ValueError(
-                "moco takes two crops of one size, a query and a key: data.num_crops=(2,) with one data.crop_size; "
-                "deepcluster and swav take more"
-            )
-        if self.queue_size % spec.batch_size:
-            below = self.queue_size // spec.batch_size * spec.batch_size
-            near = ", ".join(str(size) for size in (below, below + spec.batch_size) if size)
-            raise ValueError(
-                f"moco.queue_size={self.queue_size} is not a multiple of batch_size={spec.batch_size}: use {near}"
-            )
+        check_queue("moco", self.queue_size, spec)
 
     def init(self, key: jax.Array, params: Any, spec: Spec) -> MoCoState:
         queue = jax.random.normal(key, (self.queue_size, spec.embedding_dim))

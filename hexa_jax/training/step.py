@@ -137,8 +137,11 @@ class Trainer:
         """Training-mode forward without gradient: writes BatchNorm statistics and what a method keeps of its outputs."""
         outputs, moments = self._forward(state, batch, data)
         batch_stats = self._blend(state.batch_stats, {CLEAN: moments}, state.step)
-        method = self.objective.method.update(state.method, state.params, batch, outputs, None, state.step)
-        return state._replace(batch_stats=batch_stats, method=method)
+        method = self.objective.method
+        if not method.needs_first_pass:
+            return state._replace(batch_stats=batch_stats)
+        kept = method.update(state.method, state.params, batch, outputs, None, state.step)
+        return state._replace(batch_stats=batch_stats, method=kept)
 
     def moments_step(self, state: TrainState, batch: Batch, data: jax.Array | None = None) -> Any:
         """The clean BatchNorm moments of a batch of training crops, like the running statistics; writes nothing."""
