@@ -5,10 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hexa_jax import views
 from hexa_jax.views import adversarial
+from hexa_jax.views import cutmix as cutmix_views
 
-cutmix = jax.jit(views.cutmix, static_argnames=("alpha", "beta"))
+cutmix = jax.jit(cutmix_views, static_argnames=("alpha", "beta"))
 
 GREY = 1 / 255  # one grey level on [0, 1] pixels
 
