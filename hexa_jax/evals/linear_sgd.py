@@ -132,6 +132,7 @@ class _Probe:
             batches=lambda step: self.batches.after(step, resolution),
             evaluate=evaluate,
             advice="try lower optimizer.learning_rates",
+            sound=lambda state: [leaf[0] for leaf in state[1:]],
         )
         stop = Interruptible()
         try:
