@@ -8,7 +8,8 @@ python -m hexa_jax.prepare folder:DIR --name=NAME [--data_dir=DIR]             a
 --name        of the new data set: lower case, digits and underscores; --config.data.source=tfds:NAME reads it
 
 Images keep their bytes: nothing is decoded. A data set that is there is left alone; one that was interrupted is begun anew.
-This needs TensorFlow (pip install 'hexa_jax[prepare]'); training does not.
+This needs TensorFlow (pip install -e '.[prepare]' in the clone of hexa_jax, or pip install tensorflow-cpu importlib_resources);
+training does not.
 """
 
 import importlib.util
@@ -43,7 +44,10 @@ def main(argv: list[str]) -> int:
             where = f"gcloud storage cp -r DIR/* {options.data_dir}"
             raise DataError(f"--data_dir={options.data_dir}: prepare into a local folder and copy it: {where}")
         if importlib.util.find_spec("tensorflow") is None:
-            raise DataError("preparing needs TensorFlow: pip install 'hexa_jax[prepare]'")
+            raise DataError(
+                "preparing needs TensorFlow: pip install -e '.[prepare]' in the clone of hexa_jax, "
+                "or pip install tensorflow-cpu importlib_resources"
+            )
         kind, _, rest = options.dataset.partition(":")
         if kind == "folder":
             where = prepare_folder(rest, options.name or "", options.data_dir)
