@@ -49,7 +49,11 @@ def open_split(config: ConfigDict, backbone: Backbone, name: str, *, labelled: b
     spec = config.data[name] or (backbone.config.data[name] if backbone.config else "")
     if not spec:
         raise ConfigError(f"data.{name} is empty, and there is no pre-training run that had one")
-    data = backbone.config.data if backbone.config else ConfigDict({"shapes_size": 32, "shapes_count": 10_000})
+    run = backbone.config.data if backbone.config else ConfigDict({"shapes_size": 32, "shapes_count": 10_000})
+    labels = config.data.labels
+    if labels == "auto" and not config.data[name] and run.get("labels") == "folders":
+        labels = "folders"  # the run's own data, whose classes it was told of
+    data = {"shapes_size": run.shapes_size, "shapes_count": run.shapes_count, "labels": labels}
     source = open_source(ConfigDict({"runtime": config.runtime, "data": data}), spec)
     if labelled and source.num_classes is None:
         raise DataError(f"{spec} has no labels, which config.task={config.task} needs")
