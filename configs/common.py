@@ -133,6 +133,9 @@ def get_config() -> ml_collections.ConfigDict:
     # Held-out examples for the online kNN and linear probe, and for evaluations of the run. Empty: leave-one-out kNN on the
     # training images. A recipe's own are left out where --config.data.source names another data set.
     data.eval_source = ""
+    # Whether the sub-folders of a folder:DIR are its classes, which nothing but accuracies uses: auto (yes, unless their names
+    # are dates or images lie beside them), folders (yes) or none.
+    data.labels = "auto"
     data.limit = 0  # use so many examples, spread evenly over the data set; 0: all
     data.shapes_size = 32  # shapes: side in pixels
     data.shapes_count = 10_000  # shapes: number of images
@@ -141,7 +144,9 @@ def get_config() -> ml_collections.ConfigDict:
     data.min_scale = (0.2,)  # share of the image's area
     data.max_scale = (1.0,)
     data.on_device = False  # keep the whole data set on each device and cut crops there (small images of one size)
-    data.max_bad_fraction = 0.001  # more unreadable images than this stop the run
+    # More unreadable images than this share of all stop the run; a handful (10, or 5 % of fewer than 200) never does, unless
+    # this is 0. It may change when a run is resumed.
+    data.max_bad_fraction = 0.001
     data.pixel_mean = (0.485, 0.456, 0.406)
     data.pixel_std = (0.229, 0.224, 0.225)
 

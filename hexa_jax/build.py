@@ -21,6 +21,7 @@ from hexa_jax.methods.base import LabelsFromOutputs, Method, Spec
 from hexa_jax.models.heads import Network, ProjectionHead
 from hexa_jax.models.norm import ADVERSARIAL, CLEAN
 from hexa_jax.models.resnet import make_resnet
+from hexa_jax.progress import say
 from hexa_jax.remote import is_remote
 from hexa_jax.training.objective import Objective
 from hexa_jax.training.objective_from_outputs import ObjectiveFromOutputs
@@ -53,13 +54,17 @@ def open_source(config: ConfigDict, spec: str) -> Source:
     kind, _, path = spec.partition(":")
     if kind in ("folder", "arrays") and config.runtime.data_dir and not is_remote(path):
         spec = f"{kind}:{os.path.join(config.runtime.data_dir, path)}"
-    return make_source(
+    source = make_source(
         spec,
         image_size=config.data.shapes_size,
         num_examples=config.data.shapes_count,
         data_dir=config.runtime.data_dir or None,
         data_cache=config.runtime.data_cache,
+        labels=config.data.get("labels", "auto"),  # runs of before it was there
     )
+    if note := getattr(source, "labels_note", ""):
+        say(note)
+    return source
 
 
 def open_training_source(config: ConfigDict) -> Source:

@@ -23,6 +23,7 @@ import numpy as np
 from hexa_jax.arguments import Parser
 from hexa_jax.checkpoint import CheckpointError
 from hexa_jax.evals.backbone import Backbone, load_backbone
+from hexa_jax.evals.image_size import trained_size
 from hexa_jax.remote import RemoteError, shown
 from hexa_jax.weights import (
     Architecture,
@@ -54,17 +55,28 @@ def export(backbone: Backbone, form: str, output: pathlib.Path) -> None:
     if form not in writers:
         raise WeightsError(f"--format={form} is not known: use one of {', '.join(FORMATS)}")
     output.parent.mkdir(parents=True, exist_ok=True)
+    resize, crop = trained_size(backbone.config)
     pixels = {
         "mean": list(backbone.network.pixel_mean),
         "std": list(backbone.network.pixel_std),
+        "crop": crop,
+        "crop_pct": _crop_pct(resize, crop),
     }
     writers[form](arrays, architecture, pixels, output)
+
+
+def _crop_pct(resize: int, crop: int) -> float:
+    """The ratio from which both libraries get the short side back as int(crop / ratio), in spite of rounding."""
+    ratio = crop / resize
+    return ratio if int(crop / ratio) == resize else float(np.nextafter(ratio, 0))
 
 
 def _torchvision(arrays: dict[str, np.ndarray], architecture: Architecture, pixels: dict, output: pathlib.Path) -> None:
     if output.suffix == ".safetensors":
         _safetensors(
-            arrays, output, {"architecture": architecture.name} | {k: json.dumps(v) for k, v in pixels.items()}
+            arrays,
+            output,
+            {"architecture": architecture.name} | {k: json.dumps(pixels[k]) for k in ("mean", "std")},
         )
         return
     if output.suffix not in (".pth", ".pt"):
@@ -87,8 +99,14 @@ def _timm(arrays: dict[str, np.ndarray], architecture: Architecture, pixels: dic
     config = {
         "architecture": f"resnet{architecture.depth}",
         "num_classes": 0,
-        "pretrained_cfg": pixels
-        | {"num_classes": 0, "input_size": [3, 224, 224], "crop_pct": 0.875, "interpolation": "bilinear"},
+        "pretrained_cfg": {
+            "mean": pixels["mean"],
+            "std": pixels["std"],
+            "num_classes": 0,
+            "input_size": [3, pixels["crop"], pixels["crop"]],
+            "crop_pct": pixels["crop_pct"],
+            "interpolation": "bilinear",
+        },
     }
     (output / "config.json").write_text(json.dumps(config, indent=1) + "\n")
 
@@ -101,8 +119,8 @@ def _huggingface(arrays: dict[str, np.ndarray], architecture: Architecture, pixe
     processor = {
         "image_processor_type": "ConvNextImageProcessor",
         "do_resize": True,
-        "size": {"shortest_edge": 224},
-        "crop_pct": 0.875,
+        "size": {"shortest_edge": pixels["crop"]},
+        "crop_pct": pixels["crop_pct"],
         "resample": 2,
         "do_rescale": True,
         "rescale_factor": 1 / 255,

@@ -8,7 +8,14 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
-from hexa_jax.data.pipeline import BadImages, HostSteps, device_batches, host_iterator, resident_images
+from hexa_jax.data.pipeline import (
+    BadImages,
+    HostSteps,
+    device_batches,
+    host_iterator,
+    resident_images,
+    tolerated,
+)
 from hexa_jax.data.source import Source
 from hexa_jax.data.subset import labels_are_free
 from hexa_jax.mesh import local_rows
@@ -40,7 +47,7 @@ class Input:
 
     @staticmethod
     def _max_failures(config: ConfigDict, source: Source) -> int:
-        return int(config.data.max_bad_fraction * len(source))
+        return tolerated(config.data.max_bad_fraction, len(source))
 
     def batches(self, start: int) -> Generator[Batch, None, None]:
         """Batches from step `start` on, where the first pass is steps 0 to steps_per_epoch - 1 and training follows."""

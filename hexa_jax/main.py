@@ -73,7 +73,7 @@ def main(argv: list[str]) -> int:
             workdir = open_workdir(folder, config, extend=extend)
             try:
                 TASKS[config.task](config, workdir)
-            except USER_ERRORS:
+            except (*USER_ERRORS, KeyboardInterrupt):
                 abandon(workdir)
                 raise
     except USER_ERRORS as error:

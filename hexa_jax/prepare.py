@@ -1,14 +1,17 @@
 """Writes a data set as ArrayRecord, which training reads at random without TensorFlow.
 
 python -m hexa_jax.prepare imagenet2012 --manual_dir=DIR [--data_dir=DIR]      any data set of tfds, by its name
-python -m hexa_jax.prepare folder:DIR --name=NAME [--data_dir=DIR]             a folder of images, one sub-folder per class or none
+python -m hexa_jax.prepare folder:DIR --name=NAME [--data_dir=DIR] [--labels=auto]
+                                                                               a folder of images, one sub-folder per class or none
 
 --data_dir    where it goes; by default TFDS_DATA_DIR, or ~/tensorflow_datasets. Copied to a bucket, it is read from there
 --manual_dir  where you put the archives that tfds may not download (ImageNet: ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar)
 --name        of the new data set: lower case, digits and underscores; --config.data.source=tfds:NAME reads it
+--labels      whether sub-folders are classes: auto (yes, unless their names are dates or images lie beside them), folders or none
 
 Images keep their bytes: nothing is decoded. A data set that is there is left alone; one that was interrupted is begun anew.
-This needs TensorFlow (pip install 'hexa_jax[prepare]'); training does not.
+This needs TensorFlow (pip install -e '.[prepare]' in the clone of hexa_jax, or pip install tensorflow-cpu importlib_resources);
+training does not.
 """
 
 import importlib.util
@@ -37,16 +40,20 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--data_dir")
     parser.add_argument("--manual_dir")
     parser.add_argument("--name")
+    parser.add_argument("--labels", default="auto")
     try:
         options = parser.parse_args(argv)
         if is_remote(options.data_dir or ""):
             where = f"gcloud storage cp -r DIR/* {options.data_dir}"
             raise DataError(f"--data_dir={options.data_dir}: prepare into a local folder and copy it: {where}")
         if importlib.util.find_spec("tensorflow") is None:
-            raise DataError("preparing needs TensorFlow: pip install 'hexa_jax[prepare]'")
+            raise DataError(
+                "preparing needs TensorFlow: pip install -e '.[prepare]' in the clone of hexa_jax, "
+                "or pip install tensorflow-cpu importlib_resources"
+            )
         kind, _, rest = options.dataset.partition(":")
         if kind == "folder":
-            where = prepare_folder(rest, options.name or "", options.data_dir)
+            where = prepare_folder(rest, options.name or "", options.data_dir, options.labels)
         else:
             where = prepare_tfds(options.dataset, options.data_dir, options.manual_dir)
     except (DataError, OSError) as error:
@@ -79,7 +86,7 @@ def prepare_tfds(name: str, data_dir: str | None, manual_dir: str | None) -> str
     return str(builder.data_dir)
 
 
-def prepare_folder(directory: str, name: str, data_dir: str | None) -> str:
+def prepare_folder(directory: str, name: str, data_dir: str | None, labels: str = "auto") -> str:
     """Pack a folder of images, with their labels if they have any, into a data set; returns its folder.
 
     Raises:
@@ -87,7 +94,9 @@ def prepare_folder(directory: str, name: str, data_dir: str | None) -> str:
     """
     if not re.fullmatch(r"[a-z][a-z0-9_]*", name):
         raise DataError(f"--name={name!r}: lower case letters, digits and underscores, such as --name=my_photos")
-    source = FolderSource(str(pathlib.Path(directory).expanduser()))
+    source = FolderSource(str(pathlib.Path(directory).expanduser()), labels)
+    if source.labels_note:
+        print(source.labels_note.replace("--config.data.labels", "--labels"), flush=True)
     import tensorflow_datasets as tfds
 
     features: dict[str, Any] = {"image": tfds.features.Image(), "file_name": tfds.features.Text()}

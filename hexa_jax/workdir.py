@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import pathlib
+import shutil
 import socket
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -14,12 +15,16 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
-from hexa_jax import hosts
+from hexa_jax import hosts, remote
 
 logging.getLogger("tensorboardX").setLevel(logging.ERROR)
 
 
 LOCK = ".lock"
+# Besides `runtime`: settings that only say when to give up, and change no number of a run.
+FREE = {"data.max_bad_fraction"}
+# Settings that older runs did not know, with the value that stands for what those runs did.
+ADDED = {"data.labels": "auto"}
 
 
 class WorkdirError(ValueError):
@@ -77,13 +82,15 @@ class Finished:
 def open_workdir(path: str, config: ConfigDict, *, extend: bool = False) -> pathlib.Path:
     """Make the folder, or check that it holds a run of the same config.
 
+    What a pre-training run of another config left before its first step is removed.
+
     Args:
         path: the folder.
         config: of this start.
         extend: allow more epochs than the run in the folder had; its cosine schedule changes.
 
     Raises:
-        WorkdirError: not writable, or another config lies there (runtime settings aside).
+        WorkdirError: not writable, or another config lies there (runtime settings and FREE ones aside).
     """
     workdir = _absolute(path)
     now = flatten(config.to_dict())
@@ -94,7 +101,12 @@ def open_workdir(path: str, config: ConfigDict, *, extend: bool = False) -> path
             before = json.loads(saved.read_text())
             if not isinstance(before, dict):
                 raise ValueError
-            _check_same(workdir, flatten(before), now, extend)
+            try:
+                _check_same(workdir, flatten(before), now, extend)
+            except WorkdirError as error:
+                if not (before.get("task") == config.task == "pretrain" and _made_no_step(workdir)):
+                    raise
+                _start_over(workdir, str(error))
         write_json(saved, config.to_dict())
     except OSError as error:
         raise WorkdirError(f"cannot write to workdir {workdir}: {error.strerror or error}") from None
@@ -154,11 +166,33 @@ def abandon(path: pathlib.Path) -> None:
             path.rmdir()
 
 
+def _made_no_step(workdir: pathlib.Path) -> bool:
+    """Whether a run began in a folder and ended before its first step, so that nothing of it is worth keeping."""
+    metrics = workdir / "metrics.jsonl"
+    if str(workdir) in remote.mirrors or not metrics.exists() or (workdir / "result.json").exists():
+        return False  # a bucket's checkpoints are not here
+    saved = [folder.name for folder in workdir.glob("checkpoints/*")]
+    if any(not name.startswith(f"step_{0:08d}") for name in saved):
+        return False
+    return all(line["step"] == 0 for line in _parsed(metrics))
+
+
+def _start_over(workdir: pathlib.Path, reason: str) -> None:
+    if not hosts.first():
+        return
+    logging.warning("%s; it made no step: starting over", reason)
+    for name in ("checkpoints", "tensorboard"):
+        shutil.rmtree(workdir / name, ignore_errors=True)
+    (workdir / "metrics.jsonl").unlink(missing_ok=True)
+
+
 def _check_same(workdir: pathlib.Path, before: dict, now: dict, extend: bool) -> None:
     differ = []
     for name in sorted(before.keys() | now.keys()):
         old, new = before.get(name), now.get(name)
-        if name.startswith("runtime.") or old == new or (name not in before and new is False):  # a switch since added
+        if name.startswith("runtime.") or name in FREE or old == new:
+            continue
+        if name not in before and (new is False or ADDED.get(name) == new):
             continue
         if name == "epochs" and extend and isinstance(old, int) and isinstance(new, int) and new > old:
             logging.warning("extending from %d to %d epochs: the learning rate's cosine changes with it", old, new)
@@ -182,7 +216,7 @@ class Metrics:
         self._file = None
         if not hosts.first():
             return
-        kept = [line for line in self._lines() if line["step"] <= resume_step]
+        kept = [line for line in _parsed(self.path) if line["step"] <= resume_step]
         self._known = {frozenset(line) for line in kept if line["step"] == resume_step}
         self._resume_step = resume_step
         temporary = self.path.with_suffix(".tmp")
@@ -190,16 +224,6 @@ class Metrics:
         os.replace(temporary, self.path)
         self._file = self.path.open("a", buffering=1)
         self._board = _board(workdir / "tensorboard", writer, resume_step)
-
-    def _lines(self) -> list[dict]:
-        lines = []
-        if self.path.exists():
-            for text in self.path.read_text(errors="replace").splitlines():
-                try:
-                    lines.append(json.loads(text))
-                except json.JSONDecodeError:
-                    logging.warning("%s: dropped a torn line", self.path)
-        return [line for line in lines if isinstance(line, dict) and "step" in line]
 
     def write(self, step: int, values: dict[str, Any]) -> None:
         """Write scalars of one step; arrays of one element count as scalars."""
@@ -216,6 +240,18 @@ class Metrics:
         if self._file is not None:
             self._file.close()
             self._board(None, {})
+
+
+def _parsed(path: pathlib.Path) -> list[dict]:
+    """The lines of a metrics file, without torn ones; none where there is no file."""
+    lines = []
+    if path.exists():
+        for text in path.read_text(errors="replace").splitlines():
+            try:
+                lines.append(json.loads(text))
+            except json.JSONDecodeError:
+                logging.warning("%s: dropped a torn line", path)
+    return [line for line in lines if isinstance(line, dict) and "step" in line]
 
 
 def _board(folder: pathlib.Path, writer: str, resume_step: int):

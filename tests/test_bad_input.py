@@ -77,7 +77,11 @@ def test_too_many_unreadable_images_in_a_process(tmp_path):
     overrides = {"data.source": f"folder:{tmp_path}/images", "data.max_bad_fraction": 0.1}
     ended = run(arguments("deepcluster", tmp_path / "run", **overrides))
     *warnings, line = ended.stderr.splitlines()
-    assert ended.code == 2 and f"of {IMAGES} images cannot be read, which is more than data.max_bad_fraction" in line
+    assert (
+        ended.code == 2
+        and f"of {IMAGES} images cannot be read, which is more than the 7 that --config.data.max_bad_fraction=0.1 allows"
+        in line
+    )
     assert warnings and all(str(tmp_path / "images") in warning for warning in warnings)  # each is named
 
 

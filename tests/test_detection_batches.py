@@ -501,7 +501,7 @@ def test_bad_images_are_replaced_in_training(broken):
     index, labels = (np.concatenate([getattr(batch, name) for batch in seen]) for name in ("index", "labels"))
     assert 7 not in index and (labels[:, 0] == index % 20).all()
     assert (index == 8).sum() > 2  # in its own place and for 07
-    strict = TrainingBatches(settings(**{"data.max_bad_fraction": 0.01}), broken, mesh())
+    strict = TrainingBatches(settings(**{"data.max_bad_fraction": 0.0}), broken, mesh())
     with pytest.raises(DataError, match=r"cannot be read.*07\.jpg"):
         list(strict.after(0, 2 * batches.steps_per_epoch))
 

@@ -24,6 +24,7 @@ from hexa_jax.data.pipeline import (
     pass_order,
     read_or_replace,
     resident_images,
+    tolerated,
 )
 from hexa_jax.data.sources import ArraySource, DataError, FolderSource
 from hexa_jax.data.subset import Subset, spread
@@ -325,6 +326,29 @@ def test_too_many_unreadable_images_stop_the_run():
     strict.add([])
     with pytest.raises(DataError, match="1 of 40"):
         strict.add([2])
+
+
+@pytest.mark.parametrize(
+    "images, fraction, limit",
+    [
+        (1513, 0.001, 10),  # a folder of photographs: four bad files do not end the run
+        (1513, 0.01, 15),
+        (1_281_167, 0.001, 1281),
+        (100, 0.001, 5),
+        (40, 0.1, 4),
+        (19, 0.001, 0),
+        (1513, 0.0, 0),
+    ],
+)
+def test_a_handful_of_bad_files_is_tolerated(images, fraction, limit):
+    assert tolerated(fraction, images) == limit
+    bad_images = BadImages(Fragile(np.zeros((images, 1)), ()), fraction)
+    bad_images.add(range(limit))
+    message = (
+        rf"{limit + 1} of {images} images .* the {limit} that --config\.data\.max_bad_fraction={fraction:g} allows"
+    )
+    with pytest.raises(DataError, match=message):
+        bad_images.add([limit])
 
 
 @pytest.mark.parametrize("max_failures, tried", [(0, 1), (2, 3), (100, NUM)])

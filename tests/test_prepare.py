@@ -1,12 +1,16 @@
 """Data sets written once: a folder of images as ArrayRecord, and tfds by name, each in a process of its own."""
 
+import importlib.util
+import re
 import subprocess
 import sys
 
 import pytest
-from command_line import environment, image_folder
+from command_line import REPOSITORY, environment, image_folder
 from official_archives import encoded, write_official_tars
 
+from hexa_jax import prepare as preparing
+from hexa_jax.data.source import DataError
 from hexa_jax.data.sources import make_source
 
 
@@ -61,3 +65,26 @@ def test_mistakes_are_one_line(tmp_path, words, message):
     done = prepare(*words, *([f"--data_dir={tmp_path}"] if words else []))
     last = done.stderr.strip().splitlines()[-1]
     assert done.returncode == 2 and message in last and "Traceback" not in done.stderr
+
+
+def test_without_tensorflow_the_message_names_what_can_be_installed(monkeypatch, capsys, tmp_path):
+    find = importlib.util.find_spec
+    without = lambda name, *rest: None if name == "tensorflow" else find(name, *rest)  # noqa: E731
+    monkeypatch.setattr(importlib.util, "find_spec", without)
+    assert preparing.main(["mnist"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "pip install -e '.[prepare]'" in line
+    assert "pip install tensorflow-cpu importlib_resources" in line
+    with pytest.raises(DataError, match=r"pip install -e '.\[prepare\]'"):
+        make_source("tfds:mnist", data_dir=str(tmp_path))
+
+
+def test_nothing_tells_a_user_to_install_the_project_from_an_index():
+    """The project is in no package index: whoever takes its name there would run code on users' machines."""
+    wrong = re.compile(r"pip3? install (-\S+ )*['\"]?hexa[_-]jax")
+    texts = [REPOSITORY / "README.md"]
+    for folder in ("hexa_jax", "configs", "launch", "docs", "notebooks", "benchmarks"):
+        texts += [p for p in (REPOSITORY / folder).rglob("*") if p.suffix in (".py", ".md", ".sh", ".ipynb")]
+    assert len(texts) > 100
+    for path in texts:
+        assert not wrong.search(path.read_text()), path

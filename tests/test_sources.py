@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from configs import common
+from hexa_jax.build import open_training_source
 from hexa_jax.data import sources
 from hexa_jax.data.decode import BadImage, decode
 from hexa_jax.data.shapes import ShapesSource, make_shapes
@@ -67,6 +69,68 @@ def test_folders_without_labels(tmp_path, names):
     assert relative_names(source) == sorted(names)
     assert source.labels() is None and source.num_classes is None and source.class_names is None
     assert set(source[0]) == {"image"}
+
+
+def tree(root, *names):
+    for name in names:
+        write_image(root / name)
+    return f"folder:{root}"
+
+
+PHOTOS = ("2019/1.jpg", "2020-07/a/2.jpg", "2021_12_24/3.jpg", "20220105/4.jpg")
+
+
+def test_what_is_taken_for_classes_is_said(tmp_path):
+    cameras = tree(tmp_path / "cameras", "a/1.png", "b/2.png", "c/3.png", "d/4.png")
+    source = make_source(cameras)
+    assert source.num_classes == 4
+    assert source.labels_note == (
+        f"{cameras}: its 4 sub-folders (a, b, c, ...) are taken as the classes; "
+        "if they are not, --config.data.labels=none"
+    )
+    none = make_source(cameras, labels="none")
+    assert none.num_classes is None and none.labels() is None and not none.labels_note
+    assert set(none[0]) == {"image"}
+
+
+def test_a_photo_library_by_date_has_no_classes(tmp_path):
+    library = tree(tmp_path / "library", *PHOTOS)
+    source = make_source(library)
+    assert source.num_classes is None and source.labels() is None
+    assert "not taken as classes, because their names are dates" in source.labels_note
+    assert source.labels_note.endswith("if they are, --config.data.labels=folders")
+    assert make_source(library, labels="folders").class_names == ["2019", "2020-07", "2021_12_24", "20220105"]
+    for name in ("1/1.png", "2019/2.png"), ("20/1.png", "2019-13/1.png"), ("2019/1.png", "cats/1.png"):
+        assert make_source(tree(tmp_path / name[0].replace("/", "_"), *name)).num_classes == 2  # not all are dates
+
+
+def test_images_beside_the_folders_are_told_and_may_be_unknown(tmp_path):
+    mixed = tree(tmp_path / "mixed", "stray.png", "a/1.png", "b/2.png")
+    source = make_source(mixed)
+    assert source.num_classes is None
+    assert "2 sub-folders (a, b) are not taken as classes, because 1 image lies beside them" in source.labels_note
+    told = make_source(mixed, labels="folders")
+    assert told.class_names == ["a", "b"] and told.num_classes == 2 and not told.labels_note
+    assert told.labels().tolist() == [0, 1, -1] and told[2]["label"] == -1
+
+
+def test_labels_that_cannot_be(tmp_path):
+    flat = tree(tmp_path / "flat", "1.png", "only/2.png")
+    assert not make_source(flat).labels_note
+    assert "has 1 sub-folders with images: --config.data.labels=folders needs" in one_line(flat, labels="folders")
+    assert "data.labels='yes' is not known: use one of auto, folders, none" in one_line(flat, labels="yes")
+
+
+def test_the_line_is_said_when_a_run_opens_its_data(tmp_path, capsys):
+    config = common.get_config()
+    config.data.source = tree(tmp_path / "cameras", "a/1.png", "b/2.png")
+    assert open_training_source(config).num_classes == 2
+    (line,) = capsys.readouterr().out.splitlines()
+    assert "its 2 sub-folders (a, b) are taken as the classes" in line
+    config.data.labels = "none"
+    assert open_training_source(config).num_classes is None and not capsys.readouterr().out
+    del config.data.labels  # as in runs of before it was there
+    assert open_training_source(config).num_classes == 2
 
 
 def test_hidden_and_other_files_are_ignored(tmp_path):

@@ -1,5 +1,6 @@
 """The loop of evaluations that train, on a sum: when it logs, evaluates and saves, and how it stops and goes on."""
 
+import dataclasses
 from typing import NamedTuple
 
 import jax
@@ -122,3 +123,36 @@ def test_a_loss_that_is_no_number_ends_the_run_before_it_is_saved(tmp_path, brok
     with pytest.raises(Diverged, match=rf"the loss is {broken} at step 5; try another sum"):
         make(tmp_path, [], step, log_every=1).run(initial(), Stop())
     assert Checkpoints(tmp_path / "checkpoints").steps() == [3]
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+@pytest.mark.parametrize("of", ["loss", "state"])
+def test_a_broken_run_that_is_told_to_stop_saves_nothing(tmp_path, value, of):
+    def step(state, batch):
+        after, scalars = add(state, batch)
+        broken = jnp.where(batch == 5, value, 0.0)
+        if of == "loss":
+            return after, scalars | {"loss": scalars["loss"] + broken}
+        return after._replace(value=after.value + broken), scalars
+
+    with pytest.raises(Diverged, match=r"step 5; try another sum"):
+        make(tmp_path, [], step, log_every=100).run(initial(), Stop(5))
+    assert Checkpoints(tmp_path / "checkpoints").steps() == [3]
+    _, history = make(tmp_path, [], add).run(initial(), Stop())  # the good checkpoint goes on
+    assert history[-1] == {"sum": 36.0}
+
+
+def test_what_a_task_does_not_call_sound_may_diverge(tmp_path):
+    class Two(NamedTuple):
+        step: jax.Array
+        first: jax.Array
+        second: jax.Array
+
+    def step(state, batch):
+        return Two(state.step + 1, state.first + batch, state.second * jnp.inf), {"loss": state.first}
+
+    loop = dataclasses.replace(make(tmp_path, [], step), sound=lambda state: state.first)
+    loop = dataclasses.replace(loop, evaluate=lambda state, epoch: {})
+    state = Two(jnp.int32(0), jnp.float32(0), jnp.float32(1))
+    state, _ = loop.run(jax.device_put(state, jax.devices()[0]), Stop())
+    assert int(state.first) == 36 and Checkpoints(tmp_path / "checkpoints").steps() == [6, 8]

@@ -120,6 +120,60 @@ def test_a_mistake_leaves_the_folder_free_for_the_corrected_command(tmp_path, co
     assert (folder / "config.json").exists() and (folder / "metrics.jsonl").exists()
 
 
+def test_a_tolerance_for_bad_files_may_change(tmp_path, config):
+    open_workdir(str(tmp_path), config)
+    config.data.max_bad_fraction = 0.01
+    assert open_workdir(str(tmp_path), config) == tmp_path
+    assert json.loads((tmp_path / "config.json").read_text())["data"]["max_bad_fraction"] == 0.01
+
+
+def test_a_setting_that_an_older_run_did_not_know_stands_for_what_it_did(tmp_path, config):
+    older = configs.common.get_config()
+    with older.unlocked():
+        del older.data.labels
+    open_workdir(str(tmp_path), older)
+    config.data.labels = "none"
+    assert "data.labels was None, is 'none'" in refused(tmp_path, config)
+    config.data.labels = "auto"
+    assert open_workdir(str(tmp_path), config) == tmp_path
+
+
+def begun(folder, config, step):
+    """A run that wrote metrics and a checkpoint of a step; what an interrupted save leaves lies beside it."""
+    open_workdir(str(folder), config)
+    metrics = Metrics(folder, "tensorboardX", 0)
+    metrics.write(step, {"knn_accuracy": 3.0})
+    metrics.close()
+    for name in (f"step_{step:08d}", f"step_{step:08d}_1"):
+        (folder / "checkpoints" / name).mkdir(parents=True)
+
+
+def test_a_run_that_made_no_step_gives_way_to_the_corrected_command(tmp_path, config, caplog):
+    begun(tmp_path, config, step=0)
+    (tmp_path / "notes.txt").write_text("mine")
+    open_workdir(str(tmp_path), config)  # the same config: the first pass is kept
+    assert (tmp_path / "checkpoints" / "step_00000000").exists() and not caplog.text
+    config.batch_size = 64
+    assert open_workdir(str(tmp_path), config) == tmp_path
+    assert "batch_size was 256, is 64; it made no step: starting over" in caplog.text
+    assert {path.name for path in tmp_path.iterdir()} == {"config.json", "notes.txt"}
+    assert json.loads((tmp_path / "config.json").read_text())["batch_size"] == 64
+
+
+def test_a_run_that_made_a_step_does_not(tmp_path, config):
+    begun(tmp_path / "a", config, step=1)
+    begun(tmp_path / "b", config, step=0)
+    (tmp_path / "b" / "result.json").write_text("{}")
+    config.batch_size = 64
+    for name in ("a", "b"):
+        before = sorted(tmp_path.joinpath(name).rglob("*"))
+        assert "batch_size was 256, is 64" in refused(tmp_path / name, config)
+        assert sorted(tmp_path.joinpath(name).rglob("*")) == before
+    begun(tmp_path / "c", configs.common.get_config(), step=0)
+    config.task = "knn"  # no command to train: it would evaluate into the run's own folder
+    assert "task was 'pretrain', is 'knn'" in refused(tmp_path / "c", config)
+
+
 def test_unwritable_folders(tmp_path, config, monkeypatch):
     (tmp_path / "file").write_text("x")
     assert "cannot write to workdir" in refused(tmp_path / "file", config)

@@ -7,8 +7,8 @@ Hardware:  as each evaluation; they run one after another, and finished ones are
 Time:      the sum of theirs.
 Expected:  tables.md in the workdir, with the paper's numbers beside the measured ones.
 
-Each group of data names training and held-out examples; a group without them is left out. resize and crop replace the protocol's
-pixels where they are not 0, for networks that were trained on small images.
+Each group of data names training and held-out examples; a group without them is left out. Images have the size that the network
+was trained at, those of CIFAR the protocol's 224 pixels; resize and crop replace it where they are not 0.
 """
 
 import ml_collections

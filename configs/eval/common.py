@@ -24,12 +24,13 @@ def get_config(task: str) -> ml_collections.ConfigDict:
     config.data = data = ml_collections.ConfigDict()
     data.source = ""  # labelled training examples; empty: those of the pre-training run
     data.eval_source = ""  # held-out ones
-    data.resize = 256  # short side
-    data.crop = 224  # centre crop
+    data.labels = "auto"  # folder:DIR: whether its sub-folders are the classes: auto, folders or none
+    data.resize = 0  # short side in pixels; 0: as the network was trained, see hexa_jax/evals/image_size.py
+    data.crop = 0  # centre crop in pixels, likewise
     data.squash = False  # the whole image, squashed to data.crop x data.crop, instead of its centre
     data.limit = 0  # training examples, spread evenly over the data set; 0: all
     data.list = ""  # text file that lists the training examples to use, one path or file name a line; empty: all
-    data.max_bad_fraction = 0.001
+    data.max_bad_fraction = 0.001  # as in configs/common.py, for evaluations that train
 
     config.runtime = runtime = ml_collections.ConfigDict()
     runtime.num_devices = 0  # 0: all

@@ -26,7 +26,7 @@ def get_config(text=None):
     config = evaluation.get_config("detection")
 
     data = config.data
-    for name in ("resize", "crop", "squash", "list"):  # of images of one size, with one label
+    for name in ("resize", "crop", "squash", "list", "labels"):  # of images of one size, with one label
         del data[name]
     # (short, long) sides that images are padded to, multiples of 32; each lying and standing is a compiled program.
     data.canvases = ((608, 1024), (800, 1344))

@@ -29,6 +29,7 @@ from hexa_jax.methods.base import Batch
 
 ORDER_STREAM, SHUFFLE_STREAM = 1, 2
 WORKER_DEATHS = 3  # after which a run gives up
+HANDFUL = 10  # unreadable images that end no run
 
 
 @functools.lru_cache(maxsize=2)
@@ -165,15 +166,26 @@ def read_or_replace(source: Any, index: int, max_failures: int) -> tuple[np.ndar
                 raise DataError(f"{len(failed)} images in a row cannot be read, the last is {error}") from error
 
 
+def tolerated(max_fraction: float, num_examples: int) -> int:
+    """How many of `num_examples` may be unreadable: the fraction of them, but at least a handful.
+
+    A handful is 10 images, or 5 % where there are fewer than 200: of a thousand photographs, a fraction
+    that suits a million would tolerate one. A fraction of 0 tolerates none.
+    """
+    handful = min(HANDFUL, num_examples // 20)
+    return max(int(max_fraction * num_examples), handful) if max_fraction else 0
+
+
 class BadImages:
     """Counts unreadable examples, names each once, and stops the run when there are too many."""
 
     def __init__(self, source: Any, max_fraction: float):
-        self.source, self.limit = source, max_fraction * len(source)
+        self.source, self.max_fraction = source, max_fraction
+        self.limit = tolerated(max_fraction, len(source))
         self.seen: set[int] = set()
 
     def add(self, indices: Any) -> None:
-        """Raises DataError when more than the allowed share of the data set has failed."""
+        """Raises DataError when more of the data set have failed than `tolerated` allows."""
         for index in indices:
             if int(index) not in self.seen:
                 self.seen.add(int(index))
@@ -182,8 +194,9 @@ class BadImages:
                 )
         if len(self.seen) > self.limit:
             raise DataError(
-                f"{len(self.seen)} of {len(self.source)} images cannot be read, which is more than "
-                f"data.max_bad_fraction allows; the last is {self.source.name(max(self.seen))}"
+                f"{len(self.seen)} of {len(self.source)} images cannot be read, which is more than the {self.limit} "
+                f"that --config.data.max_bad_fraction={self.max_fraction:g} allows; "
+                f"the last is {self.source.name(max(self.seen))}"
             )
 
 

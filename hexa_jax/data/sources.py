@@ -2,6 +2,7 @@
 
 import logging
 import os
+import re
 import struct
 import zipfile
 from collections.abc import Iterator, Sequence
@@ -16,6 +17,9 @@ from hexa_jax.data.tfds_source import TfdsSource
 from hexa_jax.remote import fetch_file, is_remote
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif")
+FOLDER_LABELS = ("auto", "folders", "none")
+# A year, a month of it, or a day: how photographs are filed, and hardly what is on them.
+DATE_NAME = re.compile(r"(19|20)\d\d([-_. ]?(0[1-9]|1[0-2])([-_. ]?(0[1-9]|[12]\d|3[01]))?)?")
 SPLIT_NAMES = {"train", "training", "val", "valid", "validation", "test"}
 
 
@@ -27,6 +31,7 @@ def make_source(
     num_examples: int = 10_000,
     data_dir: str | None = None,
     data_cache: str = "",
+    labels: str = "auto",
 ) -> Source:
     """The source that a config's string names.
 
@@ -36,6 +41,7 @@ def make_source(
       seed, image_size, num_examples: which shapes to draw; the other sources are what is stored.
       data_dir: where tfds data sets were prepared; by default `TFDS_DATA_DIR`, or `~/tensorflow_datasets`.
       data_cache: local folder for copies of what is in a bucket; without one, only tfds data sets can be read from there.
+      labels: whether the sub-folders of a folder are its classes, see `FolderSource`; other sources ignore it.
     Raises:
       DataError: nothing usable is there; one line says what and what to do.
     """
@@ -53,8 +59,10 @@ def make_source(
         if not data_cache:
             raise DataError(f"{spec} needs a config.runtime.data_cache, a local folder for a copy")
         rest = str(fetch_file(rest, data_cache))
-    if kind in ("folder", "arrays") and rest:
-        return (FolderSource if kind == "folder" else load_arrays)(os.path.expanduser(rest))
+    if kind == "folder" and rest:
+        return FolderSource(os.path.expanduser(rest), labels)
+    if kind == "arrays" and rest:
+        return load_arrays(os.path.expanduser(rest))
     raise DataError(
         f"unknown data source {spec!r}: use folder:DIR, arrays:FILE.npz, tfds:NAME[/CONFIG][:SPLIT] or shapes[:SPLIT]"
     )
@@ -63,11 +71,27 @@ def make_source(
 class FolderSource:
     """Every image below a directory, in the order of the sorted relative paths.
 
-    The class of an image is its first-level sub-directory, if there are at least two of those and no image beside them;
-    otherwise there are no labels. Hidden and other files are ignored; a linked directory is followed once.
+    Hidden and other files are ignored; a linked directory is followed once.
+
+    Args:
+        directory: the folder.
+        labels: "auto": the class of an image is its first-level sub-directory if there are at least
+            two of those, no image lies beside them, and their names are not all dates; otherwise
+            there are no labels. "folders": the sub-directories are the classes whatever their names
+            are, and images beside them are of no known class (-1). "none": there are no labels.
+
+    Attributes:
+        labels_note: one line about what was taken for classes and how to change that; empty where
+            nobody would be surprised.
+
+    Raises:
+        DataError: no such directory, no image below it, or fewer than two sub-directories to be
+            classes where `labels` is "folders".
     """
 
-    def __init__(self, directory: str):
+    def __init__(self, directory: str, labels: str = "auto"):
+        if labels not in FOLDER_LABELS:
+            raise DataError(f"data.labels={labels!r} is not known: use one of {', '.join(FOLDER_LABELS)}")
         self.directory = directory
         if not os.path.isdir(directory):
             problem = "is not a directory" if os.path.exists(directory) else "does not exist"
@@ -79,10 +103,20 @@ class FolderSource:
         self._paths = b"".join(paths)
         self._ends = np.cumsum([len(path) for path in paths], dtype=np.int64)
         tops = [path.split(b"/", 1)[0] if b"/" in path else b"" for path in paths]
-        classes = sorted(set(tops))
-        labelled = len(classes) >= 2 and b"" not in classes
-        ids = {name: i for i, name in enumerate(classes)}
+        classes = sorted(set(tops) - {b""})
+        beside = tops.count(b"")
+        dates = all(DATE_NAME.fullmatch(os.fsdecode(name)) for name in classes)
+        labelled = labels == "folders" or (labels == "auto" and len(classes) >= 2 and not beside and not dates)
+        if labels == "folders" and len(classes) < 2:
+            raise DataError(
+                f"folder:{directory} has {len(classes)} sub-folders with images: "
+                "--config.data.labels=folders needs two or more"
+            )
+        ids = {name: i for i, name in enumerate(classes)} | {b"": -1}
         self._labels = np.array([ids[top] for top in tops], np.int32) if labelled else None
+        self.labels_note = ""
+        if labels == "auto" and len(classes) >= 2:
+            self.labels_note = f"folder:{directory}: {_note(classes, labelled, beside)}"
         self.class_names = [os.fsdecode(name) for name in classes] if labelled else None
         self.num_classes = len(classes) if labelled else None
         if self.class_names and {name.lower() for name in self.class_names} <= SPLIT_NAMES:
@@ -90,6 +124,7 @@ class FolderSource:
                 "folder:%s: sub-directories %s are taken as the classes; are they splits? Then name one: folder:%s",
                 directory, ", ".join(self.class_names), os.path.join(directory, self.class_names[0]),
             )  # fmt: skip
+            self.labels_note = ""  # the warning says it
 
     def __len__(self) -> int:
         return len(self._ends)
@@ -109,6 +144,17 @@ class FolderSource:
 
     def labels(self) -> np.ndarray | None:
         return self._labels
+
+
+def _note(classes: list[bytes], labelled: bool, beside: int) -> str:
+    """What became of the sub-folders of a folder, and the setting that changes it."""
+    shown = [os.fsdecode(name) for name in classes[:3]] + ["..."] * (len(classes) > 3)
+    folders = f"{len(classes)} sub-folders ({', '.join(shown)})"
+    if labelled:
+        return f"its {folders} are taken as the classes; if they are not, --config.data.labels=none"
+    images = "1 image lies" if beside == 1 else f"{beside} images lie"
+    reason = f"{images} beside them" if beside else "their names are dates"
+    return f"its {folders} are not taken as classes, because {reason}; if they are, --config.data.labels=folders"
 
 
 def _walk(directory: str) -> Iterator[str]:

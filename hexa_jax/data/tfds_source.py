@@ -46,7 +46,8 @@ class TfdsSource:
                 where = " and copy it there"
             raise DataError(
                 f"tfds:{self._name} is not prepared in {self._data_dir or 'the data directory of tfds'}: run "
-                f"python -m hexa_jax.prepare {self._name}{where} (after pip install 'hexa_jax[prepare]')"
+                f"python -m hexa_jax.prepare {self._name}{where} "
+                "(after pip install -e '.[prepare]' in the clone of hexa_jax)"
             ) from None
         except Exception as error:  # those of tfds, or whatever a bucket's libraries raise
             raise DataError(f"tfds:{self._name} cannot be opened: {one_line(error)}") from None

@@ -101,12 +101,12 @@ def finetune(config: ConfigDict, workdir: pathlib.Path) -> dict[str, Any]:
 
 class _Tuning:
     def __init__(self, config: ConfigDict, workdir: pathlib.Path):
-        self.config, self.workdir = config, workdir
+        self.workdir = workdir
         self.backbone = open_backbone(config)
         self.source, self.held_out = open_both(config, self.backbone)
         self.classes = int(self.source.num_classes or 0)
         self.extractor = Extractor(config, self.backbone)  # for its mesh, and images of the test
-        self.mesh = self.extractor.mesh
+        self.mesh, self.config = self.extractor.mesh, self.extractor.config
         self.batches = LabelledBatches(config, self.source, self.mesh, bn_group_size=config.batch_size)
         self.steps_per_epoch, self.total = self.batches.steps_per_epoch, self.batches.total
         self.test = self._test_images()

@@ -18,6 +18,7 @@ from hexa_jax.data.source import DataError, Source
 from hexa_jax.data.subset import Subset, spread
 from hexa_jax.evals.backbone import RANDOM, Backbone, load_backbone, random_backbone
 from hexa_jax.evals.features import EvalImages
+from hexa_jax.evals.image_size import with_size
 from hexa_jax.evals.stored_features import Features, StoredFeatures, join
 from hexa_jax.mesh import make_mesh
 from hexa_jax.models.norm import CLEAN, NormMode, stats_collection
@@ -62,6 +63,10 @@ def open_split(config: ConfigDict, backbone: Backbone, name: str, *, labelled: b
     runtime = config.runtime
     if run and not config.data[name] and not runtime.data_dir:
         runtime = ConfigDict({key: run.runtime.get(key, runtime[key]) for key in ("data_dir", "data_cache")})
+    labels = config.data.labels
+    if labels == "auto" and not config.data[name] and data.get("labels") == "folders":
+        labels = "folders"  # the run's own data, whose classes it was told of
+    data = {"shapes_size": data.shapes_size, "shapes_count": data.shapes_count, "labels": labels}
     source = open_source(ConfigDict({"runtime": runtime, "data": data}), spec)
     if labelled and source.num_classes is None:
         raise DataError(f"{spec} has no labels, which config.task={config.task} needs")
@@ -128,13 +133,14 @@ class Extractor:
     """Computes features of images on all devices, with a progress line.
 
     Attributes:
+        config: of the evaluation, with the size of its images filled in.
         backbone: what computes them; a random one gets BatchNorm statistics from the first images it sees.
         mesh: of the devices.
         folder: where features are kept as they come, for a second start; None: nowhere.
     """
 
     def __init__(self, config: ConfigDict, backbone: Backbone, folder: pathlib.Path | None = None):
-        self.config, self.backbone, self.folder = config, backbone, folder
+        self.config, self.backbone, self.folder = with_size(config, backbone.config), backbone, folder
         self._fresh = config.checkpoint == RANDOM
         self.mesh: Mesh = make_mesh(make_devices(config))
         rows, self._whole = NamedSharding(self.mesh, P("data")), NamedSharding(self.mesh, P())

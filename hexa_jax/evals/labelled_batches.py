@@ -9,7 +9,7 @@ from ml_collections import ConfigDict
 
 from hexa_jax.build import ConfigError
 from hexa_jax.data.crops import Resolution
-from hexa_jax.data.pipeline import BadImages, HostSteps, device_batches, host_iterator
+from hexa_jax.data.pipeline import BadImages, HostSteps, device_batches, host_iterator, tolerated
 from hexa_jax.data.source import Source
 from hexa_jax.mesh import Layout, local_rows
 from hexa_jax.methods.base import Batch
@@ -53,7 +53,7 @@ class LabelledBatches:
             rows=local_rows(self.mesh, self.layout),
             seed=config.seed,
             num_steps=self.total,
-            max_failures=int(config.data.max_bad_fraction * len(self.source)),
+            max_failures=tolerated(config.data.max_bad_fraction, len(self.source)),
         )
         elements = host_iterator(steps, step, runtime.workers, runtime.threads, runtime.prefetch)
         labels = np.full(len(self.source), -1, np.int32)

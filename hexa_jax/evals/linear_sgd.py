@@ -112,11 +112,11 @@ def linear(config: ConfigDict, workdir: pathlib.Path) -> dict[str, Any]:
 
 class _Probe:
     def __init__(self, config: ConfigDict, workdir: pathlib.Path):
-        self.config, self.workdir = config, workdir
+        self.workdir = workdir
         self.backbone: Backbone = open_backbone(config)
         self.source, self.held_out = open_both(config, self.backbone)
         self.extractor = Extractor(config, self.backbone)
-        self.mesh = self.extractor.mesh
+        self.mesh, self.config = self.extractor.mesh, self.extractor.config
         groups = max(config.batch_size // self.mesh.size, 1)  # of no consequence: statistics are the running ones
         self.batches = LabelledBatches(config, self.source, self.mesh, bn_group_size=groups)
         self.steps_per_epoch, self.total = self.batches.steps_per_epoch, self.batches.total
@@ -142,6 +142,7 @@ class _Probe:
             batches=lambda step: self.batches.after(step, resolution),
             evaluate=evaluate,
             advice="try lower optimizer.learning_rates",
+            sound=lambda state: [leaf[0] for leaf in state[1:]],
         )
         stop = Interruptible()
         try:

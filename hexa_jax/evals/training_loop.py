@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
@@ -30,6 +31,8 @@ class TrainingLoop:
         batches: the batches after a step.
         evaluate: (state, epoch) -> results in a few numbers, or nothing; the time it takes is not training's.
         advice: what to try when the loss is not finite.
+        sound: the part of a state that must be finite to be saved; all of it by default. A task that
+            trains several classifiers side by side lets all but the first of them diverge.
     """
 
     config: ConfigDict
@@ -40,12 +43,13 @@ class TrainingLoop:
     batches: Callable[[int], Iterator[Any]]
     evaluate: Callable[[Any, float], Results]
     advice: str
+    sound: Callable[[Any], Any] = lambda state: state
 
     def run(self, state: Any, stop: Interruptible) -> tuple[Any, list[Results]]:
         """The state after the last step, and what `evaluate` gave after each epoch that it said something of.
 
         Raises:
-            Diverged: the loss became NaN or infinite.
+            Diverged: the loss or the state became NaN or infinite; no checkpoint was overwritten.
             Terminated: SIGTERM arrived; the state is saved.
         """
         self.folder.mkdir(exist_ok=True)
@@ -81,6 +85,8 @@ class TrainingLoop:
                         metrics.write(step, {"epoch": step / self.steps_per_epoch, **results})
                 stopping = stop.reached()
                 if ends or stopping:
+                    # A signal may arrive between two steps that are logged, and so between two checks.
+                    self._check(step, scalars, state)
                     checkpoints.save(step, state, {"history": history})
                 if stopping and step < self.total:
                     checkpoints.wait()
@@ -89,10 +95,18 @@ class TrainingLoop:
             metrics.close()
         return state, history
 
+    def _check(self, step: int, scalars: dict[str, jax.Array], state: Any = None) -> None:
+        """Raise Diverged unless the loss of a step, and the state after it where one is given, are finite."""
+        loss = float(scalars["loss"])
+        if not np.isfinite(loss):
+            raise Diverged(f"the loss is {loss} at step {step}; {self.advice}")
+        # The loss is that of the parameters before the step, which may have broken them.
+        if state is not None and not _all_finite(self.sound(state)):
+            raise Diverged(f"the parameters are no longer finite after step {step}; {self.advice}")
+
     def _log(self, step: int, scalars: dict[str, jax.Array], metrics: Metrics, clock: Clock) -> None:
+        self._check(step, scalars)
         values = {name: float(value) for name, value in scalars.items()}
-        if not np.isfinite(values["loss"]):
-            raise Diverged(f"the loss is {values['loss']} at step {step}; {self.advice}")
         speed, left = clock.read(step)
         metrics.write(step, {**values, "images_per_second": speed})
         epoch = step / self.steps_per_epoch
@@ -100,3 +114,10 @@ class TrainingLoop:
         say(
             f"step {step}/{self.total}  epoch {epoch:.2f}  loss {values['loss']:.4f}  {speed_text} images/s  ETA {left}"
         )
+
+
+@jax.jit
+def _all_finite(tree: Any) -> jax.Array:
+    """Whether no floating-point leaf of a tree holds NaN or infinity; a bool scalar."""
+    leaves = [leaf for leaf in jax.tree.leaves(tree) if jnp.issubdtype(leaf.dtype, jnp.inexact)]
+    return jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in leaves]).all()

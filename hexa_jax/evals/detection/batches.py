@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 from hexa_jax import hosts
 from hexa_jax.build import ConfigError
 from hexa_jax.data.decode import BadImage, crop_generator, decode
-from hexa_jax.data.pipeline import BadImages, host_iterator, read_or_replace
+from hexa_jax.data.pipeline import BadImages, host_iterator, read_or_replace, tolerated
 from hexa_jax.data.source import DataError
 from hexa_jax.evals.detection.canvases import Canvases, content_sizes, draw, move_boxes
 from hexa_jax.evals.detection.data import DetectionSource
@@ -201,7 +201,7 @@ class TrainingBatches:
             seed=config.seed,
             flip=config.data.flip,
             max_boxes=config.data.max_boxes,
-            max_failures=int(config.data.max_bad_fraction * len(self.source)),
+            max_failures=tolerated(config.data.max_bad_fraction, len(self.source)),
         )
         return _ahead(self._place(element) for element in _elements(steps, step, config.runtime))
 
