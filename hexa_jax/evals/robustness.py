@@ -117,6 +117,8 @@ def attacked(
     Returns:
         [N, H, W, C] in [0, 1].
     """
+    if epsilon == 0:
+        return pixels  # the ball is a point, and a step needs a length
     radius = epsilon / GREY_LEVELS
     return views.adversarial(
         jax.random.key(0) if keys is None else keys,
