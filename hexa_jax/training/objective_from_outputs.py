@@ -121,7 +121,7 @@ class _Step:
     def _clean_weight(self) -> jax.Array:
         """[M, n] weights of the clean loss: 0 for rows that a view takes the place of."""
         share = self.objective.rows_of(self.views)
-        return self.inputs.weight if share[CLEAN].whole else self.inputs.weight * self._mask(CLEAN)
+        return self.inputs.weight if share[CLEAN].whole else self.inputs.weight * self._mask(CLEAN)[None]
 
     def _mask(self, name: str) -> jax.Array:
         """[n] 1 for the rows of a pass, 0 for others."""
