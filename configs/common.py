@@ -13,7 +13,7 @@ def get_config() -> ml_collections.ConfigDict:
     """The defaults: plain 2-crop pre-training of a ResNet-50."""
     config = ml_collections.ConfigDict()
     config.task = "pretrain"  # what to do; evaluations have configs of their own in configs/eval/
-    config.method = "moco"  # moco, pcl, simclr, deepcluster, swav or rotation
+    config.method = "moco"  # moco, pcl, simclr, deepcluster, swav, byol, rotation or supervised
     # Which terms equation 10 has, as a sum of std, adv, cmx, cmxA (cut-mixed adversarial), mixup, extra, noise, hard_crop;
     # Fig. 2 has std, std+adv, std+cmx, std+adv+cmx, std+adv+cmxA and all (std+adv+cmx+cmxA). Views named here whose weight
     # is 0 below count 1, others not at all. Empty: the weights alone decide.
@@ -35,7 +35,9 @@ def get_config() -> ml_collections.ConfigDict:
     model.zero_init_residual = False
     model.head_hidden = 0  # width of the head's hidden layer; 0: as wide as the feature
     model.head_dim = 128
-    model.head_batch_norm = False
+    model.head_batch_norm = False  # before each of the head's ReLUs
+    model.head_layers = 2  # 1: a linear head
+    model.head_output_norm = False  # BatchNorm without scale and bias behind the head's last layer
 
     config.moco = moco = ml_collections.ConfigDict()
     moco.queue_size = 65536
@@ -70,7 +72,15 @@ def get_config() -> ml_collections.ConfigDict:
     swav.queue_start_epoch = 0  # from 0
     swav.freeze_steps = 0  # steps in which the prototypes stay as they are
 
+    config.byol = byol = ml_collections.ConfigDict()
+    byol.momentum = 0.996  # of the target network in the first step; a cosine takes it to 1
+    byol.predictor_hidden = 4096
+    byol.simsiam = False  # the network is its own target, and the loss is half as large
+
     config.rotation = ml_collections.ConfigDict()  # no settings
+
+    config.supervised = supervised = ml_collections.ConfigDict()
+    supervised.label_smoothing = 0.0
 
     config.views = views = ml_collections.ConfigDict()
     views.average = False  # divide equation 10 by the sum of its weights: steps as long as the plain method's
@@ -96,7 +106,7 @@ def get_config() -> ml_collections.ConfigDict:
                 start_epoch=0.0,  # epoch (from 0) from which on the view counts
                 ramp_epochs=0.0,  # epochs over which its weight then grows linearly; 0: at once
                 replace=0.0,  # share of the rows whose clean view it takes the place of; 0: it is added to all rows
-                target="label",  # label, or own_crop: predict the clean crop's own embedding (moco, pcl, simclr)
+                target="label",  # label, or own_crop: predict the clean crop's own embedding (moco, pcl, simclr, byol)
                 **own,
             )
         )
@@ -321,11 +331,32 @@ def simclr(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
     return strong_jitter(config)
 
 
+def byol(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
+    """BYOL's heads and augmentation: the second crop is blurred less and solarized more than the first."""
+    config.method = "byol"
+    config.model.head_batch_norm = True
+    config.model.head_hidden, config.model.head_dim = 4096, 256
+    config.data.min_scale = (0.08,)
+    config.augment.saturation = 0.2
+    config.augment.blur_probability = (1.0, 0.1)
+    config.augment.solarize_probability = (0.0, 0.2)
+    return config
+
+
 def rotation(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
     """Rotation prediction: one crop, seen in four orientations, flipped but not distorted."""
     config.method = "rotation"
     config.data.num_crops, config.data.min_scale = (1,), (0.08,)
     config.augment.jitter_probability = config.augment.gray_probability = config.augment.blur_probability = (0.0,)
+    return config
+
+
+def supervised(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
+    """Classification: one crop, flipped but not distorted."""
+    config.method = "supervised"
+    config.data.num_crops, config.data.min_scale = (1,), (0.08,)
+    config.augment.jitter_probability = config.augment.gray_probability = (0.0,)
+    config.augment.blur_probability = (0.0,)
     return config
 
 

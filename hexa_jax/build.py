@@ -102,7 +102,15 @@ def make_network(config: ConfigDict, method: Method) -> Network:
     if not method.has_head:
         return Network(backbone, None, *pixels, normalize=False)
     hidden = model.head_hidden or backbone.feature_dim
-    head = ProjectionHead(hidden, model.head_dim, model.head_batch_norm, compute_dtype, auxiliary)
+    head = ProjectionHead(
+        hidden,
+        model.head_dim,
+        model.head_batch_norm,
+        compute_dtype,
+        auxiliary,
+        model.head_layers,
+        model.head_output_norm,
+    )
     return Network(backbone, head, *pixels, predictor=method.make_predictor(model.head_dim, compute_dtype, auxiliary))
 
 
@@ -255,8 +263,8 @@ def make_devices(config: ConfigDict) -> list[jax.Device]:
 
 
 POSITIVE = (
-    "batch_size", "epochs", "shuffle_block", "model.base_channels", "model.head_dim", "moco.queue_size",
-    "moco.temperature", "deepcluster.num_clusters", "deepcluster.num_heads", "deepcluster.assign_crops",
+    "batch_size", "epochs", "shuffle_block", "model.base_channels", "model.head_dim", "model.head_layers",
+    "moco.queue_size", "moco.temperature", "deepcluster.num_clusters", "deepcluster.num_heads", "deepcluster.assign_crops",
     "deepcluster.iterations", "deepcluster.temperature", "simclr.temperature", "swav.num_prototypes", "swav.assign_crops",
     "swav.temperature", "swav.epsilon", "swav.iterations", "knn.neighbours", "knn.temperature", "knn.resize", "knn.crop",
     "runtime.log_every",
@@ -352,6 +360,7 @@ def make_trainer(
             num_classes=num_classes,
         )
         method.check(spec)
+        method = method.for_run(spec)
         layout.check()
         _check_views(scheme, method, layout)
         _warn(method, layout)

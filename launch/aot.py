@@ -178,7 +178,7 @@ def main(argv: list[str]) -> int:
         if importlib.util.find_spec("libtpu") is None:
             raise AotError("the TPU compiler is missing: pip install libtpu")
         config = parse_command([argv[0], *settings, "--workdir=unused"]).config
-        trainer = make_trainer(config, options.num_examples, devices_of(options.topology))
+        trainer = make_trainer(config, options.num_examples, devices_of(options.topology), num_classes=1000)
     except (AotError, ConfigError) as error:
         print(f"aot: {error}", file=sys.stderr)
         return 2

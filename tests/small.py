@@ -24,11 +24,12 @@ def small_config(method="deepcluster", **overrides):
     config.cutmix_block, config.shuffle_block = 4, 16
     config.model.backbone, config.model.stem, config.model.base_channels = "resnet6", "cifar", 4
     config.model.head_dim, config.model.head_hidden = 8, 16
-    config.model.head_batch_norm = method in ("simclr", "deepcluster", "swav")
+    config.model.head_batch_norm = method in ("simclr", "deepcluster", "swav", "byol")
     config.moco.queue_size = 64
     config.pcl.queue_size, config.pcl.num_clusters, config.pcl.warmup_epochs = 64, (5, 7), 1
     config.deepcluster.num_clusters, config.deepcluster.num_heads = 7, 2
     config.swav.num_prototypes, config.swav.queue_length = 7, 64
+    config.byol.momentum, config.byol.predictor_hidden = 0.9, 16
     config.data.source, config.data.shapes_count, config.data.crop_size = "shapes", 70, (8,)
     # Jitter changes brightness alone: the other operations are functions of the same draws, and each takes seconds to compile.
     config.augment.contrast = config.augment.saturation = config.augment.hue = 0.0
@@ -43,7 +44,7 @@ class SmallRun:
 
     def __init__(self, config, num_devices=1):
         self.source = ShapesSource("train", image_size=32, num_examples=config.data.shapes_count, seed=0)
-        self.trainer = make_trainer(config, len(self.source), jax.devices()[:num_devices])
+        self.trainer = make_trainer(config, len(self.source), jax.devices()[:num_devices], self.source.num_classes)
         self.steps_per_epoch = self.trainer.spec.steps_per_epoch
         self.steps = self.trainer.compile()
         self.losses = []

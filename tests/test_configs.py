@@ -108,7 +108,7 @@ def test_config_takes_a_real_size_step(name):
     config = load(name)
     sizes = {"shapes:train": config.data.shapes_count, "tfds:cifar10:train": 50_000}
     num_examples = sizes.get(config.data.source, 9_469 if "imagenette" in config.data.source else IMAGENET)
-    trainer = make_trainer(config, num_examples, jax.devices()[:1])
+    trainer = make_trainer(config, num_examples, jax.devices()[:1], num_classes=1000)
     resident = jax.ShapeDtypeStruct((num_examples, 32, 32, 3), jnp.uint8) if config.data.on_device else None
     with jax.set_mesh(trainer.mesh):
         shapes = trainer.state_shapes()
@@ -173,8 +173,53 @@ def test_numbers_beside_the_table():
     assert load("simclr").model.zero_init_residual and not moco.model.zero_init_residual
 
 
+# Method, batch, epochs, learning rate, weight decay, optimizer, schedule, BatchNorm group, head's layers and sizes.
+OTHERS = {
+    "byol": ("byol", 4096, 1000, 3.2, 1.5e-6, "lars", "cosine", 4096, (2, 4096, 256)),
+    "byol:epochs=300": ("byol", 4096, 300, 4.8, 1e-6, "lars", "cosine", 4096, (2, 4096, 256)),
+    "byol:epochs=100": ("byol", 4096, 100, 7.2, 1e-6, "lars", "cosine", 4096, (2, 4096, 256)),
+    "simsiam": ("byol", 512, 100, 0.1, 1e-4, "sgd", "epoch_cosine", 512, (3, 2048, 2048)),
+    "moco_v1": ("moco", 256, 200, 0.03, 1e-4, "sgd", "steps", 32, (1, 0, 128)),
+    "supervised": ("supervised", 256, 90, 0.1, 1e-4, "sgd", "steps", 32, (2, 0, 128)),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_numbers_of_other_methods_are_those_of_the_sources(name):
+    config = load(name)
+    model, optimizer = config.model, config.optimizer
+    row = (
+        config.method,
+        config.batch_size,
+        config.epochs,
+        pytest.approx(optimizer.learning_rate),
+        optimizer.weight_decay,
+        optimizer.name,
+        optimizer.schedule,
+        config.bn_group_size,
+        (model.head_layers, model.head_hidden, model.head_dim),
+    )
+    assert row == OTHERS[name]
+    assert config.data.crop_size == (224,) and config.views.adversarial.weight == 0
+
+
+def test_numbers_beside_the_table_of_other_methods():
+    momenta = [load(f"byol:epochs={epochs}").byol.momentum for epochs in (100, 300, 1000)]
+    assert momenta == [0.99, 0.99, 0.996]
+    byol, simsiam, moco = load("byol"), load("simsiam"), load("moco_v1")
+    assert (byol.byol.predictor_hidden, byol.byol.simsiam, byol.optimizer.warmup_epochs) == (4096, False, 10)
+    assert (byol.augment.blur_probability, byol.augment.solarize_probability) == ((1.0, 0.1), (0.0, 0.2))
+    assert (byol.augment.brightness, byol.augment.saturation, byol.data.min_scale) == (0.4, 0.2, (0.08,))
+    assert (simsiam.byol.predictor_hidden, simsiam.byol.simsiam) == (512, True)
+    assert simsiam.model.head_output_norm and simsiam.augment.blur_probability == (0.5,)
+    assert (moco.moco.temperature, moco.optimizer.milestones, moco.data.min_scale) == (0.07, (120, 160), (0.2,))
+    assert (moco.augment.jitter_probability, moco.augment.hue, moco.augment.blur_probability) == ((1.0,), 0.4, (0.0,))
+    assert load("supervised").optimizer.milestones == (30, 60, 80)
+
+
 @pytest.mark.parametrize(
-    "wrong", ["moco_v2:epoch=1", "moco_v2:epochs=many", "swav:crops=3", "swav:batch=512", "swav:crops"]
+    "wrong",
+    ["byol:epochs=200", "moco_v2:epoch=1", "moco_v2:epochs=many", "swav:crops=3", "swav:batch=512", "swav:crops"],
 )
 def test_wrong_arguments_name_what_is_known(wrong):
     with pytest.raises(ValueError, match=r"config argument|is not known|has no recipe"):
@@ -202,7 +247,7 @@ def test_schemes_choose_the_terms_of_the_objective(scheme):
     assert weights.get("cutmix", 1) == weights.get("cutmix_adversarial", 1) == 1
 
 
-@pytest.mark.parametrize("method", ["moco", "simclr", "deepcluster", "swav", "rotation"])
+@pytest.mark.parametrize("method", ["moco", "simclr", "deepcluster", "swav", "byol", "rotation", "supervised"])
 @pytest.mark.parametrize("scheme", ["std", "all"])
 def test_every_method_takes_a_step_in_every_family_of_schemes(method, scheme):
     run = SmallRun(small_config(method, scheme=scheme, precision="float32"))

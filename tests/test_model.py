@@ -407,6 +407,46 @@ def test_head_is_linear_norm_relu_linear(x64, batch_norm):
     )
 
 
+@pytest.mark.parametrize("branch", [CLEAN, ADVERSARIAL])
+def test_simsiam_head_has_a_norm_behind_each_of_three_layers(branch, x64):
+    """The last one without scale and bias (builder.py of facebookresearch/simsiam)."""
+    head = ProjectionHead(7, 4, True, jnp.float64, auxiliary_norm=True, layers=3, output_norm=True)
+    x = np.random.default_rng(0).normal(size=(6, 5))
+    variables = random_tree(head.init(jax.random.key(0), jnp.asarray(x), EVALUATION))
+    params = jax.tree.map(np.asarray, variables["params"])
+    assert set(params) == {"linear1", "bn1", "linear2", "bn2", "linear3"}
+    assert set(variables["clean_batch_stats"]) == {"bn1", "bn2", "bn3"}
+    prefix, expected = "" if branch == CLEAN else "adversarial_", x
+    for layer in (1, 2, 3):
+        linear, bn = params[f"linear{layer}"], params.get(f"bn{layer}", {})
+        scale, bias = bn.get(f"{prefix}scale", np.ones(4)), bn.get(f"{prefix}bias", np.zeros(4))
+        expected = expected @ linear["kernel"] + linear["bias"]
+        expected = norm_reference(expected, scale, bias, 2, np.zeros_like(expected))["y"]
+        expected = np.maximum(expected, 0) if layer < 3 else expected
+    outputs, sown = head.apply(variables, jnp.asarray(x), NormMode(branch, 2), mutable=["moments"])
+    np.testing.assert_allclose(outputs, expected, rtol=1e-9, atol=1e-9)
+    assert set(sown["moments"]) == {"bn1", "bn2", "bn3"}
+    # With the running statistics, the last layer's alone make its output.
+    evaluated = head.apply(variables, jnp.asarray(x), NormMode(branch))
+    statistics = variables[f"{branch}_batch_stats"]["bn3"]
+    shifted = variables | {
+        f"{branch}_batch_stats": variables[f"{branch}_batch_stats"]
+        | {"bn3": {"mean": statistics["mean"] + 1, "var": statistics["var"]}}
+    }
+    moved = head.apply(shifted, jnp.asarray(x), NormMode(branch)) - evaluated
+    np.testing.assert_allclose(moved, -jnp.ones((6, 1)) / np.sqrt(statistics["var"] + 1e-5)[None], rtol=1e-9)
+
+
+def test_one_layer_head_is_linear(x64):
+    head = ProjectionHead(7, 4, True, jnp.float64, layers=1)
+    x = np.random.default_rng(0).normal(size=(6, 5))
+    variables = head.init(jax.random.key(0), jnp.asarray(x), EVALUATION)
+    assert set(variables) == {"params"} and set(variables["params"]) == {"linear1"}
+    linear = variables["params"]["linear1"]
+    outputs = head.apply(variables, jnp.asarray(x), NormMode(CLEAN, 2))
+    np.testing.assert_allclose(outputs, x @ linear["kernel"] + linear["bias"][None], rtol=1e-9, atol=1e-9)
+
+
 def test_head_starts_like_torch_linear():
     params = ProjectionHead(300, 50, False).init(jax.random.key(0), jnp.zeros((1, 100)), EVALUATION)["params"]
     for name, fan_in in (("linear1", 100), ("linear2", 300)):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from small import SmallRun, largest_difference, small_config
 
-METHODS = ("moco", "simclr", "deepcluster", "swav")
+METHODS = ("moco", "simclr", "deepcluster", "swav", "byol", "supervised")
 LAYOUTS = {"8 devices": (8, 1), "4 microbatches": (1, 4)}
 
 
@@ -102,8 +102,9 @@ def test_sharing_saves_a_forward_and_a_backward():
     assert 0.65 < flops[0] / flops[1] < 0.85
 
 
-def test_state_keeps_its_types_and_the_step_is_traced_once(x64):
-    run = SmallRun(small_config("deepcluster"))
+@pytest.mark.parametrize("method", ["deepcluster", "byol", "supervised"])
+def test_state_keeps_its_types_and_the_step_is_traced_once(method, x64):
+    run = SmallRun(small_config(method))
     types = jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype, leaf.weak_type), run.state)
     shardings = jax.tree.map(lambda leaf: leaf.sharding, run.state)
     run.train(3)  # crosses an epoch
@@ -112,6 +113,17 @@ def test_state_keeps_its_types_and_the_step_is_traced_once(x64):
     assert run.steps.train._cache_size() == 1
     assert run.steps.refresh._cache_size() == 1
     assert run.state.step == jnp.int32(3)
+
+
+@pytest.mark.parametrize("method", ["moco", "swav", "byol"])
+def test_forward_passes_leave_a_method_without_a_first_pass_as_it_is(method, x64):
+    """They measure a random network's BatchNorm statistics, and there are no pseudo-labels to keep."""
+    run = SmallRun(small_config(method))
+    with jax.set_mesh(run.trainer.mesh):
+        before = jax.device_get(run.state)
+        after = jax.device_get(run.steps.observe(run.state, next(run.batches()), None))
+    assert largest_difference(after.method, before.method) == 0
+    assert largest_difference(after.batch_stats, before.batch_stats) > 1e-3
 
 
 @pytest.mark.slow

@@ -34,7 +34,7 @@ class Batch(NamedTuple):
         index: int32, the example's identity in the data set (and the key of all its random draws).
         row: int32, position in the step's batch, 0 to M * n - 1.
         valid: bool, False where an unreadable image was replaced.
-        label: int32, -1 where there is none; never used for training.
+        label: int32, -1 where there is none; only a supervised method learns from it.
         crops: per resolution [M, n, V_r, S, S, 3], uint8 from the host; empty when crops are cut on the device.
         key_crops: [M, n, 1, S, S, 3] views for a target encoder, in the order of `key_index`; None if the method has none.
         key_index: int32, the example that each row of `key_crops` shows.
@@ -102,6 +102,10 @@ class Method:
 
     def check(self, spec: Spec) -> None:
         """Raises ValueError, one line, if the sizes do not fit together."""
+
+    def for_run(self, spec: Spec) -> "Method":
+        """The method as a run of these sizes uses it; for schedules over the run, which may be extended later."""
+        return self
 
     def prepare(self, keys: jax.Array, crops: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         """The network's input, where the task is a change of the input; crops as in `Batch`, keys [N] of the examples."""

@@ -21,9 +21,19 @@ def torch_bias(fan_in: int):
 
 
 class ProjectionHead(nn.Module):
-    """[N, feature_dim] -> [N, out_dim]: Linear, optional BatchNorm, ReLU, Linear.
+    """Maps features [N, F] to [N, out_dim]: linear layers with ReLU, optionally BatchNorm, between.
 
-    MoCo-v2 has no BatchNorm and a hidden layer as wide as the feature; DeepCluster-v2 has BatchNorm and 2048.
+    MoCo-v1 has one layer; MoCo-v2 two without BatchNorm, the hidden one as wide as the feature; SimCLR,
+    DeepCluster-v2, SwAV and BYOL two with BatchNorm between; SimSiam three with BatchNorm behind each.
+
+    Attributes:
+        hidden_dim: Width of every layer but the last.
+        out_dim: Width of the last layer.
+        batch_norm: Whether BatchNorm precedes each ReLU.
+        dtype: Compute precision.
+        auxiliary_norm: Whether BatchNorm has an adversarial set.
+        layers: Number of linear layers, 1 or more.
+        output_norm: Whether BatchNorm without scale and bias follows the last layer.
     """
 
     hidden_dim: int
@@ -31,15 +41,25 @@ class ProjectionHead(nn.Module):
     batch_norm: bool
     dtype: jnp.dtype = jnp.float32
     auxiliary_norm: bool = False
+    layers: int = 2
+    output_norm: bool = False
 
     @nn.compact
     def __call__(self, x: jax.Array, mode: NormMode) -> jax.Array:
-        for layer, width in enumerate((self.hidden_dim, self.out_dim), start=1):
-            name, bias_init = f"linear{layer}", torch_bias(x.shape[-1])
-            x = nn.Dense(width, dtype=self.dtype, kernel_init=torch_kernel, bias_init=bias_init, name=name)(x)
-            if layer == 1:
-                if self.batch_norm:
-                    x = BatchNorm(self.dtype, self.auxiliary_norm, name="bn1")(x, mode)
+        for layer in range(1, self.layers + 1):
+            last = layer == self.layers
+            width, bias_init = self.out_dim if last else self.hidden_dim, torch_bias(x.shape[-1])
+            x = nn.Dense(
+                width,
+                dtype=self.dtype,
+                kernel_init=torch_kernel,
+                bias_init=bias_init,
+                name=f"linear{layer}",
+            )(x)
+            if self.output_norm if last else self.batch_norm:
+                norm = BatchNorm(self.dtype, self.auxiliary_norm, affine=not last, name=f"bn{layer}")
+                x = norm(x, mode)
+            if not last:
                 x = nn.relu(x)
         return x
 

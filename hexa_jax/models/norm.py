@@ -62,6 +62,7 @@ class BatchNorm(nn.Module):
     dtype: jnp.dtype = jnp.float32
     auxiliary: bool = False  # whether the adversarial set exists
     scale_init: float = 1.0
+    affine: bool = True  # whether scale and bias exist
 
     @nn.compact
     def __call__(self, x: jax.Array, mode: NormMode, pool: Pool | None = None) -> jax.Array:
@@ -75,8 +76,11 @@ class BatchNorm(nn.Module):
         chosen: dict[str, Any] = {}
         for branch in (CLEAN, ADVERSARIAL) if self.auxiliary else (CLEAN,):
             prefix = "" if branch == CLEAN else f"{branch}_"
-            branch_scale = self.param(f"{prefix}scale", nn.initializers.constant(self.scale_init), (channels,))
-            branch_bias = self.param(f"{prefix}bias", nn.initializers.zeros, (channels,))
+            branch_scale, branch_bias = jnp.ones((channels,), wide), jnp.zeros((channels,), wide)
+            if self.affine:
+                scale_init = nn.initializers.constant(self.scale_init)
+                branch_scale = self.param(f"{prefix}scale", scale_init, (channels,))
+                branch_bias = self.param(f"{prefix}bias", nn.initializers.zeros, (channels,))
             if branch == mode.branch:
                 chosen |= {"scale": branch_scale, "bias": branch_bias}
             # A training pass does not read the running statistics.

@@ -134,14 +134,13 @@ class Trainer:
         return new_state, {name: jnp.asarray(value, jnp.float32) for name, value in metrics.items()}
 
     def observe_step(self, state: TrainState, batch: Batch, data: jax.Array | None = None) -> TrainState:
-        """Training-mode forward without gradient: writes BatchNorm statistics and what a method keeps of its outputs."""
+        """Training-mode forward without gradient: writes BatchNorm statistics and what a first pass is there for."""
         outputs, moments = self._forward(state, batch, data)
         batch_stats = self._blend(state.batch_stats, {CLEAN: moments}, state.step)
-        method = self.objective.method
+        state, method = state._replace(batch_stats=batch_stats), self.objective.method
         if not method.needs_first_pass:
-            return state._replace(batch_stats=batch_stats)
-        kept = method.update(state.method, state.params, batch, outputs, None, state.step)
-        return state._replace(batch_stats=batch_stats, method=kept)
+            return state
+        return state._replace(method=method.update(state.method, state.params, batch, outputs, None, state.step))
 
     def moments_step(self, state: TrainState, batch: Batch, data: jax.Array | None = None) -> Any:
         """The clean BatchNorm moments of a batch of training crops, like the running statistics; writes nothing."""
