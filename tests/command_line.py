@@ -61,10 +61,13 @@ KINDS = {"deepcluster": DEEPCLUSTER, "moco": MOCO}
 INSPECTED = """
 import json, sys
 from hexa_jax import main, train_step
-kept, compile = [], train_step.Trainer.compile
+kept, compile, traces, step = [], train_step.Trainer.compile, [], train_step.Trainer.train_step
+train_step.Trainer.train_step = lambda *args: traces.append(args) or step(*args)
 train_step.Trainer.compile = lambda self: kept.append(compile(self)) or kept[-1]
 code = main.main(sys.argv)
 counts = {name: getattr(kept[0], name)._cache_size() for name in kept[0]._fields} if kept else {}
+if kept:
+    counts["train"] += len(traces)  # compiled ahead of time; a call of the jitted function would compile it again
 print("INSPECTED " + json.dumps({"tensorflow": "tensorflow" in sys.modules, "traced": counts}))
 sys.exit(code)
 """
