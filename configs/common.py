@@ -196,6 +196,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.runtime = runtime = ml_collections.ConfigDict()
     runtime.num_devices = 0  # 0: all
     runtime.microbatches = 1  # sequential parts of a step: less memory, the same result
+    runtime.check_memory = True  # before the first step, whether it fits the devices; False: try it all the same
     runtime.workers = 0  # input worker processes; 0: threads of this process
     runtime.threads = 2  # of this process, when workers is 0
     runtime.prefetch = 4  # batches read ahead by all workers together

@@ -32,6 +32,7 @@ from hexa_jax.evals.robustness import robustness
 from hexa_jax.evals.svm import lowshot, svm
 from hexa_jax.evals.tables import tables
 from hexa_jax.evals.transfer import transfer
+from hexa_jax.memory import is_out_of_memory, out_of_memory
 from hexa_jax.mirror import local_workdir
 from hexa_jax.pretrain import pretrain
 from hexa_jax.remote import RemoteError
@@ -82,7 +83,9 @@ def main(argv: list[str]) -> int:
         return _stop(f"{error.filename or 'input or output'}: {error.strerror or error}", 2)
     except (Diverged, InputLost) as error:
         return _stop(error, 1)
-    except jax.errors.JaxRuntimeError as error:
+    except (jax.errors.JaxRuntimeError, MemoryError) as error:
+        if is_out_of_memory(error):
+            return _stop(out_of_memory(error, config), 1)
         if jax.process_count() == 1:
             raise
         return _stop(f"a step failed, perhaps because another process is gone: {str(error).splitlines()[0][:200]}", 1)

@@ -21,6 +21,7 @@ from hexa_jax.checkpoint import CheckpointError, Checkpoints
 from hexa_jax.data.source import Source
 from hexa_jax.evals.online import Probe, make_probe
 from hexa_jax.inputs import Input
+from hexa_jax.memory import compile_ahead
 from hexa_jax.methods.base import Batch
 from hexa_jax.models.norm import CLEAN, stats_collection
 from hexa_jax.progress import Clock, say
@@ -73,6 +74,8 @@ class _Run:
         runtime = config.runtime
         keep_every = runtime.keep_every * self.steps_per_epoch or None
         self.checkpoints = Checkpoints(workdir / "checkpoints", keep_last=runtime.keep_last, keep_every=keep_every)
+        if self.checkpoints.steps()[-1:] != [self.total]:  # a finished run takes no step
+            self.steps = compile_ahead(config, trainer, self.steps, source)
         self.state, self.step, self.metadata = self._restore()
         self.input = Input.open(config, source, trainer)
         self.probe: Probe | None = make_probe(config, source, trainer)

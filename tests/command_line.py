@@ -61,11 +61,14 @@ KINDS = {"deepcluster": DEEPCLUSTER, "moco": MOCO}
 INSPECTED = """
 import json, sys
 from hexa_jax import main
-from hexa_jax.training import step as training_step
-kept, compile = [], training_step.Trainer.compile
-training_step.Trainer.compile = lambda self: kept.append(compile(self)) or kept[-1]
+from hexa_jax.training.step import Trainer
+kept, compile, traces, step = [], Trainer.compile, [], Trainer.train_step
+Trainer.train_step = lambda *args: traces.append(args) or step(*args)
+Trainer.compile = lambda self: kept.append(compile(self)) or kept[-1]
 code = main.main(sys.argv)
 counts = {name: getattr(kept[0], name)._cache_size() for name in kept[0]._fields} if kept else {}
+if kept:
+    counts["train"] += len(traces)  # compiled ahead of time; a call of the jitted function would compile it again
 print("INSPECTED " + json.dumps({"tensorflow": "tensorflow" in sys.modules, "traced": counts}))
 sys.exit(code)
 """

@@ -43,6 +43,7 @@ LEVELS = {
     "export": 7,
     "report": 6,
     "inputs": 6,
+    "memory": 6,
     "evals": 6,
     "grid": 5,
     "data.voc": 1,

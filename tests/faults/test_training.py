@@ -68,6 +68,7 @@ def programs():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Trainer, "_reduced_gradients", planted)
         patch.setattr(Trainer, "compile", build_once)
+        patch.setattr(pretrain, "compile_ahead", lambda config, trainer, steps, source: steps)
         patch.setattr(pretrain, "make_probe", lambda *_: None)
         patch.setattr(pretrain._Run, "_finish", lambda self: self.checkpoints.wait())
         yield steps
