@@ -21,7 +21,7 @@ from hexa_jax.data.pipeline import read_or_replace, tolerated
 from hexa_jax.data.source import Source
 from hexa_jax.mesh import Layout
 from hexa_jax.progress import say
-from hexa_jax.train_step import Steps, Trainer
+from hexa_jax.training.step import Steps, Trainer
 
 CGROUPS, OWN_CGROUP = pathlib.Path("/sys/fs/cgroup"), pathlib.Path("/proc/self/cgroup")
 MEMINFO = pathlib.Path("/proc/meminfo")

@@ -178,7 +178,7 @@ def test_a_compiler_that_refuses_the_program_is_one_line(monkeypatch, tmp_path, 
             raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm.\nmore\nlines")
 
     compiled = main.pretrain.__globals__["Trainer"].compile
-    monkeypatch.setattr("hexa_jax.train_step.Trainer.compile", lambda self: compiled(self)._replace(train=Refused()))
+    monkeypatch.setattr("hexa_jax.training.step.Trainer.compile", lambda self: compiled(self)._replace(train=Refused()))
     assert main.main(words(tmp_path / "run")) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert "does not fit the memory of cpu: use --config.runtime.microbatches=N" in line and "hbm" in line
