@@ -204,7 +204,7 @@ def test_data(mistake, tmp_path):
         (
             "moco",
             {"method": "mocko"},
-            "config.method='mocko' is not known: use one of deepcluster, moco, rotation, simclr",
+            "config.method='mocko' is not known: use one of byol, deepcluster, moco, rotation, simclr",
         ),
         ("moco", {"precision": "float16"}, "config.precision='float16' is not known: use one of bfloat16, float32"),
         (
