@@ -208,7 +208,7 @@ def test_data(mistake, tmp_path):
         (
             "moco",
             {"method": "mocko"},
-            "config.method='mocko' is not known: use one of deepcluster, moco, pcl, rotation, simclr",
+            "config.method='mocko' is not known: use one of byol, deepcluster, moco, pcl, rotation, simclr",
         ),
         ("moco", {"precision": "float16"}, "config.precision='float16' is not known: use one of bfloat16, float32"),
         (
