@@ -1,7 +1,8 @@
-"""Whether a training step fits its devices, known from compiling it before data are read, and what to say where it does not.
+"""Check that a training step fits its devices, and turn memory that runs out into one line.
 
-XLA lays out a program's memory when it compiles: arguments, outputs, and one block of temporaries. On a CPU the block
-is allocated whole when the step begins, and convolutions take scratch memory besides.
+XLA lays out a program's memory when it compiles: arguments, outputs, and one block of temporaries.
+So it is known before data are read whether a step fits. On a CPU the block is allocated whole when the
+step begins, and convolutions take scratch memory besides.
 """
 
 import dataclasses
@@ -25,8 +26,8 @@ from hexa_jax.training.step import Steps, Trainer
 
 CGROUPS, OWN_CGROUP = pathlib.Path("/sys/fs/cgroup"), pathlib.Path("/proc/self/cgroup")
 MEMINFO = pathlib.Path("/proc/meminfo")
-# What convolutions on a CPU take besides the block of temporaries, as a share of it: 0.24 to 0.26 were measured for
-# ResNets with batches of 128 and 512 images; tests/test_memory.py measures it again.
+# What convolutions on a CPU take besides the block of temporaries, as a share of it: 0.24 to 0.26
+# were measured for ResNets with batches of 128 and 512 images; tests/test_memory.py measures again.
 CPU_SCRATCH = 0.25
 LEAST_GROUP = 8  # rows whose BatchNorm statistics are still worth something
 SMALLER = "a smaller --config.batch_size or --config.data.crop_size"
@@ -50,7 +51,7 @@ class Need(NamedTuple):
 
 
 def compile_ahead(config: ConfigDict, trainer: Trainer, steps: Steps, source: Source) -> Steps:
-    """Compile the training step from its shapes alone, and check that it fits the memory of the devices.
+    """Compile the training step from its shapes alone, and check that it fits the devices' memory.
 
     Args:
         config: of the run.
@@ -74,10 +75,11 @@ def compile_ahead(config: ConfigDict, trainer: Trainer, steps: Steps, source: So
         whole = NamedSharding(mesh, PartitionSpec())
         data = jax.ShapeDtypeStruct((len(source), *image.shape), np.uint8, sharding=whole)
     what = _described(config)
-    say(f"compiling the training step: {what}" + ("; takes minutes on a CPU" if device.platform == "cpu" else ""))
-    shapes = trainer.state_shapes()
+    patience = "; takes minutes on a CPU" if device.platform == "cpu" else ""
+    say(f"compiling the training step: {what}{patience}")
+    state, batch = trainer.state_shapes(), trainer.batch_shapes(config.data.on_device)
     try:
-        compiled = steps.train.lower(shapes, trainer.batch_shapes(config.data.on_device), data).compile()
+        compiled = steps.train.lower(state, batch, data).compile()
     except jax.errors.JaxRuntimeError as error:
         # The compilers of accelerators refuse a program that is larger than their memory.
         if not is_out_of_memory(error):
@@ -91,17 +93,19 @@ def compile_ahead(config: ConfigDict, trainer: Trainer, steps: Steps, source: So
         # All processes stop, or none does: the others would wait for one that has stopped.
         short = hosts.largest(np.array([room is not None and need.total > room], np.int32))
         if short[0]:
-            gradients = 2 * sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(shapes.params))
+            parameters = jax.tree.leaves(state.params)
+            gradients = 2 * sum(leaf.size * leaf.dtype.itemsize for leaf in parameters)
             remedy = _remedy(trainer.objective.layout, need, gradients, room or need.total)
             raise ConfigError(
-                f"a training step of {what} needs {in_words(need.total)} and there are {_place(mesh, room)}: "
-                f"{remedy}; --config.runtime.check_memory=False tries it all the same"
+                f"a training step of {what} needs {in_words(need.total)} and there are "
+                f"{_place(mesh, room)}: {remedy}; "
+                "--config.runtime.check_memory=False tries it all the same"
             )
     return steps._replace(train=compiled)
 
 
 def needed(compiled: Any, platform: str) -> Need:
-    """What a program that jax compiled for a platform ("cpu", "gpu", "tpu") occupies on each device."""
+    """What a program that jax compiled for a platform ("cpu", "gpu") occupies on each device."""
     memory = compiled.memory_analysis()
     fixed = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
     scratch = CPU_SCRATCH if platform == "cpu" else 0.0
@@ -111,7 +115,8 @@ def needed(compiled: Any, platform: str) -> Need:
 def available(mesh: Mesh) -> int | None:
     """Bytes that each device of this process may take, None where nobody knows.
 
-    A CPU's are those free on the machine or in its control group, shared by all CPU devices of this process.
+    A CPU's are those free on the machine or in its control group, shared by all CPU devices of this
+    process.
     """
     devices = mesh.local_devices
     if devices[0].platform != "cpu":
@@ -123,7 +128,7 @@ def available(mesh: Mesh) -> int | None:
 
 
 def machine_room(meminfo: pathlib.Path = MEMINFO) -> int | None:
-    """Bytes that a new program could have without swapping; all of the memory where the system does not say."""
+    """Bytes that a new program could have without swapping; all of it where none is told."""
     try:
         for line in meminfo.read_text().splitlines():
             if line.startswith("MemAvailable:"):
@@ -137,7 +142,9 @@ def machine_room(meminfo: pathlib.Path = MEMINFO) -> int | None:
 
 
 def cgroup_room(root: pathlib.Path = CGROUPS, own: pathlib.Path = OWN_CGROUP) -> int | None:
-    """Bytes left under the memory limits of this process's control groups (containers, SLURM), None without any.
+    """Bytes left under the memory limits of this process's control groups; None without any.
+
+    Containers and SLURM set such limits.
 
     Args:
         root: where control groups are mounted.
@@ -157,8 +164,8 @@ def cgroup_room(root: pathlib.Path = CGROUPS, own: pathlib.Path = OWN_CGROUP) ->
         else:
             continue
         group = base / path.lstrip("/")
-        # A parent's limit holds for its children; in a container the path may be one of the host's, and only
-        # the mounted root is there.
+        # A parent's limit holds for its children. In a container the path may be one of the host's,
+        # and only the mounted root is there.
         for folder in (group, *group.parents):
             if (room := _room_of(folder, *names)) is not None:
                 rooms.append(room)
@@ -168,7 +175,7 @@ def cgroup_room(root: pathlib.Path = CGROUPS, own: pathlib.Path = OWN_CGROUP) ->
 
 
 def _room_of(folder: pathlib.Path, limit: str, usage: str, reclaimable: str) -> int | None:
-    """Limit minus usage of one control group, cached files that can be dropped not counted; None without a limit."""
+    """Limit minus usage of one control group, cached files left out; None without a limit."""
     try:
         allowed = int((folder / limit).read_text())  # "max" is no number
         used = int((folder / usage).read_text())
@@ -178,14 +185,19 @@ def _room_of(folder: pathlib.Path, limit: str, usage: str, reclaimable: str) -> 
     return max(allowed - max(used - int(stat.get(reclaimable, 0)), 0), 0)
 
 
-# ---- What to do instead ----------------------------------------------------------------------------
+# ---- What to do instead --------------------------------------------------------------------------
 
 
-def microbatches_that_fit(layout: Layout, need: Need, gradients: int, room: int) -> tuple[Layout, bool] | None:
+def microbatches_that_fit(
+    layout: Layout,
+    need: Need,
+    gradients: int,
+    room: int,
+) -> tuple[Layout, bool] | None:
     """The layout with the fewest microbatches with which a step should fit.
 
-    Temporaries are taken to shrink with the rows of a microbatch, except for the sum of gradients and
-    the one that is added to it; a tenth of the room is left for what this misses.
+    Temporaries are taken to shrink with the rows of a microbatch, except for the sum of gradients
+    and the one that is added to it; a tenth of the room is left for what this misses.
 
     Args:
         layout: of the step that does not fit.
@@ -194,12 +206,12 @@ def microbatches_that_fit(layout: Layout, need: Need, gradients: int, room: int)
         room: bytes of a device.
 
     Returns:
-        The layout, and whether BatchNorm groups and CutMix blocks are as they were. Where microbatches
-        cannot hold them, they are made as large as the microbatch allows, which is another run. None
-        where nothing would fit.
+        The layout, and whether BatchNorm groups and CutMix blocks are as they were. Where
+        microbatches cannot hold them, they are made as large as the microbatch allows, which is
+        another run. None where nothing would fit.
     """
     kept = min(gradients, need.temporaries)
-    other = None
+    least, other = min(LEAST_GROUP, layout.bn_group_size), None
     for number in range(layout.microbatches + 1, layout.batch_size + 1):
         if layout.batch_size % (number * layout.num_devices):
             continue
@@ -209,12 +221,10 @@ def microbatches_that_fit(layout: Layout, need: Need, gradients: int, room: int)
         finer = dataclasses.replace(layout, microbatches=number)
         if _legal(finer):
             return finer, True
-        if other is None and math.gcd(layout.bn_group_size, finer.rows) >= min(LEAST_GROUP, layout.bn_group_size):
-            smaller = dataclasses.replace(
-                finer,
-                bn_group_size=math.gcd(layout.bn_group_size, finer.rows),
-                cutmix_block=math.gcd(layout.cutmix_block, finer.rows) if layout.cutmix_block else 0,
-            )
+        group = math.gcd(layout.bn_group_size, finer.rows)
+        block = math.gcd(layout.cutmix_block, finer.rows) if layout.cutmix_block else 0
+        if other is None and group >= least:
+            smaller = dataclasses.replace(finer, bn_group_size=group, cutmix_block=block)
             other = smaller if _legal(smaller) else None
     return None if other is None else (other, False)
 
@@ -241,13 +251,13 @@ def _remedy(layout: Layout, need: Need, gradients: int, room: int) -> str:
     return f"{settings} should do (an estimate, and other BatchNorm statistics), or {SMALLER}"
 
 
-# ---- Memory that runs out later --------------------------------------------------------------------
+# ---- Memory that runs out later ------------------------------------------------------------------
 
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error says that memory ran out, on the host or on a device."""
-    text = str(error)
-    return isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in text or "out of memory" in text.lower()
+    text = str(error).lower()
+    return isinstance(error, MemoryError) or "resource_exhausted" in text or "out of memory" in text
 
 
 def out_of_memory(error: BaseException, config: ConfigDict) -> str:
@@ -255,8 +265,9 @@ def out_of_memory(error: BaseException, config: ConfigDict) -> str:
     if config.task == "pretrain":
         settings = f"--config.runtime.microbatches=N, or {SMALLER}"
     else:
-        known = [name for name in ("batch_size", "runtime.batch_size", "data.crop") if _has(config, name)]
-        settings = "a smaller " + " or ".join(f"--config.{name}" for name in known)
+        names = ("batch_size", "runtime.batch_size", "data.crop")
+        known = [f"--config.{name}" for name in names if _has(config, name)]
+        settings = f"a smaller {' or '.join(known)}"
     return f"out of memory: use {settings} ({_first_line(error)})"
 
 
@@ -285,7 +296,8 @@ def _described(config: ConfigDict) -> str:
     pixels = " and ".join(str(size) for size in config.data.crop_size)
     name = config.model.backbone.replace("resnet", "ResNet-")
     parts = config.runtime.microbatches
-    return f"{name}, {pixels} pixels, {config.batch_size} images" + (f" in {parts} microbatches" if parts > 1 else "")
+    split = f" in {parts} microbatches" if parts > 1 else ""
+    return f"{name}, {pixels} pixels, {config.batch_size} images{split}"
 
 
 def _place(mesh: Mesh, room: int | None) -> str:
@@ -294,4 +306,5 @@ def _place(mesh: Mesh, room: int | None) -> str:
     amount = "less" if room is None else in_words(room)
     if device.platform != "cpu":
         return f"{amount} on a device ({device.device_kind})"
-    return f"{amount} free for it" if count == 1 else f"{amount} free for each of {count} CPU devices"
+    for_whom = "it" if count == 1 else f"each of {count} CPU devices"
+    return f"{amount} free for {for_whom}"

@@ -8,8 +8,10 @@ from command_line import REPOSITORY, finished, image_folder
 from sklearn.neighbors import KNeighborsClassifier
 
 import hexa_jax
+from configs import common
 from configs.eval import common as evaluation
 from hexa_jax import main
+from hexa_jax.data.source import DataError
 from hexa_jax.data.sources import ArraySource
 from hexa_jax.evals import labelled
 from hexa_jax.evals.backbone import random_backbone
@@ -123,6 +125,22 @@ def test_mistakes_are_one_line(run, tmp_path, capsys):
         assert evaluate(name, tmp_path / f"run{number}", checkpoint, **settings) == 2
         (line,) = capsys.readouterr().err.splitlines()
         assert line.startswith("hexa_jax: ") and message in line
+
+
+def test_the_run_s_own_folders_stay_classes(tmp_path):
+    """A run that was told that folders named by date are classes is evaluated on them; another source is judged anew."""
+    for year in (2019, 2020):
+        image_folder(tmp_path / "photos" / str(year), by_class=False, count=2)
+    run = common.get_config()
+    run.data.source, run.data.labels = f"folder:{tmp_path}/photos", "folders"
+    backbone = random_backbone(backbone="resnet10", base_channels=2)._replace(config=run)
+    config = evaluation.get_config("knn")
+    assert labelled.open_split(config, backbone, "source").class_names == ["2019", "2020"]
+    config.data.source = run.data.source
+    with pytest.raises(DataError, match="has no labels"):
+        labelled.open_split(config, backbone, "source")
+    config.data.labels = "folders"
+    assert labelled.open_split(config, backbone, "source").num_classes == 2
 
 
 # ---- Going on after a kill ---------------------------------------------------------------------------------------------

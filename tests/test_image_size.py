@@ -1,4 +1,4 @@
-"""Evaluations and exports use the size of images that the network was trained at, unless another is given."""
+"""Evaluations and exports use the size that the network was trained at, unless one is given."""
 
 import json
 
@@ -40,7 +40,12 @@ def test_the_size_that_a_network_was_trained_at(run, size):
 
 @pytest.mark.parametrize(
     "given, size",
-    [({}, (73, 64)), ({"resize": 70, "crop": 60}, (70, 60)), ({"crop": 112}, (128, 112)), ({"resize": 64}, (64, 56))],
+    [
+        ({}, (73, 64)),
+        ({"resize": 70, "crop": 60}, (70, 60)),
+        ({"crop": 112}, (128, 112)),
+        ({"resize": 64}, (64, 56)),
+    ],
 )
 def test_given_settings_win(given, size, capsys):
     config = evaluation.get_config("knn")
@@ -67,8 +72,15 @@ def test_a_negative_size_is_a_mistake():
 
 def evaluated(workdir, checkpoint, **settings):
     words = [f"--config={REPOSITORY}/configs/eval/knn.py", f"--config.checkpoint={checkpoint}"]
-    settings = {"leave_one_out": True, "runtime.num_devices": 1, "runtime.batch_size": 32} | settings
-    words += [f"--workdir={workdir}", *[f"--config.{name}={value}" for name, value in settings.items()]]
+    settings = {
+        "leave_one_out": True,
+        "runtime.num_devices": 1,
+        "runtime.batch_size": 32,
+    } | settings
+    words += [
+        f"--workdir={workdir}",
+        *[f"--config.{name}={value}" for name, value in settings.items()],
+    ]
     assert main.main(["hexa", *words]) == 0
     return json.loads((workdir / "result.json").read_text())
 

@@ -1,4 +1,4 @@
-"""Memory of a training step: known before data are read, near what a process really takes, one line where it is short."""
+"""Memory of a step: known before data are read, near what a process takes, one line when short."""
 
 import dataclasses
 import json
@@ -17,7 +17,14 @@ from configs.eval import knn as knn_config
 from hexa_jax import hosts, main, memory
 from hexa_jax.build import make_trainer, open_training_source
 from hexa_jax.data.shapes import ShapesSource
-from hexa_jax.memory import Need, available, cgroup_room, compile_ahead, microbatches_that_fit, needed
+from hexa_jax.memory import (
+    Need,
+    available,
+    cgroup_room,
+    compile_ahead,
+    microbatches_that_fit,
+    needed,
+)
 from hexa_jax.mesh import Layout
 
 # A step whose temporaries are large beside everything else that a process holds, told and measured.
@@ -140,14 +147,20 @@ def test_resident_images_are_counted(monkeypatch):
 
 
 def test_the_suggested_microbatches_fit(monkeypatch):
-    sizes = {"data.crop_size": (48,), "batch_size": 64, "bn_group_size": 8, "model.base_channels": 8}
+    sizes = {
+        "data.crop_size": (48,),
+        "batch_size": 64,
+        "bn_group_size": 8,
+        "model.base_channels": 8,
+    }
     config, source, trainer = small_trainer(**sizes)
     with jax.set_mesh(trainer.mesh):
         whole = needed(compile_ahead(config, trainer, trainer.compile(), source).train, "cpu")
         room = whole.total // 3
         monkeypatch.setattr(memory, "available", lambda mesh: room)
         with pytest.raises(
-            memory.ConfigError, match=r"--config\.runtime\.microbatches=4 should do \(an estimate\), or"
+            memory.ConfigError,
+            match=r"--config\.runtime\.microbatches=4 should do \(an estimate\), or",
         ):
             compile_ahead(config, trainer, trainer.compile(), source)
         config.runtime.microbatches = 4
@@ -164,7 +177,11 @@ def test_other_groups_are_suggested_where_microbatches_cannot_hold_theirs():
     finer.check()
     blocks = dataclasses.replace(layout, bn_group_size=16, cutmix_block=32)
     finer, same = microbatches_that_fit(blocks, Need(10**9, 100 * 10**9), 10**8, 10 * 10**9)
-    assert not same and (finer.microbatches, finer.bn_group_size, finer.cutmix_block) == (16, 16, 16)
+    assert not same and (finer.microbatches, finer.bn_group_size, finer.cutmix_block) == (
+        16,
+        16,
+        16,
+    )
     finer, same = microbatches_that_fit(blocks, Need(10**9, 100 * 10**9), 10**8, 30 * 10**9)
     assert same and finer == dataclasses.replace(blocks, microbatches=4)
     assert microbatches_that_fit(layout, Need(10**9, 10**9), 10**8, 10**9) is None  # the state alone is too large

@@ -36,6 +36,11 @@ def test_a_folder_keeps_its_bytes_and_labels(tmp_path):
         assert stored[name]["image"] == folder[index]["image"] and stored[name]["label"] == folder[index]["label"]
     again = prepare(f"folder:{tmp_path}/photos", "--name=my_photos", f"--data_dir={tmp_path}/data")
     assert again.returncode == 0 and "images/s" not in again.stdout  # it is there
+    unlabelled = prepare(
+        f"folder:{tmp_path}/photos", "--name=unlabelled", "--labels=none", f"--data_dir={tmp_path}/data"
+    )
+    assert unlabelled.returncode == 0 and "--labels=none" in done.stdout and "classes" not in unlabelled.stdout
+    assert make_source("tfds:unlabelled", data_dir=f"{tmp_path}/data").num_classes is None
     image_folder(tmp_path / "photos", count=24)
     other = prepare(f"folder:{tmp_path}/photos", "--name=my_photos", f"--data_dir={tmp_path}/data")
     assert other.returncode == 2 and "has 23 images" in other.stderr and "Traceback" not in other.stderr

@@ -1,6 +1,8 @@
 """The loop of evaluations that train, on a sum: when it logs, evaluates and saves, and how it stops and goes on."""
 
 import dataclasses
+import os
+import signal
 from typing import NamedTuple
 
 import jax
@@ -10,9 +12,11 @@ import pytest
 from command_line import lines
 from ml_collections import ConfigDict
 
+from configs.eval import knn as any_evaluation
+from hexa_jax import main
 from hexa_jax.checkpoint import Checkpoints
 from hexa_jax.evals.training_loop import TrainingLoop
-from hexa_jax.stops import Diverged, Terminated
+from hexa_jax.stops import Diverged, Interruptible, Terminated
 
 TOTAL, STEPS_PER_EPOCH = 8, 3  # two epochs, and two steps of a third
 
@@ -140,6 +144,34 @@ def test_a_broken_run_that_is_told_to_stop_saves_nothing(tmp_path, value, of):
     assert Checkpoints(tmp_path / "checkpoints").steps() == [3]
     _, history = make(tmp_path, [], add).run(initial(), Stop())  # the good checkpoint goes on
     assert history[-1] == {"sum": 36.0}
+
+
+@pytest.mark.parametrize("broken, code", [(5, 1), (None, 143)])
+def test_a_broken_run_ends_as_diverged_in_spite_of_a_signal(tmp_path, monkeypatch, capsys, broken, code):
+    """SIGTERM arrives in step 5, whose loss is NaN or not."""
+
+    def step(state, batch):
+        after, scalars = add(state, batch)
+        return after, scalars | {"loss": jnp.where(batch == broken, jnp.nan, scalars["loss"])} if broken else scalars
+
+    def batches(start):
+        for number in range(start + 1, TOTAL + 1):
+            if number == 5:
+                os.kill(os.getpid(), signal.SIGTERM)
+            yield jnp.float32(number)
+
+    def task(config, workdir):
+        stop = Interruptible()
+        try:
+            dataclasses.replace(make(workdir, [], step, log_every=100), batches=batches).run(initial(), stop)
+        finally:
+            stop.close()
+
+    monkeypatch.setitem(main.TASKS, "knn", task)
+    assert main.main(["hexa", f"--config={any_evaluation.__file__}", f"--workdir={tmp_path}"]) == code
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("hexa_jax: the loss is nan at step 5" if broken else "hexa_jax: SIGTERM: saved step 5")
+    assert Checkpoints(tmp_path / "checkpoints").steps() == ([3] if broken else [3, 5])
 
 
 def test_what_a_task_does_not_call_sound_may_diverge(tmp_path):
