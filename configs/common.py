@@ -85,9 +85,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.views = views = ml_collections.ConfigDict()
     views.average = False  # divide equation 10 by the sum of its weights: steps as long as the plain method's
     # The attack, which adversarial views, cut-mixed adversarial views and noise share.
-    views.epsilon = (
-        1.0  # radius, in grey levels of 255 (the paper gives no unit; docs/method.md: the second reading is 0.45)
-    )
+    views.epsilon = 1.0  # radius, in grey levels of 255 (the paper gives no unit; the second reading is 0.45)
     views.step_size = 1.0  # eta of equation 6, in grey levels
     views.steps = 1
     views.norm = "linf"  # linf or l2

@@ -477,3 +477,13 @@ def test_with_one_key_per_example_a_list_of_resolutions_has_different_boxes():
     _, lam, _ = cutmix(keys, crops, alpha=5.0, beta=3.0, permutation=jnp.arange(64))
     columns = np.concatenate([np.asarray(leaf) for leaf in lam], axis=1)
     assert np.abs(np.corrcoef(columns.T) - np.eye(4)).max() < 0.5  # standard error 0.125
+
+
+def test_what_bfloat16_leaves_of_one_grey_level():
+    """The docstring of Attack says 0.9 to 1.8 levels, by ImageNet's means and deviations."""
+    levels = np.arange(257) / 255
+    arrived = []
+    for mean, std in zip((0.485, 0.456, 0.406), (0.229, 0.224, 0.225), strict=True):
+        seen = np.asarray(jnp.asarray((levels - mean) / std, jnp.bfloat16), np.float64)
+        arrived.append(np.diff(seen) * std * 255)
+    assert 0.85 < np.min(arrived) < 0.95 and 1.75 < np.max(arrived) < 1.85
