@@ -112,7 +112,7 @@ def get_config() -> ml_collections.ConfigDict:
     views.adversarial = hard_view()
     views.cutmix = hard_view(
         alpha=5.0, beta=3.0, one_box=False
-    )  # lambda ~ Beta(alpha, beta); one_box: for a whole batch
+    )  # lambda ~ Beta(alpha, beta); one_box: one for all images of a step
     views.cutmix_adversarial = hard_view(alpha=5.0, beta=3.0, one_box=False)  # Fig. 2's "CmxA"
     views.mixup = hard_view(probability=1.0, alpha=1.0, beta=1.0)  # probability that an image is blended at all
     views.extra = hard_view()  # a second clean view: the control of equal passes
@@ -179,9 +179,9 @@ def get_config() -> ml_collections.ConfigDict:
     knn.resize = 256  # short side
     knn.crop = 224  # centre crop
 
-    # BatchNorm statistics that evaluations of the network use: running, or reestimated (the mean over one pass of clean
-    # training crops before each evaluation and at the end: running ones of a short run lag behind, and hard views with
-    # the clean set write into them)
+    # Clean BatchNorm statistics, by which a network is evaluated: running, or reestimated (the mean over one pass of clean
+    # training crops, put in their place before each of the run's own evaluations and at its end). Running ones of a short run
+    # lag behind, and hard views with the clean set write into them.
     config.eval_statistics = "running"
 
     config.linear = linear = ml_collections.ConfigDict()

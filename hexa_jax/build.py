@@ -216,7 +216,9 @@ def make_scheme(config: ConfigDict, steps_per_epoch: int = 1) -> Scheme:
     named = scheme_views(config.scheme)
     views = []
     for name, view in VIEWS.items():
-        if name not in v:  # of a program that defines views, in a config without them
+        if name not in v:  # a view of the program's own, in a config without it
+            if named and name in named:
+                raise ConfigError(f"config.scheme names the view {name}, but there is no block config.views.{name}")
             continue
         settings = dict(v[name])
         if named is not None:  # the scheme says which views there are, the weights what they count
@@ -306,7 +308,7 @@ def _check_views(scheme: Scheme, method: Method, layout: Layout) -> None:
         if view.target == OWN_CROP and not method.pairs_own_crop:
             able = ", ".join(name for name, other in METHODS.items() if other.pairs_own_crop)
             raise ConfigError(f"views.{view.name}.target={OWN_CROP} is for methods with embeddings as labels: {able}")
-        rows = view.replace * layout.unit
+        rows = view.replace * layout.unit if view.replace else 0
         if abs(rows - round(rows)) > 1e-9:
             raise ConfigError(
                 f"views.{view.name}.replace={view.replace} is no whole number of every {layout.unit} rows (bn_group_size "
@@ -344,7 +346,7 @@ def make_trainer(
         microbatches=config.runtime.microbatches,
         num_devices=len(devices),
         bn_group_size=config.bn_group_size,
-        cutmix_block=config.cutmix_block if scheme.mixes else 0,
+        cutmix_block=config.cutmix_block if scheme.mixes or any(v.replace for v in scheme.views) else 0,
         shuffle_block=config.shuffle_block if method.key_crops else 0,
     )
     _, param_dtype = choose("precision", config.precision, PRECISIONS)

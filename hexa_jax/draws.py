@@ -1,4 +1,4 @@
-"""What every random number of a step is a function of: the seed, its purpose, and the example or row it is for."""
+"""Derives PRNG keys from (seed, purpose, pass or step, example or row)."""
 
 import zlib
 from typing import NamedTuple

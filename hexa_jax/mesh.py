@@ -28,7 +28,7 @@ class Layout:
         microbatches: M, sequential parts of a step.
         num_devices: devices of the mesh.
         bn_group_size: consecutive rows that share BatchNorm statistics.
-        cutmix_block: consecutive rows among which CutMix partners are drawn; 0 without cut-mixed views.
+        cutmix_block: consecutive rows among which partners are drawn; 0 where no view mixes or replaces rows.
         shuffle_block: consecutive rows among which MoCo's keys are shuffled; 0 for methods without keys.
     """
 
@@ -47,7 +47,7 @@ class Layout:
     @property
     def unit(self) -> int:
         """Consecutive rows of which views may replace a share: whole in each BatchNorm group and block of partners."""
-        return math.gcd(min(self.bn_group_size, self.rows), self.cutmix_block or self.rows)
+        return math.gcd(self.bn_group_size, self.cutmix_block)
 
     def check(self) -> None:
         """Raises ValueError, one line with numbers that work, if rows cannot be laid out."""

@@ -237,7 +237,7 @@ class _Run:
             raise Diverged(
                 f"the loss is {loss}, the norm of gradients {norms['gradient_norm']} and of parameters "
                 f"{norms['parameter_norm']} at step {step}; {last}; "
-                "try a lower optimizer.learning_rate, a warm-up, precision=float32, or weaker views (alpha1, epsilon)"
+                "try a lower optimizer.learning_rate, a warm-up, precision=float32, or weaker views (views.*.weight, views.epsilon)"
             )
         if step % self.config.runtime.log_every and step != self.total:
             return

@@ -43,7 +43,7 @@ def resident(name):
 devices = int(sys.argv[1])
 jax.config.update("jax_num_cpu_devices", devices)
 sizes = {"data.crop_size": (64,), "batch_size": 128, "bn_group_size": 64, "data.shapes_count": 128}
-sizes |= {"views.alpha1": 0.0, "views.alpha2": 0.0, "model.base_channels": 8}
+sizes |= {"views.adversarial.weight": 0.0, "views.cutmix.weight": 0.0, "model.base_channels": 8}
 config = small_config("simclr", precision="float32", **sizes)
 trainer = make_trainer(config, 128)
 with jax.set_mesh(trainer.mesh):

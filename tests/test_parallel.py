@@ -56,7 +56,7 @@ def test_the_reference_run_learns_and_uses_its_views(reference):
 
 @pytest.mark.parametrize("method", ["moco", pytest.param("swav", marks=pytest.mark.slow)])
 def test_first_gradients_agree_in_float32_given_the_same_adversarial_input(method):
-    """A last-bit difference flips the attack's signs in float32, so alpha1 is 0 and the attack is compared in float64."""
+    """A last-bit difference flips the attack's signs in float32, so there is none here: the attack is compared in float64."""
     gradients = []
     for devices, microbatches in ((1, 1), (4, 2)):
         settings = {"precision": "float32", "views.adversarial.weight": 0.0, "runtime.microbatches": microbatches}
@@ -92,8 +92,8 @@ def test_attacks_through_a_live_dictionary_are_exact_in_microbatches(x64):
 def test_sharing_saves_a_forward_and_a_backward():
     """Floating-point operations of the compiled step; an attack through the auxiliary set cannot be shared."""
     flops = []
-    for branch in ("main", "auxiliary"):
-        settings = {"precision": "float32", "views.attack_branch": branch, "views.cutmix.weight": 0.0}
+    for norm_set in ("clean", "adversarial"):
+        settings = {"precision": "float32", "views.attack_norm": norm_set, "views.cutmix.weight": 0.0}
         run = SmallRun(small_config("deepcluster", **settings))
         with jax.set_mesh(run.trainer.mesh):
             shapes = run.trainer.state_shapes(), run.trainer.batch_shapes(), None

@@ -119,7 +119,8 @@ def first_centroids(key: jax.Array, x: jax.Array, index: jax.Array, num_clusters
     draw = lambda i: jax.random.bits(jax.random.fold_in(key, i), dtype=jnp.uint32) >> 1  # noqa: E731
     priority = jax.vmap(jax.vmap(draw))(jnp.maximum(index, 0))  # [T, B]
     priority = jnp.where(index >= 0, priority, jnp.uint32(2**32 - 1))
-    # Numbers travel, embeddings do not. Ties go to the lower index: 2^31 values do collide among a million rows.
+    # Only priorities and indices are gathered, never embeddings.
+    # Ties go to the lower index: 2^31 values do collide among a million rows.
     flat = [jax.lax.with_sharding_constraint(leaf, P()).reshape(-1) for leaf in (priority, index)]
     place = jnp.arange(index.size, dtype=jnp.int32)
     chosen = jax.lax.sort([*flat, place], num_keys=2)[2][:num_clusters]

@@ -50,7 +50,7 @@ class SimCLR(LabelsFromOutputs):
 
     def loss(self, params: dict, outputs: jax.Array, y: jax.Array, dictionary: Candidates) -> jax.Array:
         own = y[:, None] == dictionary.rows[None, :]  # [N, B]
-        return self._losses(outputs, own, [own], dictionary)[0]
+        return self._losses(outputs, jnp.stack([own, own], axis=1), [own], dictionary)[0]
 
     def mixed_loss(
         self,
@@ -63,7 +63,9 @@ class SimCLR(LabelsFromOutputs):
     ) -> jax.Array:
         """A mixed crop shows two clean crops, and is compared with neither of them, whichever sibling it looks for."""
         own, partner = (label[:, None] == dictionary.rows[None, :] for label in (y, y_partner))
-        own_loss, partner_loss = self._losses(outputs, own | partner, [own, partner], dictionary)
+        # A crop with lambda 1 shows its own image alone.
+        shown = own[:, None] | (partner[:, None] & (lam < 1)[..., None])  # [N, 2, B]
+        own_loss, partner_loss = self._losses(outputs, shown, [own, partner], dictionary)
         return lam * own_loss + (1 - lam) * partner_loss
 
     def _losses(
@@ -73,7 +75,7 @@ class SimCLR(LabelsFromOutputs):
 
         Args:
             outputs: of any views.
-            shown: bool [N, B], the rows that an image shows: their crops of its own side are no candidates.
+            shown: bool [N, 2, B], the rows that a crop shows: their crops of its own side are no candidates.
             positives: bool [N, B] each, the row whose sibling is to be found.
             dictionary: all clean views.
         """
@@ -83,7 +85,7 @@ class SimCLR(LabelsFromOutputs):
                 jnp.matmul(outputs[:, crop], dictionary.embeddings[:, side].T, precision="highest") / self.temperature
                 for side in (crop, 1 - crop)
             ]
-            same_side, siblings = jnp.where(shown, -jnp.inf, scores[0]), scores[1]
+            same_side, siblings = jnp.where(shown[:, crop], -jnp.inf, scores[0]), scores[1]
             total = jax.nn.logsumexp(jnp.concatenate([siblings, same_side], axis=1), axis=1)
             by_crop.append([total - jnp.sum(jnp.where(own, siblings, 0), axis=1) for own in positives])
         return [jnp.stack(pair, axis=1) for pair in zip(*by_crop, strict=True)]

@@ -52,6 +52,23 @@ def set_of_parameters(params: Any) -> Any:
     return {name: set_of_parameters(node) for name, node in params.items()}
 
 
+def follow_clean(tree: Any) -> Any:
+    """A copy in which each adversarial set's own leaves equal the clean ones, wherever in the tree both sets stand.
+
+    Args:
+        tree: parameters, or an optimizer's state with trees like them inside.
+    """
+    prefix = f"{ADVERSARIAL}_"
+
+    def has_both(node: Any) -> bool:
+        return isinstance(node, Mapping) and f"{prefix}scale" in node
+
+    def copied(node: Any) -> Any:
+        return {name: node[name.removeprefix(prefix)] for name in node} if has_both(node) else node
+
+    return jax.tree.map(copied, tree, is_leaf=has_both)
+
+
 class BatchNorm(nn.Module):
     """Normalises [N, ..., C] and returns the same shape in `dtype`; moments are computed in float32 or wider.
 

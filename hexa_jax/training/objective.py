@@ -21,7 +21,7 @@ from hexa_jax.draws import Draws
 from hexa_jax.mesh import Layout
 from hexa_jax.methods.base import Batch, Method
 from hexa_jax.models.heads import Network
-from hexa_jax.models.norm import ADVERSARIAL, CLEAN
+from hexa_jax.models.norm import CLEAN
 from hexa_jax.training.microbatch import accumulate
 from hexa_jax.views import Attack, HardView, View, adversarial
 from hexa_jax.views.base import OWN_CROP, block_permutation
@@ -119,7 +119,7 @@ class Objective:
     def device_gradients(self, params: Any, inputs: Inputs, rngs: Draws, data: jax.Array | None) -> Gradients:
         """Gradients of one device's rows [M, n, ...]; moments are averaged over microbatches.
 
-        The views that count change where one starts; each stretch of the run has a branch of its own in the one program.
+        The set of active views changes at each start epoch; `lax.switch` selects the branch of the current phase.
         """
         (_, first), *later = self.scheme.phases
         if not later:
@@ -133,7 +133,7 @@ class Objective:
         return jax.lax.switch(number, branches, params, inputs, rngs, data)
 
     def _complete(self, result: Gradients) -> Gradients:
-        """Zeros for the passes that a stretch of the run leaves out: all branches return the same tree."""
+        """Add zero losses and moments for passes that are not made, so that all branches return the same tree."""
         moments = jax.tree.map(jnp.zeros_like, next(iter(result.moments.values())))
         names = [CLEAN, *(view.name for view in self.scheme.views)]
         zero = jnp.zeros((), next(iter(result.losses.values())).dtype)
@@ -273,7 +273,7 @@ class Objective:
             return self.row_losses(params, View(x), inputs, attack.norm_set)[0]
 
         return adversarial(
-            context.keys("attack"),
+            context.rngs.of_examples(draws.ATTACK, inputs.batch.index),
             context.crops,
             losses,
             epsilon=attack.epsilon,
@@ -286,12 +286,22 @@ class Objective:
             loss_scale=self.loss_scale(inputs.weight, context.crops),
         )
 
+    def has_pass(self, name: str, step: jax.Array) -> bool | jax.Array:
+        """Whether the clean pass, or that of the view of this name, is made at step int32; constant where it always is."""
+        if name != CLEAN:
+            return self.scheme.active(next(view for view in self.scheme.views if view.name == name), step)
+        if not self.scheme.replaces_all:
+            return True
+        return step < max(self.scheme.start_step(view) for view in self.scheme.views if view.replace)
+
     def loss_scale(self, weight: jax.Array, crops: tuple[jax.Array, ...]) -> jax.Array:
         """What `row_losses` multiplies each row's losses by, [N]."""
         return weight / sum(x.shape[1] for x in crops)
 
     def rows_of(self, views: Views) -> dict[str, "RowShare"]:
         """The rows of the clean pass and of each view that replaces it; shares of `layout.unit` consecutive rows."""
+        if not any(view.replace for view in views):
+            return {CLEAN: RowShare(0, 1, 1)}
         unit, first = self.layout.unit, 0
         rows: dict[str, RowShare] = {}
         for view in views:
@@ -307,9 +317,9 @@ class Objective:
         images = {CLEAN: context.crops} | {view.name: made.crops for view, made in views.items()}
         norms = {CLEAN: CLEAN} | {view.name: view.norm for view in views}
         outputs = {name: self.forward(context.params, crops, norms[name])[0] for name, crops in images.items()}
-        if self.scheme.attacks:
+        if attacking := [view for view in views if view.attacks]:
             # Through the same BatchNorm set as the attacked ones: what differs is the attack alone.
-            outputs[UNATTACKED] = self.forward(context.params, context.crops, ADVERSARIAL)[0]
+            outputs[UNATTACKED] = self.forward(context.params, context.crops, attacking[0].norm)[0]
         row = context.inputs.batch.row
         partner = next((made.partner for made in views.values() if made.partner is not None), jnp.arange(len(row)))
         mask = next((made.mask for made in views.values() if made.mask), ())
@@ -402,8 +412,11 @@ class StepContext:
 
     def keys(self, purpose: str) -> jax.Array:
         """Typed PRNG keys [N], a function of (seed, purpose, epoch, example) only."""
-        number = draws.ATTACK if purpose == "attack" else draws.purpose_of(purpose)
-        return self.rngs.of_examples(number, self.inputs.batch.index)
+        return self.rngs.of_examples(draws.purpose_of(purpose), self.inputs.batch.index)
+
+    def step_key(self, purpose: str) -> jax.Array:
+        """A typed PRNG key, a function of (seed, purpose, step) only."""
+        return self.rngs.of_rows(draws.purpose_of(purpose), jnp.zeros(1, jnp.int32))[0]
 
     def partners(self) -> jax.Array:
         """int32 [N], partners from the same block of rows, hence from the same device; keyed by (seed, step, block)."""

@@ -3,7 +3,7 @@
 Gradients are cached at the embeddings, in three phases on each device's rows: embed all microbatches; make pseudo-labels,
 loss and its gradient with respect to the embeddings, which needs all of them but no image; then replay each microbatch to
 carry that gradient on to the parameters. With one microbatch nothing is replayed. Only embeddings are held for the whole
-step.
+step, and for an attack of several steps through a live dictionary its iterates.
 
 Where the clean loss also differentiates through its dictionary (SimCLR), so does the attack, and it takes the same three
 phases. A view that replaces the clean one on some rows takes their weight in the loss; their clean outputs are still
@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from hexa_jax import draws
 from hexa_jax.draws import Draws
 from hexa_jax.methods.base import Batch, LabelsFromOutputs, Targets
 from hexa_jax.models.norm import CLEAN
@@ -57,6 +58,9 @@ class ObjectiveFromOutputs(Objective):
     """The objective of a method that makes its pseudo-labels from the step's own clean outputs."""
 
     method: LabelsFromOutputs
+
+    def has_pass(self, name: str, step: jax.Array) -> bool | jax.Array:
+        return name == CLEAN or super().has_pass(name, step)
 
     def _phase_gradients(
         self, views: Views, params: Any, inputs: Inputs, rngs: Draws, data: jax.Array | None
@@ -101,7 +105,12 @@ class _Step:
     # ---- The whole step -----------------------------------------------------------------------------------------------
 
     def first_phases(self) -> tuple[BatchTargets, Again, Again]:
-        """What the hard views wait for, and functions that give a microbatch's clean and attacked passes (again)."""
+        """Run what needs the whole step.
+
+        Returns:
+            (what the hard views wait for; two functions that return, or recompute, a microbatch's clean and attacked forward
+            passes).
+        """
 
         def clean(batch: Batch) -> tuple[jax.Array, Any]:
             x = self.objective.online_crops(batch, self.rngs, self.data)
@@ -165,8 +174,7 @@ class _Step:
             batch, iterate = leaves
             x = objective.online_crops(batch, self.rngs, self.data)
             if not iterate:
-                keys = StepContext(objective, self.params, x, self._rows(batch), self.rngs, self.data).keys("attack")
-                iterate = attack.start(keys, x)
+                iterate = attack.start(self.rngs.of_examples(draws.ATTACK, batch.index), x)
             forward = lambda x: objective.forward(self.params, x, attack.norm_set)[0]  # noqa: E731
             outputs, pull = jax.vjp(forward, iterate)
             return outputs, (x, iterate, pull)

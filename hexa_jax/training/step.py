@@ -20,7 +20,7 @@ from hexa_jax import draws
 from hexa_jax.draws import Draws, purpose_key
 from hexa_jax.mesh import ROWS
 from hexa_jax.methods.base import Batch, Encode, Spec, Targets
-from hexa_jax.models.norm import CLEAN, EVALUATION, average_moments, blend, stats_collection
+from hexa_jax.models.norm import ADVERSARIAL, CLEAN, EVALUATION, average_moments, blend, follow_clean, stats_collection
 from hexa_jax.training.objective import Gradients, Inputs, Objective, Shown
 
 
@@ -117,11 +117,13 @@ class Trainer:
         updates, opt_state = self.optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         params = params | {"method": method.project(params["method"])}
+        batch_stats = self._blend(state.batch_stats, result.moments, state.step)
+        params, opt_state, batch_stats = self._before_first_attack(params, opt_state, batch_stats, state.step)
         new_state = TrainState(
             seed=state.seed,
             step=state.step + 1,
             params=params,
-            batch_stats=self._blend(state.batch_stats, result.moments, state.step),
+            batch_stats=batch_stats,
             opt_state=opt_state,
             method=method.update(state.method, params, batch, result.outputs, targets, state.step),
         )
@@ -136,7 +138,8 @@ class Trainer:
     def observe_step(self, state: TrainState, batch: Batch, data: jax.Array | None = None) -> TrainState:
         """Training-mode forward without gradient: writes BatchNorm statistics and what a first pass is there for."""
         outputs, moments = self._forward(state, batch, data)
-        batch_stats = self._blend(state.batch_stats, {CLEAN: moments}, state.step)
+        collection = stats_collection(CLEAN)
+        batch_stats = state.batch_stats | {collection: blend(state.batch_stats[collection], moments)}
         state, method = state._replace(batch_stats=batch_stats), self.objective.method
         if not method.needs_first_pass:
             return state
@@ -251,19 +254,31 @@ class Trainer:
         return preview(state.params, inputs, rngs, data)
 
     def _blend(self, batch_stats: dict[str, Any], moments: dict[str, Any], step: jax.Array) -> dict[str, Any]:
-        """Running statistics after step int32: one update per training pass that counted, in order."""
-        scheme = self.objective.scheme
-        views = {view.name: view for view in scheme.views}
-        batch_stats = dict(batch_stats)
-        for name, sown in moments.items():
-            view = views.get(name)
-            collection = stats_collection(view.norm if view else CLEAN)
-            before, after = batch_stats[collection], blend(batch_stats[collection], sown)
-            active = scheme.active(view, step) if view else scheme.clean_active(step)
+        """Running statistics after step int32: one update per training pass that counted, in the order of the passes."""
+        objective, batch_stats = self.objective, dict(batch_stats)
+        norms = {CLEAN: CLEAN} | {view.name: view.norm for view in objective.scheme.views}
+        for name in (name for name in norms if name in moments):
+            collection = stats_collection(norms[name])
+            before, after = batch_stats[collection], blend(batch_stats[collection], moments[name])
+            active = objective.has_pass(name, step)
             if active is not True:
                 after = jax.tree.map(lambda old, new, active=active: jnp.where(active, new, old), before, after)
             batch_stats[collection] = after
         return batch_stats
+
+    def _before_first_attack(self, params: Any, opt_state: Any, batch_stats: Any, step: jax.Array) -> tuple:
+        """Until its first pass, the adversarial BatchNorm set is a copy of the clean one.
+
+        It would otherwise start from a fresh network's values, or from what weight decay has left of them: without a gradient
+        Adam makes whole steps of it.
+        """
+        started = self.objective.scheme.auxiliary_norm_started(step)
+        if started is True:
+            return params, opt_state, batch_stats
+        clean = batch_stats[stats_collection(CLEAN)]
+        copies = follow_clean(params), follow_clean(opt_state), batch_stats | {stats_collection(ADVERSARIAL): clean}
+        now = params, opt_state, batch_stats
+        return jax.tree.map(lambda own, copy: jnp.where(started, own, copy), now, copies)
 
 
 class Steps(NamedTuple):

@@ -20,8 +20,10 @@ def register(view: type[HardView]) -> type[HardView]:
     """Make a view known to configs: `config.views[view.name]` holds its fields, `config.scheme` its scheme name.
 
     Raises:
-        ValueError: another view has the name or the scheme name.
+        ValueError: another view has the name or the scheme name, or it is std, all or a sum.
     """
+    if view.scheme_name in ("std", "all") or "+" in view.scheme_name:
+        raise ValueError(f"{view.__name__}.scheme_name={view.scheme_name!r} means something else in config.scheme")
     for other in VIEWS.values():
         if other is not view and {other.name, other.scheme_name} & {view.name, view.scheme_name}:
             raise ValueError(f"{view.__name__} and {other.__name__} have the same name or scheme name")

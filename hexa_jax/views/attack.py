@@ -41,7 +41,7 @@ class Attack:
         norm_set: BatchNorm set of the passes that make the attack: "adversarial" (AdvProp) or "clean".
         share_gradient: with norm_set "clean", take the first gradient from the clean training pass.
         max_increase: t of the adaptive radius min(epsilon, t / |gradient|), with the dual norm, in units of the loss: to
-            first order no crop's loss rises by more than t, at any age of the network. 0: always epsilon.
+            first order no crop raises the sum of losses by more than t, at any age of the network. 0: always epsilon.
 
     Raises:
         ValueError: a setting that makes no sense, in one line that names it.
@@ -63,6 +63,10 @@ class Attack:
             raise ValueError(f"norm_set must be {CLEAN!r} or {ADVERSARIAL!r}, not {self.norm_set!r}")
         if self.steps < 1:
             raise ValueError(f"an attack needs at least one step, not {self.steps}")
+        if self.max_increase and self.random_start:
+            raise ValueError(
+                "max_increase limits the radius by the gradient at the image itself: no random_start with it"
+            )
         if self.epsilon < 0 or self.step_size <= 0 or self.max_increase < 0:
             raise ValueError("epsilon and max_increase must be 0 or more, step_size positive")
 

@@ -49,6 +49,9 @@ class Context(Protocol):
     def keys(self, purpose: str) -> jax.Array:
         """Typed PRNG keys [N], a function of (seed, purpose, epoch, example) only."""
 
+    def step_key(self, purpose: str) -> jax.Array:
+        """A typed PRNG key, a function of (seed, purpose, step) only."""
+
     def partners(self) -> jax.Array:
         """int32 [N], a random permutation within blocks of rows, the same for all views of a step."""
 
@@ -67,9 +70,10 @@ class HardView:
         weight: alpha of equation 10; 0 leaves the view out.
         start_epoch: epoch (from 0, fractions allowed) from which on the view counts.
         ramp_epochs: epochs after `start_epoch` over which the weight grows linearly; 0: at once.
-        replace: share of the rows whose clean view this one takes the place of (equal compute); 0: the view is added.
+        replace: share of the rows that show this view instead of the clean one; 0: the view is added. Costs no more than
+            the plain step, except for methods that make labels from their outputs (SimCLR, SwAV).
         target: "label" (the row's pseudo-label), or "own_crop" (the embedding of the very crop that the view was made
-            from, constant for differentiation; MoCo and SimCLR).
+            from, constant for differentiation; for methods with `pairs_own_crop`). An attack is on the label all the same.
     """
 
     name: ClassVar[str]  # of its config block, its loss and its pictures
@@ -77,6 +81,7 @@ class HardView:
     norm: ClassVar[str] = CLEAN  # BatchNorm set of its training pass
     attacks: ClassVar[bool] = False  # whether it reads `Context.attacked`
     mixes: ClassVar[bool] = False  # whether it reads `Context.partners`
+    shows_clean_crop: ClassVar[bool] = True  # whether it is made from the clean crops, not from others of the image
 
     weight: float = 0.0
     start_epoch: float = 0.0
@@ -94,6 +99,8 @@ class HardView:
             raise ValueError(f"{block}.replace={self.replace} is a share of the rows: 0 to 1")
         if self.target not in (LABEL, OWN_CROP):
             raise ValueError(f"{block}.target={self.target!r} is not known: use one of {LABEL}, {OWN_CROP}")
+        if self.target == OWN_CROP and not self.shows_clean_crop:
+            raise ValueError(f"{block} shows other crops than the clean ones: it cannot have target={OWN_CROP}")
         if self.replace and self.target == OWN_CROP:
             raise ValueError(f"{block}: a view that replaces the clean crop cannot have target={OWN_CROP}")
 

@@ -21,7 +21,7 @@ class CutMix(HardView):
     Attributes:
         alpha: first parameter of lambda's Beta distribution; the paper's Fig. 5 finds (5, 3) best.
         beta: second parameter.
-        one_box: one box for all images of a microbatch on a device instead of one per crop.
+        one_box: one box per crop position for all images of a step instead of one per crop.
     """
 
     name: ClassVar[str] = "cutmix"
@@ -42,9 +42,10 @@ class CutMix(HardView):
 
     def _mix(self, context: Context, crops: tuple[jax.Array, ...]) -> View:
         partner = context.partners()
-        boxes = cutmix_boxes(context.keys(self.name), crops, alpha=self.alpha, beta=self.beta)
+        keys = context.keys(self.name)
         if self.one_box:
-            boxes = jax.tree.map(lambda box: jnp.broadcast_to(box[:1], box.shape), boxes)
+            keys = jnp.broadcast_to(context.step_key(self.name), keys.shape)
+        boxes = cutmix_boxes(keys, crops, alpha=self.alpha, beta=self.beta)
         pasted = [paste(x, x[partner], box) for x, box in zip(crops, boxes, strict=True)]
         mixed, shares, masks = zip(*pasted, strict=True)
         return View(jax.lax.stop_gradient(mixed), jnp.concatenate(shares, axis=1), partner, masks)

@@ -12,6 +12,7 @@ class Extra(HardView):
 
     name: ClassVar[str] = "extra"
     scheme_name: ClassVar[str] = "extra"
+    shows_clean_crop: ClassVar[bool] = False
 
     @property
     def crop_sets(self) -> int:

@@ -19,6 +19,7 @@ class HardCrop(HardView):
 
     name: ClassVar[str] = "hard_crop"
     scheme_name: ClassVar[str] = "hard_crop"
+    shows_clean_crop: ClassVar[bool] = False
 
     candidates: int = 2
 

@@ -46,7 +46,7 @@ class Mixup(HardView):
             uniform = jax.vmap(lambda key, x=x: jax.random.uniform(key, x.shape[1:2], x.dtype))(fold_in(keys, number))
             lam = jnp.where(blended[:, None], sample_beta(uniform, self.alpha, self.beta), 1)  # [N, V_r]
             share = lam[..., None, None, None]
-            # Written as a step from the partner, an image that is not blended comes back bit for bit.
+            # Where lambda is 1 the image itself is taken, so that unblended images keep every bit.
             mixed.append(jnp.where(share == 1, x, share * x + (1 - share) * x[partner]))
             shares.append(lam)
         return View(jax.lax.stop_gradient(tuple(mixed)), jnp.concatenate(shares, axis=1), partner)

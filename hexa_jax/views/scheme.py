@@ -33,6 +33,14 @@ class Scheme:
     def __post_init__(self) -> None:
         if sum(view.replace for view in self.views) > 1 + 1e-9:
             raise ValueError("the shares views.*.replace add up to more than 1")
+        if self.replaces_all and all(view.norm == ADVERSARIAL for view in self.views):
+            raise ValueError(
+                "views.*.replace leave no pass with the clean BatchNorm set, which evaluations use: replace fewer rows"
+            )
+        if self.attack.max_increase and any(view.name == "noise" for view in self.views):
+            raise ValueError(
+                "views.noise has views.epsilon's size: no control of an attack limited by views.max_increase"
+            )
         own_crop = [view for view in self.views if view.target == OWN_CROP]
         if own_crop and any(view.replace for view in self.views):
             raise ValueError(
@@ -51,8 +59,9 @@ class Scheme:
 
     @property
     def auxiliary_norm(self) -> bool:
-        """Whether any view uses the adversarial BatchNorm set."""
-        return any(view.norm == ADVERSARIAL for view in self.views)
+        """Whether any view, or the attack on it, uses the adversarial BatchNorm set."""
+        attacked_through = self.attacks and self.attack.norm_set == ADVERSARIAL
+        return attacked_through or any(view.norm == ADVERSARIAL for view in self.views)
 
     @property
     def crop_sets(self) -> int:
@@ -78,13 +87,15 @@ class Scheme:
         start = self.start_step(view)
         return True if start == 0 else step >= start
 
-    def clean_active(self, step: jax.Array) -> bool | jax.Array:
-        """Whether there is a clean pass at step int32: not where views replace it on all rows."""
-        replacing = [view for view in self.views if view.replace]
-        if sum(view.replace for view in replacing) < 1 - 1e-9:
-            return True
-        last = max(self.start_step(view) for view in replacing)
-        return step < last
+    def auxiliary_norm_started(self, step: jax.Array) -> bool | jax.Array:
+        """Whether a pass with the adversarial BatchNorm set has come by step int32; True, too, where no view uses the set."""
+        starts = [self.start_step(view) for view in self.views if view.norm == ADVERSARIAL]
+        return True if not starts or min(starts) == 0 else step >= min(starts)
+
+    @property
+    def replaces_all(self) -> bool:
+        """Whether views take the clean one's place on all rows, once all count."""
+        return sum(view.replace for view in self.views) > 1 - 1e-9
 
     def weights(self, step: jax.Array) -> dict[str, Number]:
         """Weight of each training pass at step int32, in order; the clean one has what replaced rows leave of 1."""
