@@ -222,7 +222,7 @@ def make_scheme(config: ConfigDict, steps_per_epoch: int = 1) -> Scheme:
             continue
         settings = dict(v[name])
         if named is not None:  # the scheme says which views there are, the weights what they count
-            settings["weight"] = (settings["weight"] or 1.0) if name in named else 0.0
+            settings["weight"] = (settings.get("weight") or 1.0) if name in named else 0.0
         try:
             made = view(**settings)  # also where it is not used: a mistake is a mistake
         except (ValueError, TypeError) as error:

@@ -21,7 +21,7 @@ from command_line import environment, lines
 from small import SmallRun, largest_difference, small_config
 
 from configs import common
-from hexa_jax.build import ConfigError, make_scheme, scheme_views
+from hexa_jax.build import ConfigError, make_scheme, make_trainer, scheme_views
 from hexa_jax.inputs import Input
 from hexa_jax.methods.simclr import Candidates, SimCLR
 from hexa_jax.views import VIEWS, Attack, adversarial
@@ -625,7 +625,10 @@ def test_replaced_rows_count_in_the_views_loss_and_the_others_in_the_clean_one(x
 def test_a_view_that_replaces_all_rows_leaves_no_clean_pass(x64):
     run = SmallRun(small_config("moco", scheme="std+cmx", **{"views.cutmix.replace": 1.0}))
     scheme = run.trainer.objective.scheme
-    assert not scheme.clean_active(jnp.int32(0)) and scheme.weights(jnp.int32(0)).get("clean", 0.0) == 0
+    assert (
+        not run.trainer.objective.has_pass("clean", jnp.int32(0))
+        and scheme.weights(jnp.int32(0)).get("clean", 0.0) == 0
+    )
     before = jax.device_get(run.state.params)
     _, metrics, _ = next_step(run)
     assert metrics["loss"] == pytest.approx(metrics["loss_cutmix"], rel=1e-12)
@@ -727,8 +730,60 @@ def test_the_page_on_extending_runs_as_printed(tmp_path, title, losses):
     assert all(np.isfinite(line["loss"]) for line in steps)
     config = json.loads((workdir / "config.json").read_text())
     # The command's own setting went into the block that the config file added.
-    assert (config["views"]["erased"]["share"] == 0.4) if title == "A view" else (config["byol"]["momentum"] == 0.9)
+    assert (
+        (config["views"]["erased"]["share"] == 0.4) if title == "A view" else (config["plain_byol"]["momentum"] == 0.9)
+    )
 
 
 def test_every_runnable_section_of_the_page_is_run_above():
     assert set(page_sections()) == {"A view", "A method"}
+
+
+def test_until_its_first_pass_the_adversarial_set_is_a_copy_of_the_clean_one(x64):
+    """Adam would shrink it by whole steps: weight decay is all the gradient it has."""
+    settings = {"scheme": "std+adv", "views.adversarial.start_epoch": 2.0, "optimizer.name": "adam"}
+    run = SmallRun(small_config("moco", **settings, **{"optimizer.learning_rate": 0.01}))
+    state = run.train(3)  # two steps an epoch
+    assert adversarial_differences(state) == 0
+    fresh = jax.device_get(SmallRun(small_config("moco", **settings)).state)
+    assert largest_difference(state.params, fresh.params) > 1e-3
+    assert adversarial_differences(run.train(6)) > 1e-4
+
+
+def adversarial_differences(state):
+    """Largest difference between the two sets' parameters, and between their statistics."""
+    by_path = {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(state.params)}
+    pairs = [
+        (leaf, by_path[path.replace("adversarial_", "")]) for path, leaf in by_path.items() if "adversarial_" in path
+    ]
+    assert pairs
+    stats = state.batch_stats["adversarial_batch_stats"], state.batch_stats["clean_batch_stats"]
+    return max(*(np.max(np.abs(a - b)) for a, b in pairs), largest_difference(*stats))
+
+
+@pytest.mark.parametrize("layout", [(2, 1), (1, 2)])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"scheme": "std+noise", "views.noise.replace": 0.5, "bn_group_size": 32},
+        {"scheme": "std+cmx", "views.cutmix.one_box": True},
+    ],
+)
+def test_replaced_rows_and_shared_boxes_are_the_same_on_any_layout(settings, layout, x64):
+    if "bn_group_size" in settings and layout[1] > 1:
+        pytest.skip("a BatchNorm group of the whole batch leaves no microbatches")
+    devices, microbatches = layout
+    runs = [SmallRun(small_config("moco", **settings)).train(2)]
+    other = SmallRun(small_config("moco", **settings, **{"runtime.microbatches": microbatches}), devices)
+    assert largest_difference(other.train(2).params, runs[0].params) < 1e-9
+
+
+def test_settings_that_would_not_do_what_they_say_are_refused():
+    def refused(message, **settings):
+        with pytest.raises(ConfigError, match=message):
+            make_trainer(small_config("moco", **settings), 70, jax.devices()[:1])
+
+    refused("no pass with the clean BatchNorm set", scheme="std+adv", **{"views.adversarial.replace": 1.0})
+    refused("no control of an attack limited", scheme="std+noise", **{"views.max_increase": 0.1})
+    refused("no random_start", **{"views.max_increase": 0.1, "views.random_start": True})
+    refused("shows other crops", scheme="std+extra", **{"views.extra.target": "own_crop"})
