@@ -567,7 +567,7 @@ def make_run(workdir, **overrides):
     pixels = config.data.pixel_mean, config.data.pixel_std
     resnet = make_resnet(config.model.backbone, config.model.base_channels, stem=config.model.stem, auxiliary_norm=True)
     tree = drawn(shapes_of(Network(resnet, ProjectionHead(16, 8, True, auxiliary_norm=True), *pixels)))
-    state = {"params": tree.pop("params"), "batch_stats": tree, "method": {"queue": np.ones((4, 8), np.float32)}}
+    state = {"params": {"network": tree.pop("params")}, "batch_stats": tree, "method": {"queue": np.ones((4, 8), np.float32)}}
     workdir.mkdir()
     (workdir / "config.json").write_text(config.to_json())
     checkpoints = Checkpoints(workdir / "checkpoints")
@@ -583,7 +583,7 @@ def test_backbone_of_a_run_has_its_clean_weights(tmp_path):
     assert backbone.step == 7 and json.loads(backbone.config.to_json()) == json.loads(config.to_json())
     assert backbone.feature_dim == 32
     expected = {
-        "params": {"backbone": clean(state["params"]["backbone"])},
+        "params": {"backbone": clean(state["params"]["network"]["backbone"])},
         "clean_batch_stats": {"backbone": state["batch_stats"]["clean_batch_stats"]["backbone"]},
     }
     assert_same_trees(jax.device_get(backbone.variables), expected)
