@@ -141,7 +141,7 @@ def test_simsiam_is_byol_without_momentum(x64):
 
 
 def test_adversarial_norm_of_the_predictor_learns_from_attacked_passes_only(x64):
-    """With the attacked pass not started yet, its set gets no gradient; the clean set's does not change."""
+    """Until the attacked pass starts, its set is a copy of the clean one, whose gradient does not change by it."""
     after = {}
     for start_epoch in (0.0, 2.0):
         settings = {"scheme": "std+adv", "views.adversarial.start_epoch": start_epoch}
@@ -149,16 +149,17 @@ def test_adversarial_norm_of_the_predictor_learns_from_attacked_passes_only(x64)
         state = SmallRun(small_config("byol", **settings)).train(1)
         # The first momentum buffer is the first gradient.
         buffers = optax.tree.get(state.opt_state, "trace")["network"]["predictor"]["bn1"]
-        statistics = state.batch_stats["adversarial_batch_stats"]["predictor"]["bn1"]
+        statistics = [state.batch_stats[f"{name}_batch_stats"]["predictor"]["bn1"] for name in ("adversarial", "clean")]
         after[start_epoch] = buffers, statistics
-    (attacked, moved), (plain, unmoved) = after[0.0], after[2.0]
+    (attacked, (own, clean)), (plain, (copied, copied_from)) = after[0.0], after[2.0]
     for name in ("scale", "bias"):
         assert np.abs(attacked[f"adversarial_{name}"]).max() > 1e-6
-        np.testing.assert_array_equal(plain[f"adversarial_{name}"], 0)
+        assert np.abs(attacked[f"adversarial_{name}"] - attacked[name]).max() > 1e-6
+        np.testing.assert_array_equal(plain[f"adversarial_{name}"], plain[name])
         assert np.abs(plain[name]).max() > 1e-6
         np.testing.assert_allclose(attacked[name], plain[name], rtol=0, atol=1e-12)
-    np.testing.assert_array_equal(unmoved["mean"], 0)
-    assert np.abs(moved["mean"]).max() > 1e-6
+    np.testing.assert_array_equal(copied["mean"], copied_from["mean"])
+    assert np.abs(own["mean"] - clean["mean"]).max() > 1e-9
 
 
 @pytest.mark.parametrize(
