@@ -21,6 +21,7 @@ trained again where only they are left); STAGE.md, STAGE.png and STAGE.svg with 
 Exit codes: 0 everything is there, 1 a run failed (the rest was done), 2 a mistake or a changed declaration, 143 stopped by SIGTERM.
 """
 
+import hashlib
 import json
 import os
 import pathlib
@@ -127,7 +128,7 @@ def _run(study: Study, stage: str, chosen: list[str] | None, workdir: pathlib.Pa
 
 
 def commit() -> str:
-    """The last commit that touched what runs compute, marked where there are changes on top; "unknown" outside of a clone.
+    """The last commit that touched what runs compute, with a digest of changes on top; "unknown" outside of a clone.
 
     Commits of results or documentation leave it as it is.
     """
@@ -137,17 +138,21 @@ def commit() -> str:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
     try:
-        last = git("log", "-1", "--format=%h")
-        return last + ("+changes" if git("status", "--porcelain") else "") if last else "unknown"
+        last, changes = git("log", "-1", "--format=%h"), git("diff", "HEAD")
+        # Which changes they are, so that a run does not go on with others.
+        return (last + (f"+{hashlib.sha256(changes.encode()).hexdigest()[:7]}" if changes else "")) or "unknown"
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
 
 
 def _check_same(now: Mapping[str, Any], before: Mapping[str, Any], where: str) -> None:
     """Raises GridError, one line, at the first difference."""
-    for key in dict.fromkeys([*before, *now]):
+    for key in dict.fromkeys([*now, *before]):  # what is told first: part, preset, data, ..., runs
         if now.get(key) == before.get(key):
             continue
+        if key == "arms" and now[key].keys() != before.get(key, {}).keys():
+            arms = (", ".join(sorted(names)) for names in (before.get(key, {}), now[key]))
+            raise GridError("{} declares the arms {}, now they are {}: use another --workdir".format(where, *arms))
         if isinstance(now.get(key), dict) and isinstance(before.get(key), dict):
             _check_same(now[key], before[key], f"{where}: {key}")
         raise GridError(
