@@ -351,6 +351,8 @@ def test_a_stage_is_killed_and_goes_on(tmp_path):
         "moco-cmx-seed0": 2,
     }
     assert all(0 < result["knn_accuracy"] <= 100 for result in results.values())
+    whole = json.loads((tmp_path / "cells" / "moco-cmx-seed0" / "result.json").read_text())
+    assert not any(name.startswith("pixels_") for name in whole)  # the same for all: not measured again by each
     assert "| moco-cmx | 1 |" in (tmp_path / "screen.md").read_text()
 
 

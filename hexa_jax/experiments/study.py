@@ -211,6 +211,7 @@ PRESETS = {
             "eval_statistics": "reestimated",
             "knn.every_epochs": 0,
             "knn.neighbours": 200,
+            "knn.pixels": False,
             "linear.at_end": True,
         },
         by_method={
@@ -230,7 +231,7 @@ PRESETS = {
     ),
     "tiny": Preset(
         config="tiny.py:method={method},scheme=std,epochs={epochs}",
-        settings={"knn.every_epochs": 0, "views.average": True, "eval_statistics": "reestimated"},
+        settings={"knn.every_epochs": 0, "knn.pixels": False, "views.average": True, "eval_statistics": "reestimated"},
         by_method={"moco": {}, "deepcluster": {}, "swav": {}},
         data=("shapes:train", "shapes:test"),
         sizes=dict.fromkeys(PARTS, Size(images=64, epochs=2)),
