@@ -30,7 +30,7 @@ def get_config() -> ml_collections.ConfigDict:
 
     config.model = model = ml_collections.ConfigDict()
     model.backbone = "resnet50"  # resnet18, 34, 50, 101, with an optional width such as resnet50w2
-    model.stem = "imagenet"  # imagenet: 7x7 stride 2 and max-pool; cifar: 3x3 stride 1
+    model.stem = "imagenet"  # imagenet: 7x7 stride 2 and max-pool; cifar: 3x3 stride 1; small: 3x3 stride 2
     model.base_channels = 64  # channels of the stem; smaller for experiments on a CPU
     model.zero_init_residual = False
     model.head_hidden = 0  # width of the head's hidden layer; 0: as wide as the feature
@@ -178,6 +178,7 @@ def get_config() -> ml_collections.ConfigDict:
     knn.test_limit = 5_000
     knn.resize = 256  # short side
     knn.crop = 224  # centre crop
+    knn.pixels = True  # at the end raw pixels, too: minutes of a CPU for ten thousand images, the same for every run
 
     # Clean BatchNorm statistics, by which a network is evaluated: running, or reestimated (the mean over one pass of clean
     # training crops, put in their place before each of the run's own evaluations and at its end). Running ones of a short run

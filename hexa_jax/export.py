@@ -50,7 +50,7 @@ def export(backbone: Backbone, form: str, output: pathlib.Path) -> None:
         WeightsError: the format cannot hold this network, or needs a library that is missing.
     """
     arrays = to_torchvision(backbone.variables)
-    architecture = architecture_of(arrays)
+    architecture = architecture_of(arrays)._replace(stem=backbone.network.backbone.stem)
     writers = {"torchvision": _torchvision, "timm": _timm, "huggingface": _huggingface, "detectron2": _detectron2}
     if form not in writers:
         raise WeightsError(f"--format={form} is not known: use one of {', '.join(FORMATS)}")
@@ -76,7 +76,8 @@ def _torchvision(arrays: dict[str, np.ndarray], architecture: Architecture, pixe
         _safetensors(
             arrays,
             output,
-            {"architecture": architecture.name} | {k: json.dumps(pixels[k]) for k in ("mean", "std")},
+            {"architecture": architecture.name, "stem": architecture.stem}
+            | {k: json.dumps(pixels[k]) for k in ("mean", "std")},
         )
         return
     if output.suffix not in (".pth", ".pt"):
@@ -135,7 +136,9 @@ def _detectron2(arrays: dict[str, np.ndarray], architecture: Architecture, pixel
     if output.suffix != ".pkl":
         raise WeightsError(f"--output={output} must end in .pkl")
     if architecture.stem != "imagenet":
-        raise WeightsError("detectron2's ResNet has a 7x7 stem: a network with stem=cifar cannot be written for it")
+        raise WeightsError(
+            f"detectron2's ResNet has a 7x7 stem: a network with stem={architecture.stem} cannot be written for it"
+        )
     content: dict[str, Any] = {"model": to_detectron2(arrays), "__author__": "hexa_jax", "matching_heuristics": True}
     with output.open("wb") as file:
         pickle.dump(content, file, protocol=2)

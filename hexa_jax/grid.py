@@ -7,7 +7,7 @@ import pathlib
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from hexa_jax.progress import say
@@ -73,13 +73,19 @@ class GridError(ValueError):
     """A grid that cannot run in this folder; the message is one line."""
 
 
-def run_grid(entries: Sequence[Entry], workdir: pathlib.Path, extra: Sequence[str] = ()) -> list[Outcome]:
+def run_grid(
+    entries: Sequence[Entry],
+    workdir: pathlib.Path,
+    extra: Sequence[str] = (),
+    ended: Callable[[Cell, Mapping[str, float]], None] | None = None,
+) -> list[Outcome]:
     """Run what is not finished yet, then gather everything.
 
     Args:
         entries: rows of the result.
         workdir: of the experiment; cells are folders in its `cells/`.
         extra: words for every pre-training command, such as `--config.data.limit=5000`.
+        ended: called with each cell that this call ran to a good end, and its numbers, before the next one starts.
 
     Raises:
         GridError: the folder holds the same cells with other overrides.
@@ -99,6 +105,8 @@ def run_grid(entries: Sequence[Entry], workdir: pathlib.Path, extra: Sequence[st
         failures[cell.name] = _run(workdir, cell, extra)
         if failures[cell.name]:
             say(f"cell {cell.name} failed: {failures[cell.name]}")
+        elif ended:
+            ended(cell, _values(workdir / "cells" / cell.name, cell))
     outcomes = []
     for entry in entries:
         folder = workdir / "cells" / entry.cell.name

@@ -273,7 +273,7 @@ class _Run:
             accuracies = self._probe_results(self.state)
             self.metrics.write(self.step, {"epoch": self.config.epochs, **accuracies})
             results |= accuracies
-            pixels = self.probe.pixels()
+            pixels = self.probe.pixels() if self.config.knn.pixels else None
             if pixels is not None:
                 results |= {f"pixels_{name}": value for name, value in self._accuracies(pixels).items()}
         write_json(self.workdir / "result.json", results)

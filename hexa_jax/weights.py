@@ -97,6 +97,8 @@ def strip_prefix(arrays: Mapping[str, np.ndarray]) -> Arrays:
 def architecture_of(arrays: Mapping[str, np.ndarray]) -> Architecture:
     """Depth, width and stem from names and shapes.
 
+    The stems cifar and small differ in their stride alone, which no array tells: both are given as cifar.
+
     Raises:
         WeightsError: no ResNet that we know.
     """
@@ -124,7 +126,9 @@ def huggingface_config(architecture: Architecture) -> dict[str, Any]:
         WeightsError: the stem is not the 7x7 one that this model has.
     """
     if architecture.stem != "imagenet":
-        raise WeightsError("Hugging Face's ResNet has a 7x7 stem: a network with stem=cifar cannot be written for it")
+        raise WeightsError(
+            f"Hugging Face's ResNet has a 7x7 stem: a network with stem={architecture.stem} cannot be written for it"
+        )
     bottleneck = architecture.depth >= 50
     widths = [architecture.base_channels * 2**stage * (4 if bottleneck else 1) for stage in range(4)]
     return {

@@ -218,7 +218,7 @@ def test_data(mistake, tmp_path):
         ),
         ("moco", {"optimizer.schedule": "step"}, "config.optimizer.schedule='step' is not known: use one of cosine"),
         ("moco", {"model.backbone": "resnet12"}, "unknown backbone 'resnet12': use one of resnet10, resnet18"),
-        ("moco", {"model.stem": "small"}, "unknown stem 'small': use 'imagenet' or 'cifar'"),
+        ("moco", {"model.stem": "tiny"}, "unknown stem 'tiny': use one of imagenet, cifar, small"),
         ("moco", {"views.norm": "l1"}, "config.views.norm='l1' is not known: use one of l2, linf"),
         (
             "moco",

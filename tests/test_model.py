@@ -280,7 +280,7 @@ def block_reference(x, params, stats, strides):
 
 def resnet_reference(x, params, stats, stem):
     """Feature maps of the four stages of a network of two-convolution blocks, one per stage."""
-    x = conv_reference(x, params["conv1"]["kernel"], 2 if stem == "imagenet" else 1)
+    x = conv_reference(x, params["conv1"]["kernel"], 1 if stem == "cifar" else 2)
     x = np.maximum(eval_norm_reference(x, "bn1", params, stats), 0)
     if stem == "imagenet":
         x = windows_reference(x, 3, 2, 1, -np.inf).max(axis=(4, 5))
@@ -292,7 +292,10 @@ def resnet_reference(x, params, stats, stem):
     return maps
 
 
-@pytest.mark.parametrize("stem, height, width", [("imagenet", 64, 48), ("imagenet", 75, 37), ("cifar", 18, 17)])
+@pytest.mark.parametrize(
+    "stem, height, width",
+    [("imagenet", 64, 48), ("imagenet", 75, 37), ("cifar", 18, 17), ("small", 32, 32), ("small", 37, 22)],
+)
 def test_resnet_has_torchvision_geometry(x64, stem, height, width):
     network = ResNet(depth=10, base_channels=3, stem=stem, dtype=jnp.float64)
     x = np.random.default_rng(0).normal(size=(2, height, width, 3))
@@ -355,7 +358,7 @@ def test_names_widths_and_stems():
     for name in ("resnet19", "resnet", "vit", "resnet50w", "resnet50-w2", ""):
         with pytest.raises(ValueError, match=f"unknown backbone '{name}'.*resnet50.*resnet50w2"):
             make_resnet(name)
-    with pytest.raises(ValueError, match="unknown stem 'tiny': use 'imagenet' or 'cifar'"):
+    with pytest.raises(ValueError, match="unknown stem 'tiny': use one of imagenet, cifar, small"):
         make_resnet("resnet18", stem="tiny")
 
 

@@ -676,6 +676,16 @@ def test_formats_refuse_networks_that_they_cannot_hold(saved, tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
+def test_a_small_stem_comes_back_as_small(tmp_path, capsys):
+    """Its arrays look like a cifar stem's: the file says which it is."""
+    before = load_backbone("random", backbone="resnet10", stem="small", base_channels=2)
+    export.export(before, "torchvision", tmp_path / "out.safetensors")
+    after = load_backbone(str(tmp_path / "out.safetensors"))
+    assert after.network.backbone.stem == "small"
+    assert exported(tmp_path / "out.safetensors", "detectron2", tmp_path / "out.pkl") == 2
+    assert "stem=small cannot be written" in capsys.readouterr().err
+
+
 def test_detectron2_refuses_a_small_stem(saved, tmp_path, capsys):
     """Its stem is a 7x7 convolution and a pool."""
     assert "7x7 stem" in refused(capsys, saved("resnet18_cifar"), "detectron2", tmp_path / "out.pkl")

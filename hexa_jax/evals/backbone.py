@@ -128,7 +128,7 @@ def random_backbone(
     Args:
         seed: of the weights.
         backbone: name as in `make_resnet`.
-        stem: "imagenet" or "cifar".
+        stem: "imagenet", "cifar" or "small".
         base_channels: of the stem.
         like: a backbone whose architecture and pixel statistics to take instead.
     """
@@ -153,8 +153,11 @@ def _from_file(path: Any) -> Backbone:
         architecture = architecture_of(arrays)
     except WeightsError as error:
         raise WeightsError(f"{path}: {error}") from None
-    resnet = make_resnet(f"resnet{architecture.depth}", architecture.base_channels, stem=architecture.stem)
-    network = Network(resnet, None, *_pixel_statistics(path), normalize=False)
+    metadata = _metadata(path)
+    # Only what `hexa_jax.export` wrote beside the weights tells a small stem from a cifar one.
+    stem = "small" if architecture.stem == "cifar" and metadata.get("stem") == "small" else architecture.stem
+    resnet = make_resnet(f"resnet{architecture.depth}", architecture.base_channels, stem=stem)
+    network = Network(resnet, None, *_pixel_statistics(metadata), normalize=False)
     try:
         variables = from_torchvision(arrays, _shapes(network))
     except WeightsError as error:
@@ -162,12 +165,16 @@ def _from_file(path: Any) -> Backbone:
     return Backbone(network, jax.tree.map(jnp.asarray, variables), -1, None)
 
 
-def _pixel_statistics(path: pathlib.Path) -> tuple[Any, Any]:
-    """Mean and standard deviation that `hexa_jax.export` wrote beside the weights; ImageNet's in files of others."""
-    metadata: dict[str, str] = {}
-    if path.suffix == ".safetensors":
-        with safe_open(path, "numpy") as file:
-            metadata = file.metadata() or {}
+def _metadata(path: pathlib.Path) -> dict[str, str]:
+    """What `hexa_jax.export` wrote beside the weights; others' files may have other words, or none."""
+    if path.suffix != ".safetensors":
+        return {}
+    with safe_open(path, "numpy") as file:
+        return file.metadata() or {}
+
+
+def _pixel_statistics(metadata: Mapping[str, str]) -> tuple[Any, Any]:
+    """Mean and standard deviation, ImageNet's in files of others."""
     if not {"mean", "std"} <= metadata.keys():
         return IMAGENET_MEAN, IMAGENET_STD
     return tuple(json.loads(metadata["mean"])), tuple(json.loads(metadata["std"]))

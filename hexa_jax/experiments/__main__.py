@@ -3,6 +3,7 @@
 NAME         fig1 gallery of hard examples        fig2 schemes of hard examples
              fig3 accuracy over epochs            fig4 strength of the attack      fig5 Beta distributions of CutMix
              claim plain methods beside HEXA at equal epochs, with differences by seed
+             study whether hard examples help, with controls; its own arguments: study --help
 --workdir    of the experiment; starting again skips finished cells, goes on with stopped ones and tries failed ones anew
 --preset     imagenet (the paper's protocol), imagenette, cifar10 or tiny (two CPU cores, the default)
 --methods    comma-separated: moco, deepcluster, simclr, swav, rotation; by default the figure's own
@@ -18,6 +19,7 @@ import sys
 from collections.abc import Sequence
 
 from hexa_jax.arguments import Parser
+from hexa_jax.experiments import study_command
 from hexa_jax.experiments.figures import FIGURES
 from hexa_jax.experiments.gallery import draw_gallery
 from hexa_jax.experiments.presets import CONTROL, GRIDS, METHODS, PLAIN, PRESETS
@@ -29,6 +31,8 @@ from hexa_jax.remote import is_remote
 
 def main(argv: list[str]) -> int:
     """Run an experiment; returns the exit code."""
+    if argv[:1] == ["study"]:
+        return study_command.main(argv[1:])
     if {"--help", "-h"} & set(argv):
         print(__doc__)
         return 0
