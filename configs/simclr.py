@@ -28,5 +28,5 @@ def get_config(text=None):
     config.optimizer.learning_rate = 0.3 * choice.batch / 256
     config.optimizer.weight_decay = 1e-6
     config.optimizer.schedule = "cosine"
-    config.optimizer.warmup_epochs = 10
+    config.optimizer.warmup_epochs = min(10, config.epochs // 2)  # runs of a few epochs have no room for ten
     return common.on_imagenet(config)

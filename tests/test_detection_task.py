@@ -97,7 +97,7 @@ def pretrained(tmp_path_factory):
     workdir.mkdir()
     (workdir / "config.json").write_text(config.to_json())
     with contextlib.closing(Checkpoints(workdir / "checkpoints")) as checkpoints:
-        checkpoints.save(7, {"params": tree.pop("params"), "batch_stats": tree, "step": np.int32(7)})
+        checkpoints.save(7, {"params": {"network": tree.pop("params")}, "batch_stats": tree, "step": np.int32(7)})
     return workdir
 
 

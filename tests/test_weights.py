@@ -567,7 +567,11 @@ def make_run(workdir, **overrides):
     pixels = config.data.pixel_mean, config.data.pixel_std
     resnet = make_resnet(config.model.backbone, config.model.base_channels, stem=config.model.stem, auxiliary_norm=True)
     tree = drawn(shapes_of(Network(resnet, ProjectionHead(16, 8, True, auxiliary_norm=True), *pixels)))
-    state = {"params": {"network": tree.pop("params")}, "batch_stats": tree, "method": {"queue": np.ones((4, 8), np.float32)}}
+    state = {
+        "params": {"network": tree.pop("params")},
+        "batch_stats": tree,
+        "method": {"queue": np.ones((4, 8), np.float32)},
+    }
     workdir.mkdir()
     (workdir / "config.json").write_text(config.to_json())
     checkpoints = Checkpoints(workdir / "checkpoints")
