@@ -33,5 +33,5 @@ def get_config(text=None):
     config.optimizer.name = "lars"
     config.optimizer.learning_rate = learning_rate * choice.batch / 256
     config.optimizer.schedule = "cosine"
-    config.optimizer.warmup_epochs = min(10, config.epochs // 2)  # runs of a few epochs have no room for ten
+    config.optimizer.warmup_epochs = 10
     return common.on_imagenet(config)
