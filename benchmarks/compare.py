@@ -22,8 +22,8 @@ from benchmarks.hardware import add_rows, peak_of, surroundings
 from benchmarks.ours import VARIANTS, num_examples
 from benchmarks.peers.case import Case
 from benchmarks.turns import ROOT, Refusal, Worker, WorkerError, alternate, one_after_the_other, ratio
-from hexa_jax.build import ConfigError, make_method, make_network, make_resolutions, make_scheme
-from hexa_jax.command import parse_command
+from hexa_jax.cli.command import parse_command
+from hexa_jax.training.factory import ConfigError, make_method, make_network, make_resolutions, make_scheme
 from hexa_jax.views import HardView
 from hexa_jax.views.base import LABEL
 from hexa_jax.views.cutmix import CutMix

@@ -11,9 +11,9 @@ from ml_collections import ConfigDict
 
 from benchmarks.flops import product_flops
 from benchmarks.turns import Refusal, serve
-from hexa_jax.build import ConfigError, make_trainer
-from hexa_jax.command import parse_command
-from hexa_jax.methods.base import Batch
+from hexa_jax.cli.command import parse_command
+from hexa_jax.core.batch import Batch
+from hexa_jax.training.factory import ConfigError, make_trainer
 from hexa_jax.training.step import Trainer
 
 

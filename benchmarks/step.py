@@ -27,8 +27,8 @@ from benchmarks.compare import VIEWS, compare
 from benchmarks.hardware import add_rows, surroundings
 from benchmarks.ours import VARIANTS, Augmentation, Variant
 from benchmarks.peers.modes import COMPILE_MODES
-from hexa_jax.build import ConfigError
-from hexa_jax.command import parse_command
+from hexa_jax.cli.command import parse_command
+from hexa_jax.training.factory import ConfigError
 
 
 def alone(options: argparse.Namespace, settings: list[str], argv: list[str]) -> int:

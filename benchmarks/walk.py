@@ -17,8 +17,8 @@ from typing import Any
 import jax
 
 import hexa_jax
-from hexa_jax.build import make_trainer
-from hexa_jax.command import parse_command
+from hexa_jax.cli.command import parse_command
+from hexa_jax.training.factory import make_trainer
 
 PACKAGE = pathlib.Path(hexa_jax.__file__).parent
 APART = ("models", "data")

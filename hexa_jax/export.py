@@ -20,12 +20,12 @@ from typing import Any
 
 import numpy as np
 
-from hexa_jax.arguments import Parser
-from hexa_jax.checkpoint import CheckpointError
+from hexa_jax.checkpoint.checkpointer import CheckpointError
+from hexa_jax.core.arguments import Parser
+from hexa_jax.core.console import with_aliases
 from hexa_jax.evals.backbone import Backbone, load_backbone
-from hexa_jax.evals.image_size import trained_size
-from hexa_jax.remote import RemoteError, shown
-from hexa_jax.weights import (
+from hexa_jax.evals.tasks.image_size import trained_size
+from hexa_jax.models.weights import (
     Architecture,
     WeightsError,
     architecture_of,
@@ -34,6 +34,7 @@ from hexa_jax.weights import (
     to_huggingface,
     to_torchvision,
 )
+from hexa_jax.storage.gcs import RemoteError
 
 FORMATS = ("torchvision", "timm", "huggingface", "detectron2")
 
@@ -167,7 +168,7 @@ def main(argv: list[str]) -> int:
         words = parser.parse_args(argv)
         export(load_backbone(words.checkpoint), words.format, words.output)
     except (WeightsError, CheckpointError, RemoteError) as error:
-        print(f"hexa_jax.export: {shown(str(error))}", file=sys.stderr)
+        print(f"hexa_jax.export: {with_aliases(str(error))}", file=sys.stderr)
         return 2
     except OSError as error:
         print(f"hexa_jax.export: {error.filename or 'output'}: {error.strerror or error}", file=sys.stderr)

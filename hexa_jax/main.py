@@ -16,31 +16,32 @@ import sys
 
 import jax
 
-from hexa_jax import hosts, remote
-from hexa_jax.build import ConfigError
-from hexa_jax.checkpoint import CheckpointError
-from hexa_jax.command import parse_command
+from hexa_jax.checkpoint.checkpointer import CheckpointError
+from hexa_jax.cli.command import parse_command
+from hexa_jax.core import console
+from hexa_jax.core.preemption import Diverged, Terminated
 from hexa_jax.data.pipeline import InputLost
 from hexa_jax.data.source import DataError
-from hexa_jax.evals.detection.task import detection
-from hexa_jax.evals.features_task import features
-from hexa_jax.evals.finetune import finetune
-from hexa_jax.evals.knn_task import knn
-from hexa_jax.evals.linear_features import linear_features
-from hexa_jax.evals.linear_sgd import linear
-from hexa_jax.evals.robustness import robustness
-from hexa_jax.evals.svm import lowshot, svm
-from hexa_jax.evals.tables import tables
-from hexa_jax.evals.transfer import transfer
-from hexa_jax.memory import is_out_of_memory, out_of_memory
-from hexa_jax.mirror import local_workdir
-from hexa_jax.pretrain import pretrain
-from hexa_jax.remote import RemoteError
-from hexa_jax.stops import Diverged, Terminated
-from hexa_jax.weights import WeightsError
-from hexa_jax.workdir import WorkdirError, abandon, held, open_workdir
+from hexa_jax.detection.task import detection
+from hexa_jax.evals.tasks.features import features
+from hexa_jax.evals.tasks.finetune import finetune
+from hexa_jax.evals.tasks.knn import knn
+from hexa_jax.evals.tasks.linear_features import linear_features
+from hexa_jax.evals.tasks.linear_sgd import linear
+from hexa_jax.evals.tasks.robustness import robustness
+from hexa_jax.evals.tasks.svm import lowshot, svm
+from hexa_jax.evals.tasks.transfer import transfer
+from hexa_jax.experiments.evaluation_tables import tables
+from hexa_jax.models.weights import WeightsError
+from hexa_jax.parallel import processes
+from hexa_jax.storage.gcs import RemoteError
+from hexa_jax.storage.workdir import WorkdirError, abandon, held, open_workdir
+from hexa_jax.storage.workdir_sync import local_workdir
+from hexa_jax.training.factory import ConfigError
+from hexa_jax.training.loop import pretrain
+from hexa_jax.training.memory import is_out_of_memory, out_of_memory
 
-USER_ERRORS = (hosts.HostsError, ConfigError, DataError, WorkdirError, CheckpointError, WeightsError, RemoteError)
+USER_ERRORS = (processes.HostsError, ConfigError, DataError, WorkdirError, CheckpointError, WeightsError, RemoteError)
 TASKS = {
     "pretrain": pretrain,
     "knn": knn,
@@ -69,7 +70,7 @@ def main(argv: list[str]) -> int:
         logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s", force=True)
         if config.precision == "float64":
             jax.config.update("jax_enable_x64", True)
-        hosts.join(place)
+        processes.join(place)
         with local_workdir(folder) as folder, held(folder):
             workdir = open_workdir(folder, config, extend=extend)
             try:
@@ -97,7 +98,7 @@ def main(argv: list[str]) -> int:
 
 
 def _stop(message: object, code: int) -> int:
-    print(f"hexa_jax: {remote.shown(str(message))}", file=sys.stderr, flush=True)
+    print(f"hexa_jax: {console.with_aliases(str(message))}", file=sys.stderr, flush=True)
     return code
 
 

@@ -22,10 +22,10 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-from hexa_jax.arguments import Parser
+from hexa_jax.core.arguments import Parser
 from hexa_jax.data.source import DataError, one_line
 from hexa_jax.data.sources import FolderSource
-from hexa_jax.remote import is_remote
+from hexa_jax.storage.gcs import is_remote
 
 EVERY = 2000  # images between two lines of progress
 

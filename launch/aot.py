@@ -29,12 +29,12 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import topologies
 
-from hexa_jax.build import ConfigError, make_trainer
-from hexa_jax.command import parse_command
+from hexa_jax.cli.command import parse_command
 from hexa_jax.evals.features import make_extractor
 from hexa_jax.methods.base import Method
+from hexa_jax.storage.workdir import write_json
+from hexa_jax.training.factory import ConfigError, make_trainer
 from hexa_jax.training.step import Trainer
-from hexa_jax.workdir import write_json
 from launch.program import CHIPS, Chip, describe, microbatches_that_fit, too_large
 
 IMAGENET = 1_281_167

@@ -44,8 +44,8 @@ miniature = bool(os.environ.get("HEXA_MINIATURE"))  # seconds instead of minutes
 
 # %%
 from configs import quickstart, tiny
-from hexa_jax.pretrain import pretrain
-from hexa_jax.workdir import open_workdir
+from hexa_jax.storage.workdir import open_workdir
+from hexa_jax.training.loop import pretrain
 
 config = tiny.get_config("scheme=std+adv+cmx,epochs=1") if miniature else quickstart.get_config()
 if not miniature:
@@ -79,9 +79,9 @@ plt.show()
 # The views of one batch under the trained network. The perturbation is drawn on a symmetric scale: grey is no change.
 
 # %%
-from hexa_jax.inputs import Input
-from hexa_jax.report import perturbation
-from hexa_jax.runs import open_run
+from hexa_jax.report.page import perturbation
+from hexa_jax.training.input import Input
+from hexa_jax.training.load_run import open_run
 
 run = open_run(workdir)
 with jax.set_mesh(run.trainer.mesh):

@@ -17,7 +17,7 @@ import types
 import cv2
 import numpy as np
 
-from hexa_jax.checkpoint import MANIFEST, Checkpoints
+from hexa_jax.checkpoint.checkpointer import MANIFEST, Checkpoints
 
 REPOSITORY = pathlib.Path(__file__).resolve().parent.parent
 IMAGES, SIDE, BATCH = 70, 20, 16  # 4 steps an epoch; 6 images of an epoch are in no batch

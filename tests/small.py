@@ -5,11 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from configs import common
-from hexa_jax.build import make_trainer
 from hexa_jax.data.pipeline import BadImages, HostSteps, device_batches, host_iterator
 from hexa_jax.data.shapes import ShapesSource
-from hexa_jax.mesh import local_rows
 from hexa_jax.models import resnet
+from hexa_jax.parallel.mesh import local_rows
+from hexa_jax.training.factory import make_trainer
 
 # The least network that has both kinds of shortcut, the first stage and the last: most of a test is compiling.
 resnet.STAGES[6] = (1, 0, 0, 1)

@@ -21,7 +21,7 @@ from command_line import (
 )
 
 from hexa_jax import main
-from hexa_jax.workdir import LOCK
+from hexa_jax.storage.workdir import LOCK
 
 
 def one_line(ended):

@@ -25,8 +25,8 @@ import tensorstore
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from hexa_jax import checkpoint, lost_references
-from hexa_jax.checkpoint import MANIFEST, CheckpointError, Checkpoints
+from hexa_jax.checkpoint import checkpointer, lost_references
+from hexa_jax.checkpoint.checkpointer import MANIFEST, CheckpointError, Checkpoints
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 
@@ -156,13 +156,13 @@ def test_other_number_of_devices(tmp_path, saved_on, restored_on):
 @pytest.fixture
 def gate(monkeypatch):
     """Holds saves just before their manifest, until the event is set."""
-    event, write = threading.Event(), checkpoint.write_manifest
+    event, write = threading.Event(), checkpointer.write_manifest
 
     def write_later(path, manifest):
         assert event.wait(30)
         write(path, manifest)
 
-    monkeypatch.setattr(checkpoint, "write_manifest", write_later)
+    monkeypatch.setattr(checkpointer, "write_manifest", write_later)
     yield event
     event.set()
 
@@ -185,7 +185,7 @@ def test_save_returns_early_and_one_is_in_flight(tmp_path, gate):
 
 def test_a_save_that_never_ends_is_given_up(tmp_path, gate, monkeypatch):
     checkpoints = Checkpoints(tmp_path)
-    monkeypatch.setattr(checkpoint, "HUNG", 0.3)
+    monkeypatch.setattr(checkpointer, "HUNG", 0.3)
     checkpoints.save(1, make_state(1))
     with pytest.raises(
         CheckpointError, match=r"a save in .* has not ended after 0\.005 minutes: does the storage answer\?"
@@ -243,7 +243,7 @@ import contextlib, logging, sys
 logging.basicConfig(level=logging.INFO)
 from absl import logging as absl_logging
 import jax, jax.numpy as jnp
-from hexa_jax.checkpoint import Checkpoints
+from hexa_jax.checkpoint.checkpointer import Checkpoints
 absl_logging.set_verbosity(absl_logging.INFO)
 logging.getLogger("jax").setLevel(logging.WARNING)
 checkpoints = Checkpoints(sys.argv[1])
@@ -346,7 +346,7 @@ def test_verification_takes_no_memory(tmp_path):
     checkpoints.wait()
     assert data_file(tmp_path / "step_00000001").stat().st_size > 4_000_000
     tracemalloc.start()
-    checkpoint.verify(tmp_path / "step_00000001")
+    checkpointer.verify(tmp_path / "step_00000001")
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 1_000_000
@@ -381,7 +381,7 @@ def test_a_specification_asked_for_once_is_what_tensorstore_says():
 def test_killed_while_saving(tmp_path):
     script = """
 import sys, jax, numpy as np
-from hexa_jax.checkpoint import Checkpoints
+from hexa_jax.checkpoint.checkpointer import Checkpoints
 def tree(step):
     return {"step": np.int64(step), "w": np.random.default_rng(step).standard_normal(200_000)}
 checkpoints = Checkpoints(sys.argv[1], keep_last=2)
@@ -425,13 +425,13 @@ def test_keep_last_and_keep_every(tmp_path):
 
 def test_old_ones_go_only_after_the_new_one_is_complete(tmp_path, monkeypatch):
     checkpoints = save_all(tmp_path, [1], keep_last=1)
-    seen, write = [], checkpoint.write_manifest
+    seen, write = [], checkpointer.write_manifest
 
     def spy(path, manifest):
         seen.append(Checkpoints(tmp_path).restore_latest(make_state())[0])
         write(path, manifest)
 
-    monkeypatch.setattr(checkpoint, "write_manifest", spy)
+    monkeypatch.setattr(checkpointer, "write_manifest", spy)
     for step in (2, 2, 3):  # 2 twice: replaced only when its successor is complete
         checkpoints.save(step, make_state(step), {"at": step})
     checkpoints.wait()
@@ -537,7 +537,7 @@ def test_manifest_cannot_be_written(tmp_path, monkeypatch):
     def fail(path, manifest):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(checkpoint, "write_manifest", fail)
+    monkeypatch.setattr(checkpointer, "write_manifest", fail)
     checkpoints.save(2, make_state(2))
     with pytest.raises(CheckpointError, match=r"cannot save step 2 in .*: No space left on device$"):
         checkpoints.wait()
@@ -550,7 +550,7 @@ def test_manifest_cannot_be_written(tmp_path, monkeypatch):
 
 def fail_saves(monkeypatch, times, code=errno.EIO):
     """Lets the next `times` manifests fail."""
-    left, write = [times], checkpoint.write_manifest
+    left, write = [times], checkpointer.write_manifest
 
     def fail_first(path, manifest):
         left[0] -= 1
@@ -558,16 +558,16 @@ def fail_saves(monkeypatch, times, code=errno.EIO):
             raise OSError(code, os.strerror(code))
         write(path, manifest)
 
-    monkeypatch.setattr(checkpoint, "write_manifest", fail_first)
+    monkeypatch.setattr(checkpointer, "write_manifest", fail_first)
 
 
 def test_the_next_save_makes_good_a_failure_that_passes(tmp_path, monkeypatch, caplog):
     checkpoints = save_all(tmp_path, [1])
-    fail_saves(monkeypatch, checkpoint.PATIENCE)
-    for step in range(2, 3 + checkpoint.PATIENCE):
+    fail_saves(monkeypatch, checkpointer.PATIENCE)
+    for step in range(2, 3 + checkpointer.PATIENCE):
         checkpoints.save(step, make_state(step), {"at": step})
     checkpoints.wait()
-    assert checkpoints.steps() == [1, 2 + checkpoint.PATIENCE]
+    assert checkpoints.steps() == [1, 2 + checkpointer.PATIENCE]
     assert [record.message[:18] for record in caplog.records] == [f"cannot save step {step}" for step in (2, 3, 4)]
     fail_saves(monkeypatch, 1)  # it counts from nought again
     checkpoints.save(6, make_state(6))
@@ -579,11 +579,11 @@ def test_the_next_save_makes_good_a_failure_that_passes(tmp_path, monkeypatch, c
 def test_a_failure_that_does_not_pass_stops_at_last(tmp_path, monkeypatch, caplog):
     checkpoints = save_all(tmp_path, [1])
     fail_saves(monkeypatch, 99)
-    for step in range(2, 3 + checkpoint.PATIENCE):
+    for step in range(2, 3 + checkpointer.PATIENCE):
         checkpoints.save(step, make_state(step))
-    with pytest.raises(CheckpointError, match=f"cannot save step {2 + checkpoint.PATIENCE} in"):
+    with pytest.raises(CheckpointError, match=f"cannot save step {2 + checkpointer.PATIENCE} in"):
         checkpoints.save(9, make_state(9))
-    assert len(caplog.records) == checkpoint.PATIENCE and os.listdir(tmp_path) == ["step_00000001"]
+    assert len(caplog.records) == checkpointer.PATIENCE and os.listdir(tmp_path) == ["step_00000001"]
 
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EDQUOT], ids=errno.errorcode.get)
@@ -596,26 +596,26 @@ def test_a_lasting_failure_stops_at_once(code, tmp_path, monkeypatch, caplog):
 
 
 def test_the_last_save_is_tried_again(tmp_path, monkeypatch, caplog):
-    monkeypatch.setattr(checkpoint, "PAUSE", 0.001)
+    monkeypatch.setattr(checkpointer, "PAUSE", 0.001)
     checkpoints = save_all(tmp_path, [1])
-    fail_saves(monkeypatch, checkpoint.PATIENCE)
+    fail_saves(monkeypatch, checkpointer.PATIENCE)
     checkpoints.save_now(2, make_state(2), {"at": 2})
-    assert len(caplog.records) == checkpoint.PATIENCE and checkpoints.steps() == [1, 2]
+    assert len(caplog.records) == checkpointer.PATIENCE and checkpoints.steps() == [1, 2]
     assert_same(checkpoints.restore_latest(make_state())[1], make_state(2))
-    fail_saves(monkeypatch, checkpoint.PATIENCE + 1)
+    fail_saves(monkeypatch, checkpointer.PATIENCE + 1)
     with pytest.raises(CheckpointError, match="cannot save step 3 in"):
         checkpoints.save_now(3, make_state(3))
 
 
 def test_a_save_that_cannot_begin_for_a_while(tmp_path, monkeypatch, caplog):
-    checkpoints, begin = save_all(tmp_path, [1]), checkpoint.ocp.save_async
+    checkpoints, begin = save_all(tmp_path, [1]), checkpointer.ocp.save_async
 
     def fail(*_):
         raise ValueError(f"orbax's own words [{os.strerror(errno.ESTALE)}]")
 
-    monkeypatch.setattr(checkpoint.ocp, "save_async", fail)
+    monkeypatch.setattr(checkpointer.ocp, "save_async", fail)
     checkpoints.save(2, make_state(2))
-    monkeypatch.setattr(checkpoint.ocp, "save_async", begin)
+    monkeypatch.setattr(checkpointer.ocp, "save_async", begin)
     checkpoints.save(3, make_state(3))
     checkpoints.wait()
     assert checkpoints.steps() == [1, 3]
@@ -632,7 +632,7 @@ import sys, jax, numpy as np
 jax.config.update("jax_num_cpu_devices", 2)
 jax.distributed.initialize(f"127.0.0.1:{sys.argv[3]}", 2, int(sys.argv[2]))
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
-from hexa_jax.checkpoint import Checkpoints
+from hexa_jax.checkpoint.checkpointer import Checkpoints
 mesh = jax.make_mesh((4,), ("data",), (AxisType.Auto,))
 def tree(step):
     rows = np.arange(8, dtype=np.float32)[:, None] + step

@@ -11,9 +11,9 @@ import pytest
 from ml_collections import ConfigDict
 from small import SmallRun, largest_difference, small_config
 
-from hexa_jax.build import ConfigError, make_schedule, make_trainer
-from hexa_jax.evals.linear_sgd import probe_schedule
-from hexa_jax.training.objective import PICTURES
+from hexa_jax.evals.tasks.linear_sgd import probe_schedule
+from hexa_jax.training.factory import ConfigError, make_schedule, make_trainer
+from hexa_jax.views.preview import PICTURES
 
 NAMES = sorted(path.stem for path in pathlib.Path("configs").glob("*.py") if path.stem not in ("common", "__init__"))
 IMAGENET = 1_281_167

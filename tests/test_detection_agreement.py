@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 from detection_weights import draw_images
 
-from hexa_jax.evals.detection import targets
-from hexa_jax.evals.detection.names import detector_from_torchvision, detector_to_torchvision
-from hexa_jax.evals.detection.rcnn import FasterRCNN, NormModes
-from hexa_jax.models.detector import Detector
+from hexa_jax.detection import targets
+from hexa_jax.detection.detector import Detector
+from hexa_jax.detection.names import detector_from_torchvision, detector_to_torchvision
+from hexa_jax.detection.rcnn import FasterRCNN, NormModes
 from hexa_jax.models.resnet import make_resnet
-from hexa_jax.weights import WeightsError
+from hexa_jax.models.weights import WeightsError
 
 torch = pytest.importorskip("torch", reason="compares with PyTorch")
 import torch_faster_rcnn as reference  # noqa: E402

@@ -16,10 +16,8 @@ from test_detection_data import annotation, extracted, thing, write_voc
 from test_hosts import free_port
 
 from configs.eval import detection_voc
-from hexa_jax import hosts
-from hexa_jax.build import ConfigError
 from hexa_jax.data.source import DataError
-from hexa_jax.evals.detection.batches import (
+from hexa_jax.detection.batches import (
     DetectionBatch,
     DetectionSteps,
     EvaluationBatches,
@@ -27,11 +25,13 @@ from hexa_jax.evals.detection.batches import (
     largest_boxes,
     pixels_of,
 )
-from hexa_jax.evals.detection.canvases import Canvases, content_sizes, draw, is_portrait, move_boxes
-from hexa_jax.evals.detection.data import open_detection
-from hexa_jax.evals.detection.metrics import Truth
-from hexa_jax.evals.detection.plans import EvaluationPlan, TrainingPlan
-from hexa_jax.mesh import make_mesh
+from hexa_jax.detection.canvases import Canvases, content_sizes, draw, is_portrait, move_boxes
+from hexa_jax.detection.data import open_detection
+from hexa_jax.detection.metrics import Truth
+from hexa_jax.detection.plans import EvaluationPlan, TrainingPlan
+from hexa_jax.parallel import processes
+from hexa_jax.parallel.mesh import make_mesh
+from hexa_jax.training.factory import ConfigError
 
 PAIRS = ((64, 96), (96, 128))
 SIDES, LIMIT = (48, 64, 80), 120
@@ -379,13 +379,13 @@ PROCESS = """
 import sys
 import jax, numpy as np
 from jax.experimental.multihost_utils import process_allgather
-from hexa_jax import hosts
-from hexa_jax.evals.detection.batches import EvaluationBatches, TrainingBatches
-from hexa_jax.evals.detection.data import open_detection
-from hexa_jax.mesh import make_mesh
+from hexa_jax.parallel import processes
+from hexa_jax.detection.batches import EvaluationBatches, TrainingBatches
+from hexa_jax.detection.data import open_detection
+from hexa_jax.parallel.mesh import make_mesh
 from test_detection_batches import settings
 spec, target = sys.argv[1:]
-hosts.join(hosts.Place())
+processes.join(processes.Place())
 whole = lambda batch: [np.asarray(process_allgather(leaf, tiled=True)) for leaf in batch]
 arrays = []
 for batch in TrainingBatches(settings(), open_detection(spec), make_mesh()).after(0, 6):
@@ -412,7 +412,7 @@ def test_two_processes_do_what_one_does(tmp_path):
 
     def start(name, count, number):
         variables = (f"127.0.0.1:{port}", str(count), str(number)) if count > 1 else ()
-        place = dict(zip(hosts.VARIABLES, variables, strict=False))
+        place = dict(zip(processes.VARIABLES, variables, strict=False))
         env = environment() | {"JAX_NUM_CPU_DEVICES": str(4 // count), "PYTHONPATH": path} | place
         return subprocess.Popen([sys.executable, "-c", PROCESS, spec, str(tmp_path / name)], env=env)
 

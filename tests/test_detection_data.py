@@ -15,8 +15,8 @@ import pytest
 from hexa_jax.data.decode import BadImage
 from hexa_jax.data.source import DataError
 from hexa_jax.data.voc import CLASSES
-from hexa_jax.evals.detection.annotations import read_annotation
-from hexa_jax.evals.detection.data import open_detection
+from hexa_jax.detection.annotations import read_annotation
+from hexa_jax.detection.data import open_detection
 
 BOX = "<bndbox><xmin>{}</xmin><ymin>{}</ymin><xmax>{}</xmax><ymax>{}</ymax></bndbox>"
 SIZE = "<size><width>{1}</width><height>{0}</height><depth>3</depth></size>"

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from hexa_jax.evals.detection.metrics import Detections, Truth, coco_metrics, voc_metrics
+from hexa_jax.detection.metrics import Detections, Truth, coco_metrics, voc_metrics
 
 NAMES = ["ant", "bee", "cow"]
 A, B, C = (0, 0, 10, 10), (20, 0, 30, 10), (0, 20, 10, 30)  # three boxes that do not touch

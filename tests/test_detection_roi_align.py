@@ -11,7 +11,7 @@ from detection_reference import pyramid_roi_align as pyramid_loop
 from detection_reference import roi_align as roi_align_loop
 from detection_reference import roi_align_weights
 
-from hexa_jax.evals.detection.roi_align import assign_levels, pyramid_roi_align, roi_align
+from hexa_jax.detection.roi_align import assign_levels, pyramid_roi_align, roi_align
 
 SCALE = 0.25
 compiled_align = jax.jit(roi_align, static_argnums=(2, 3, 4, 5))

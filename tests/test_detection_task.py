@@ -17,9 +17,9 @@ from small import small_config
 from test_detection_data import annotation, thing
 
 from hexa_jax import export, main
-from hexa_jax.checkpoint import MANIFEST, Checkpoints
-from hexa_jax.evals import training_loop
-from hexa_jax.evals.detection import task
+from hexa_jax.checkpoint.checkpointer import MANIFEST, Checkpoints
+from hexa_jax.detection import task
+from hexa_jax.evals.tasks import training_loop
 from hexa_jax.models.heads import Network
 from hexa_jax.models.norm import EVALUATION
 from hexa_jax.models.resnet import make_resnet

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from detection_weights import draw_images
 
-from hexa_jax.evals.detection.names import detector_from_torchvision
-from hexa_jax.evals.detection.rcnn import FasterRCNN as RCNN
-from hexa_jax.models.detector import Detector
+from hexa_jax.detection.detector import Detector
+from hexa_jax.detection.names import detector_from_torchvision
+from hexa_jax.detection.rcnn import FasterRCNN as RCNN
 from hexa_jax.models.resnet import make_resnet
 
 try:

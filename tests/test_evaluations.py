@@ -13,9 +13,9 @@ from configs.eval import common as evaluation
 from hexa_jax import main
 from hexa_jax.data.source import DataError
 from hexa_jax.data.sources import ArraySource
-from hexa_jax.evals import labelled
 from hexa_jax.evals.backbone import random_backbone
-from hexa_jax.evals.labelled import Extractor
+from hexa_jax.evals.tasks import labelled
+from hexa_jax.evals.tasks.labelled import Extractor
 
 DATA = {"data.source": "shapes:train", "data.eval_source": "shapes:test", "data.limit": 60}
 PIXELS = {"data.resize": 8, "data.crop": 8, "runtime.num_devices": 1, "runtime.batch_size": 32}

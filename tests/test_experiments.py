@@ -10,10 +10,10 @@ import pytest
 import scipy.stats
 from command_line import REPOSITORY, environment, finished, image_folder
 
-from hexa_jax.command import parse_command
+from hexa_jax.cli.command import parse_command
 from hexa_jax.experiments import tables
 from hexa_jax.experiments.presets import GRIDS, METHODS, PRESETS
-from hexa_jax.grid import Cell, Entry, Outcome, Stage, run_grid
+from hexa_jax.experiments.sweep import Cell, Entry, Outcome, Stage, run_grid
 
 SMALL = ("--config.data.shapes_count=64", "--config.linear.at_end=False", "--config.knn.every_epochs=0")
 

@@ -15,15 +15,15 @@ from sklearn.linear_model import LogisticRegression
 
 from configs.eval import common, finetune_cifar
 from hexa_jax import main
-from hexa_jax.build import ConfigError
-from hexa_jax.checkpoint import MANIFEST
+from hexa_jax.checkpoint.checkpointer import MANIFEST
 from hexa_jax.data.decode import resize_center_crop
 from hexa_jax.data.shapes import CLASS_NAMES, make_shapes
 from hexa_jax.data.sources import ArraySource, DataError, FolderSource
-from hexa_jax.evals import finetune, training_loop
 from hexa_jax.evals.backbone import Backbone
-from hexa_jax.evals.labelled import Features, check_classes, listed, open_both, open_split, top_k, usable
-from hexa_jax.evals.linear_features import adamax_probe
+from hexa_jax.evals.tasks import finetune, training_loop
+from hexa_jax.evals.tasks.labelled import Features, check_classes, listed, open_both, open_split, top_k, usable
+from hexa_jax.evals.tasks.linear_features import adamax_probe
+from hexa_jax.training.factory import ConfigError
 
 # ---- The Adamax probe --------------------------------------------------------------------------------------------------
 

@@ -10,7 +10,8 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 from hexa_jax import losses
-from hexa_jax.methods.base import Batch, Spec, Targets
+from hexa_jax.core.batch import Batch
+from hexa_jax.methods.base import Spec, Targets
 from hexa_jax.methods.rotation import Rotation
 from hexa_jax.methods.simclr import Candidates, SimCLR
 from hexa_jax.methods.swav import SwAV, SwAVState

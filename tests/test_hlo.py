@@ -8,7 +8,7 @@ import jax
 import pytest
 from small import small_config
 
-from hexa_jax.build import make_trainer
+from hexa_jax.training.factory import make_trainer
 from launch.program import CHIPS, collectives, estimated_cycles, microbatches_that_fit, too_large
 
 
@@ -148,7 +148,7 @@ import sys
 import jax
 from jax.experimental import topologies
 from test_hlo import check_traffic, compiled, traffic_config
-from hexa_jax.build import make_trainer
+from hexa_jax.training.factory import make_trainer
 method, microbatches = sys.argv[1], int(sys.argv[2])
 devices = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x4").devices
 trainer = make_trainer(traffic_config(method, microbatches, "bfloat16"), 1024, list(devices))

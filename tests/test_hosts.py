@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from command_line import arguments, environment, final_state, finish, lines, run, run_until, start
 
-from hexa_jax import hosts
-from hexa_jax.hosts import HostsError, Place
+from hexa_jax.parallel import processes
+from hexa_jax.parallel.processes import HostsError, Place
 
 # Two views besides the clean one, two resolutions for DeepCluster; groups and blocks that fit a quarter of the batch.
 SETTINGS = {
@@ -45,7 +45,7 @@ def start_pair(words):
     """Two processes with two devices each; the second finds its place in the variables."""
     address = f"127.0.0.1:{free_port()}"
     flags = [f"--coordinator={address}", "--num_processes=2", "--process_id=0"]
-    variables = dict(zip(hosts.VARIABLES, (address, "2", "1"), strict=True))
+    variables = dict(zip(processes.VARIABLES, (address, "2", "1"), strict=True))
     return start([*words, *flags], env=devices(2)), start(words, env=devices(2) | variables)
 
 
@@ -148,7 +148,7 @@ def test_a_killed_process_takes_the_other_with_it_and_the_pair_resumes(alone, tm
     ],
 )
 def test_launchers(variables, expected):
-    assert hosts.launcher(variables) == expected
+    assert processes.launcher(variables) == expected
 
 
 @pytest.mark.parametrize(
@@ -165,32 +165,32 @@ def test_launchers(variables, expected):
 )
 def test_mistakes_are_one_line(given, variables, message):
     with pytest.raises(HostsError) as caught:
-        hosts.join(given, variables)
+        processes.join(given, variables)
     assert message in str(caught.value) and "\n" not in str(caught.value)
 
 
 def test_flags_come_before_variables_and_variables_before_the_launcher():
     variables = {"JAX_COORDINATOR_ADDRESS": "b:2", "JAX_NUM_PROCESSES": "4", "JAX_PROCESS_ID": "3"}
-    assert hosts._complete(Place("a:1", None, 0), variables) == Place("a:1", 4, 0)
+    assert processes._complete(Place("a:1", None, 0), variables) == Place("a:1", 4, 0)
     variables = {"JAX_COORDINATOR_ADDRESS": "b:2", "OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_RANK": "1"}
-    assert hosts._complete(Place(), variables) == Place("b:2", 2, 1)
+    assert processes._complete(Place(), variables) == Place("b:2", 2, 1)
 
 
 def test_a_tpu_without_metadata_is_alone_but_a_pod_that_does_not_answer_is_an_error(monkeypatch):
     def initialize(*_, **__):
         raise problem
 
-    monkeypatch.setattr(hosts.jax.distributed, "initialize", initialize)
-    monkeypatch.setattr(hosts, "launcher", lambda environment: hosts.TPU_VM)
+    monkeypatch.setattr(processes.jax.distributed, "initialize", initialize)
+    monkeypatch.setattr(processes, "launcher", lambda environment: processes.TPU_VM)
     problem = ValueError("coordinator_address should be defined.")
-    hosts.join(Place(), {})
+    processes.join(Place(), {})
     problem = RuntimeError("DEADLINE_EXCEEDED: Barrier timed out.")
     with pytest.raises(HostsError, match="cannot join the other processes at Cloud TPU: DEADLINE_EXCEEDED"):
-        hosts.join(Place(), {})
+        processes.join(Place(), {})
 
 
 def test_one_process_alone_does_not_connect(monkeypatch):
-    monkeypatch.setattr(hosts.jax.distributed, "initialize", lambda *_, **__: pytest.fail("connected"))
-    hosts.join(Place(), {})
-    hosts.join(Place("127.0.0.1:1", 1, 0), {})
-    assert os.getpid() and hosts.first()
+    monkeypatch.setattr(processes.jax.distributed, "initialize", lambda *_, **__: pytest.fail("connected"))
+    processes.join(Place(), {})
+    processes.join(Place("127.0.0.1:1", 1, 0), {})
+    assert os.getpid() and processes.first()

@@ -13,10 +13,10 @@ from hexa_jax.data.sources import ArraySource
 from hexa_jax.evals import knn
 from hexa_jax.evals.features import EvalImages, extract, make_extractor, raw_pixels
 from hexa_jax.evals.knn import accuracy, knn_predict
-from hexa_jax.mesh import make_mesh
 from hexa_jax.models.heads import Network, ProjectionHead
 from hexa_jax.models.norm import CLEAN, EVALUATION, stats_collection
 from hexa_jax.models.resnet import ResNet
+from hexa_jax.parallel.mesh import make_mesh
 
 
 def blobs(num, classes=5, dim=6, seed=0):

@@ -10,7 +10,7 @@ import pytest
 from command_line import REPOSITORY, finished
 
 from hexa_jax import main
-from hexa_jax.evals.linear_sgd import ProbeState, probe_step
+from hexa_jax.evals.tasks.linear_sgd import ProbeState, probe_step
 
 
 def test_step_is_plain_sgd_for_each_learning_rate(x64):

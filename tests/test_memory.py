@@ -14,10 +14,12 @@ from command_line import REPOSITORY, arguments, environment, finished
 from small import small_config
 
 from configs.eval import knn as knn_config
-from hexa_jax import hosts, main, memory
-from hexa_jax.build import make_trainer, open_training_source
+from hexa_jax import main
 from hexa_jax.data.shapes import ShapesSource
-from hexa_jax.memory import (
+from hexa_jax.parallel.mesh import Layout
+from hexa_jax.training import memory
+from hexa_jax.training.factory import make_trainer, open_training_source
+from hexa_jax.training.memory import (
     Need,
     available,
     cgroup_room,
@@ -25,7 +27,6 @@ from hexa_jax.memory import (
     microbatches_that_fit,
     needed,
 )
-from hexa_jax.mesh import Layout
 
 # A step whose temporaries are large beside everything else that a process holds, told and measured.
 MEASURED = """
@@ -33,8 +34,8 @@ import json, pathlib, sys
 import jax, numpy as np
 sys.path.insert(0, "tests")
 from small import small_config
-from hexa_jax.build import make_trainer
-from hexa_jax.memory import needed
+from hexa_jax.training.factory import make_trainer
+from hexa_jax.training.memory import needed
 
 def resident(name):
     text = pathlib.Path("/proc/self/status").read_text()
@@ -219,7 +220,7 @@ def too_large_for_numpy(*_):
 def test_memory_that_runs_out_is_one_line(fail, processes, tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(main.TASKS, "pretrain", fail)
     monkeypatch.setattr(jax, "process_count", lambda: processes)
-    monkeypatch.setattr(hosts, "first", lambda: True)
+    monkeypatch.setattr(processes, "first", lambda: True)
     assert main.main(words(tmp_path / "run")) == 1
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("hexa_jax: out of memory: use --config.runtime.microbatches=N, or a smaller ")
@@ -250,7 +251,7 @@ def test_a_step_that_runs_out_leaves_the_workdir_to_the_corrected_command(tmp_pa
         return steps._replace(train=exhausted)
 
     with monkeypatch.context() as patch:
-        patch.setattr("hexa_jax.pretrain.compile_ahead", compiled)
+        patch.setattr("hexa_jax.training.loop.compile_ahead", compiled)
         assert main.main(words(tmp_path / "run")) == 1
     assert (tmp_path / "run" / "metrics.jsonl").exists()  # a first pass and a kNN were made
     assert main.main(words(tmp_path / "run", epochs=1, **{"linear.at_end": False})) == 0

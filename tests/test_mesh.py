@@ -7,8 +7,8 @@ import jax
 import numpy as np
 import pytest
 
-from hexa_jax.mesh import Layout, local_rows, make_mesh, place
 from hexa_jax.models.norm import ADVERSARIAL, CLEAN
+from hexa_jax.parallel.mesh import Layout, local_rows, make_mesh, place
 
 
 def layout_of(batch_size, microbatches, num_devices, bn_group_size, cutmix_block, shuffle_block=0):

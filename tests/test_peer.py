@@ -17,7 +17,7 @@ from benchmarks.flops import product_flops
 from benchmarks.hardware import PEAKS, add_rows, peak_of
 from benchmarks.ours import VARIANTS
 from benchmarks.turns import Refusal, Worker, WorkerError, alternate, one_after_the_other, ratio
-from hexa_jax.mesh import make_mesh
+from hexa_jax.parallel.mesh import make_mesh
 
 TINY = f"--config={REPOSITORY}/configs/tiny.py"
 

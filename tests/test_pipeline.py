@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from hexa_jax.core.batch import Batch
 from hexa_jax.data import decode
 from hexa_jax.data.augment import Photometric
 from hexa_jax.data.crops import DeviceCrops, Resolution
@@ -28,8 +29,7 @@ from hexa_jax.data.pipeline import (
 )
 from hexa_jax.data.sources import ArraySource, DataError, FolderSource
 from hexa_jax.data.subset import Subset, spread
-from hexa_jax.mesh import Layout, local_rows, make_mesh
-from hexa_jax.methods.base import Batch
+from hexa_jax.parallel.mesh import Layout, local_rows, make_mesh
 
 NUM, BATCH = 40, 16
 TWO_SIZES = (Resolution(2, 8, (0.3, 1.0)), Resolution(3, 6, (0.1, 0.4)))

@@ -5,7 +5,7 @@ import logging
 import pytest
 from small import small_config
 
-from hexa_jax import pretrain
+from hexa_jax.training import loop
 
 
 @pytest.fixture
@@ -19,13 +19,13 @@ def no_run(monkeypatch):
         def run(self):
             return {}
 
-    monkeypatch.setattr(pretrain, "_Run", Run)
+    monkeypatch.setattr(loop, "_Run", Run)
 
 
 def warnings_of(config, tmp_path, caplog):
     caplog.clear()
     with caplog.at_level(logging.WARNING):
-        pretrain.pretrain(config, tmp_path)
+        loop.pretrain(config, tmp_path)
     return [record.getMessage() for record in caplog.records]
 
 

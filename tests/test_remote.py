@@ -18,20 +18,22 @@ from official_archives import prepare, run_python, write_cifar
 from test_hosts import KINDS, assert_same, devices, free_port, what_was_learned
 from test_resume import check_same_run
 
-from hexa_jax import export, main, mirror, remote
+from hexa_jax import export, main
 from hexa_jax import prepare as preparing
-from hexa_jax.checkpoint import MANIFEST, CheckpointError, Checkpoints
+from hexa_jax.checkpoint.checkpointer import MANIFEST, CheckpointError, Checkpoints
+from hexa_jax.core.preemption import Terminated
 from hexa_jax.data.sources import DataError, make_source
 from hexa_jax.evals.backbone import load_backbone
-from hexa_jax.mirror import OWNER, Mirror
-from hexa_jax.remote import RemoteError
-from hexa_jax.stops import Terminated
+from hexa_jax.storage import gcs, workdir_sync
+from hexa_jax.storage.gcs import RemoteError
+from hexa_jax.storage.workdir_sync import OWNER, Mirror
 
 # The command line, with a short memory for owners that died.
 MAIN = """
 import sys
-from hexa_jax import main, mirror
-mirror.BEAT_SECONDS, mirror.LEASE_SECONDS = 0.3, 3
+from hexa_jax import main
+from hexa_jax.storage import workdir_sync
+workdir_sync.BEAT_SECONDS, workdir_sync.LEASE_SECONDS = 0.3, 3
 code = main.main(sys.argv)
 assert "tensorflow" not in sys.modules, "TensorFlow was imported"
 sys.exit(code)
@@ -58,8 +60,8 @@ def cloud():
 @pytest.fixture
 def quick(monkeypatch):
     """Owners in this process sign often and are missed soon."""
-    monkeypatch.setattr(mirror, "BEAT_SECONDS", 0.1)
-    monkeypatch.setattr(mirror, "LEASE_SECONDS", 2)
+    monkeypatch.setattr(workdir_sync, "BEAT_SECONDS", 0.1)
+    monkeypatch.setattr(workdir_sync, "LEASE_SECONDS", 2)
 
 
 def start_on(machine, words, env=None):
@@ -122,7 +124,7 @@ def test_a_run_moves_to_another_machine(cloud, tmp_path):
 
 
 def test_sigterm_uploads_too(cloud):
-    with pytest.raises(Terminated), mirror.local_workdir(f"gs://{NAME}/terminated") as folder:
+    with pytest.raises(Terminated), workdir_sync.local_workdir(f"gs://{NAME}/terminated") as folder:
         (pathlib.Path(folder) / "part.npz").write_text("so far")
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(10)
@@ -216,7 +218,7 @@ def test_damaged_and_unfinished_checkpoints_do_not_count(cloud, caplog):
 
 def test_storage_may_fail_for_a_while(cloud, tmp_path):
     tree = {"a": np.arange(1000.0)}
-    with mirror.local_workdir(f"gs://{NAME}/outage") as folder:
+    with workdir_sync.local_workdir(f"gs://{NAME}/outage") as folder:
         checkpoints = Checkpoints(f"{folder}/checkpoints")
         checkpoints.save(1, tree)
         checkpoints.wait()
@@ -389,7 +391,7 @@ def test_tfds_data_are_read_in_place_without_tensorflow(cloud, cifar):
 
 
 def test_data_that_do_not_fit_are_refused(cloud, cifar, tmp_path, monkeypatch):
-    monkeypatch.setattr(remote.shutil, "disk_usage", lambda path: type("", (), {"free": 1000}))
+    monkeypatch.setattr(gcs.shutil, "disk_usage", lambda path: type("", (), {"free": 1000}))
     with pytest.raises((DataError, RemoteError), match=r"does not fit.*config\.runtime\.data_cache"):
         make_source("tfds:cifar10", data_dir=f"gs://{NAME}/data", data_cache=str(tmp_path))
 

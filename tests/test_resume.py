@@ -25,7 +25,7 @@ from command_line import (
 from small import SmallRun, largest_difference, small_config
 
 from hexa_jax import main
-from hexa_jax.checkpoint import MANIFEST, Checkpoints
+from hexa_jax.checkpoint.checkpointer import MANIFEST, Checkpoints
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -11,12 +11,12 @@ from command_line import REPOSITORY, finished, image_folder
 from command_line import run as run_process
 
 from hexa_jax import main
-from hexa_jax.evals import robustness
 from hexa_jax.evals.corruptions import CORRUPTIONS, STRENGTHS
 from hexa_jax.evals.knn import knn_predict, vote_logits
 from hexa_jax.evals.linear import fit_linear
-from hexa_jax.evals.readouts import knn_readout, linear_readout
-from hexa_jax.evals.robustness import attacked, judge_predictions
+from hexa_jax.evals.tasks import robustness
+from hexa_jax.evals.tasks.readouts import knn_readout, linear_readout
+from hexa_jax.evals.tasks.robustness import attacked, judge_predictions
 
 
 def random_images(count, seed=0, low=0.2, high=0.8):

@@ -12,11 +12,11 @@ import pytest
 from PIL import Image
 
 from configs import common
-from hexa_jax.build import open_training_source
 from hexa_jax.data import sources
 from hexa_jax.data.decode import BadImage, decode
 from hexa_jax.data.shapes import ShapesSource, make_shapes
 from hexa_jax.data.sources import ArraySource, DataError, FolderSource, load_arrays, make_source
+from hexa_jax.training.factory import open_training_source
 
 
 def write_image(path, value: int = 100) -> None:

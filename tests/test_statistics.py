@@ -8,10 +8,10 @@ import pytest
 from small import SmallRun, largest_difference, small_config
 
 from configs import cifar10_moco_v2, imagenette_swav, moco_v2
-from hexa_jax.inputs import Input
-from hexa_jax.pretrain import pretrain
-from hexa_jax.runs import open_run
-from hexa_jax.workdir import open_workdir
+from hexa_jax.storage.workdir import open_workdir
+from hexa_jax.training.input import Input
+from hexa_jax.training.load_run import open_run
+from hexa_jax.training.loop import pretrain
 
 
 def mean_moments(steps, state, batches, count):

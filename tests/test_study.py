@@ -13,14 +13,13 @@ import numpy as np
 import pytest
 from command_line import environment
 
-from hexa_jax import grid
-from hexa_jax.build import make_trainer
-from hexa_jax.command import parse_command
-from hexa_jax.experiments import study_command
+from hexa_jax.cli.command import parse_command
+from hexa_jax.experiments import study_command, sweep
 from hexa_jax.experiments.__main__ import main
 from hexa_jax.experiments.study import PARTS, PRESETS, SEEDS, STAGES, Base, Study, longer_epochs
 from hexa_jax.experiments.study_page import page
-from hexa_jax.grid import GridError
+from hexa_jax.experiments.sweep import GridError
+from hexa_jax.training.factory import make_trainer
 
 WHOLE = [Study(part, "cifar10") for part in PARTS]
 
@@ -147,7 +146,7 @@ class Trained:
 def trained(monkeypatch, tmp_path):
     """No run is trained and no data are read; the commit is always the same."""
     program = Trained()
-    monkeypatch.setattr(grid.subprocess, "run", program)
+    monkeypatch.setattr(sweep.subprocess, "run", program)
     monkeypatch.setattr(study_command, "commit", lambda: "abc1234")
     monkeypatch.setattr(study_command, "_check_data", lambda study: None)
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "compiled"))

@@ -14,9 +14,9 @@ from ml_collections import ConfigDict
 
 from configs.eval import knn as any_evaluation
 from hexa_jax import main
-from hexa_jax.checkpoint import Checkpoints
-from hexa_jax.evals.training_loop import TrainingLoop
-from hexa_jax.stops import Diverged, Interruptible, Terminated
+from hexa_jax.checkpoint.checkpointer import Checkpoints
+from hexa_jax.core.preemption import Diverged, Interruptible, Terminated
+from hexa_jax.evals.tasks.training_loop import TrainingLoop
 
 TOTAL, STEPS_PER_EPOCH = 8, 3  # two epochs, and two steps of a third
 

@@ -21,9 +21,9 @@ from command_line import environment, lines
 from small import SmallRun, largest_difference, small_config
 
 from configs import common
-from hexa_jax.build import ConfigError, make_scheme, make_trainer, scheme_views
-from hexa_jax.inputs import Input
 from hexa_jax.methods.simclr import Candidates, SimCLR
+from hexa_jax.training.factory import ConfigError, make_scheme, make_trainer, scheme_views
+from hexa_jax.training.input import Input
 from hexa_jax.views import VIEWS, Attack, adversarial
 from hexa_jax.views.extra import Extra
 from hexa_jax.views.hard_crop import HardCrop

@@ -16,12 +16,12 @@ from safetensors.numpy import load_file, save_file
 from small import small_config
 
 from hexa_jax import export
-from hexa_jax.checkpoint import CheckpointError, Checkpoints
+from hexa_jax.checkpoint.checkpointer import CheckpointError, Checkpoints
 from hexa_jax.evals.backbone import IMAGENET_MEAN, IMAGENET_STD, load_backbone
 from hexa_jax.models.heads import Network, ProjectionHead
 from hexa_jax.models.norm import EVALUATION
 from hexa_jax.models.resnet import ResNet, make_resnet
-from hexa_jax.weights import (
+from hexa_jax.models.weights import (
     Architecture,
     WeightsError,
     architecture_of,

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 import configs.common
-from hexa_jax import workdir
-from hexa_jax.workdir import Metrics, WorkdirError, abandon, closest, flatten, held, open_workdir, write_json
+from hexa_jax.storage import workdir
+from hexa_jax.storage.workdir import Metrics, WorkdirError, abandon, closest, flatten, held, open_workdir, write_json
 
 
 @pytest.fixture
@@ -271,7 +271,7 @@ def test_a_second_run_is_refused_until_the_first_ends_however_it_ends(tmp_path):
     folder = tmp_path / "run"
     code = f"""
 import sys, time
-from hexa_jax.workdir import held
+from hexa_jax.storage.workdir import held
 with held({str(folder)!r}):
     print("in", flush=True)
     time.sleep(600)

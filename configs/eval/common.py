@@ -25,7 +25,7 @@ def get_config(task: str) -> ml_collections.ConfigDict:
     data.source = ""  # labelled training examples; empty: those of the pre-training run
     data.eval_source = ""  # held-out ones
     data.labels = "auto"  # folder:DIR: whether its sub-folders are the classes: auto, folders or none
-    data.resize = 0  # short side in pixels; 0: as the network was trained, see hexa_jax/evals/image_size.py
+    data.resize = 0  # short side in pixels; 0: as the network was trained, see hexa_jax/evals/tasks/image_size.py
     data.crop = 0  # centre crop in pixels, likewise
     data.squash = False  # the whole image, squashed to data.crop x data.crop, instead of its centre
     data.limit = 0  # training examples, spread evenly over the data set; 0: all

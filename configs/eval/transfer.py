@@ -7,7 +7,7 @@ Time:      that of one forward pass over all images, and of the fits: not measur
 Expected:  transfer.md in the workdir, one row per data set and read-out, with random weights beside; pictures in its report folder.
 
 The read-out is the same throughout: multinomial logistic regression (L-BFGS) on features that are standardized with the mean
-and deviation of all training features, which needs no label. Draws of few images are nested: the first image of a class is
+and deviation of all training features, which needs no label. Rngs of few images are nested: the first image of a class is
 among the two, the two among the four, and so on. Settings are fixed beforehand; nothing is chosen on test images.
 """
 

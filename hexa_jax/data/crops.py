@@ -9,9 +9,9 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
+from hexa_jax.core.batch import Batch
 from hexa_jax.data.augment import Photometric, augment
 from hexa_jax.data.device_crop import random_resized_crop
-from hexa_jax.methods.base import Batch
 
 GEOMETRY, PHOTOMETRY = 0, 1
 

@@ -21,11 +21,11 @@ import jax
 import numpy as np
 from absl import flags
 
+from hexa_jax.core.batch import Batch
 from hexa_jax.data.crops import Resolution, crop_number
 from hexa_jax.data.decode import BadImage, crop_generator, decode, random_resized_crop
 from hexa_jax.data.source import DataError
-from hexa_jax.mesh import Layout, place
-from hexa_jax.methods.base import Batch
+from hexa_jax.parallel.mesh import Layout, place
 
 ORDER_STREAM, SHUFFLE_STREAM = 1, 2
 WORKER_DEATHS = 3  # after which a run gives up

@@ -14,7 +14,7 @@ from hexa_jax.data.decode import BadImage
 from hexa_jax.data.shapes import ShapesSource
 from hexa_jax.data.source import DataError, Source, checked_index, one_line
 from hexa_jax.data.tfds_source import TfdsSource
-from hexa_jax.remote import fetch_file, is_remote
+from hexa_jax.storage.gcs import fetch_file, is_remote
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif")
 FOLDER_LABELS = ("auto", "folders", "none")

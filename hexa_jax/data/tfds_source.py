@@ -9,7 +9,7 @@ import numpy as np
 
 from hexa_jax.data.decode import BadImage
 from hexa_jax.data.source import DataError, checked_index, one_line
-from hexa_jax.remote import fetch, files, filesystem, is_remote
+from hexa_jax.storage.gcs import fetch, files, filesystem, is_remote
 
 
 class TfdsSource:

@@ -11,12 +11,13 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 from safetensors import safe_open
 
-from hexa_jax import remote
-from hexa_jax.checkpoint import CheckpointError, Checkpoints
+from hexa_jax.checkpoint.checkpointer import CheckpointError, Checkpoints
+from hexa_jax.core import console
 from hexa_jax.models.heads import Network
 from hexa_jax.models.norm import CLEAN, EVALUATION, NormMode, stats_collection
 from hexa_jax.models.resnet import make_resnet
-from hexa_jax.weights import WeightsError, architecture_of, from_torchvision, read_weights
+from hexa_jax.models.weights import WeightsError, architecture_of, from_torchvision, read_weights
+from hexa_jax.storage import gcs
 
 RANDOM = "random"
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -64,7 +65,7 @@ def load_backbone(checkpoint: str, **random: Any) -> Backbone:
     """
     if checkpoint == RANDOM:
         return random_backbone(**random)
-    path = remote.path_of(checkpoint)
+    path = gcs.path_of(checkpoint)
     config = _config_of_run(checkpoint)
     if config is None:
         return _from_file(path)
@@ -91,7 +92,7 @@ def check_checkpoint(checkpoint: str) -> None:
     """
     if checkpoint == RANDOM or _config_of_run(checkpoint) is None:
         return
-    if not Checkpoints(remote.path_of(checkpoint) / "checkpoints").steps():
+    if not Checkpoints(gcs.path_of(checkpoint) / "checkpoints").steps():
         raise CheckpointError(f"checkpoint {checkpoint!r} has no checkpoint yet")
 
 
@@ -101,12 +102,12 @@ def _config_of_run(checkpoint: str) -> ConfigDict | None:
     Raises:
         CheckpointError: it is neither.
     """
-    path = remote.path_of(checkpoint)
-    with remote.told(checkpoint):
-        if remote.exists(path):
+    path = gcs.path_of(checkpoint)
+    with gcs.told(checkpoint):
+        if gcs.exists(path):
             return None
         saved = path / "config.json"
-        if not remote.exists(saved):
+        if not gcs.exists(saved):
             raise CheckpointError(
                 f"checkpoint {checkpoint!r} is neither a file nor the workdir of a run: it has no config.json"
             )
@@ -143,10 +144,10 @@ def random_backbone(
 
 
 def _from_file(path: Any) -> Backbone:
-    if remote.is_remote(path):
+    if gcs.is_remote(path):
         with tempfile.TemporaryDirectory() as folder:
-            remote.mirrors[folder] = str(path.parent)  # for messages
-            list(remote.copies(str(path.parent), pathlib.Path(folder), {path.name: path.stat().length}))
+            console.aliases[folder] = str(path.parent)  # for messages
+            list(gcs.copies(str(path.parent), pathlib.Path(folder), {path.name: path.stat().length}))
             return _from_file(pathlib.Path(folder) / path.name)
     arrays = read_weights(str(path))
     try:

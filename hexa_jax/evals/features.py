@@ -11,11 +11,11 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from hexa_jax import hosts
 from hexa_jax.data.decode import BadImage, decode, resize, resize_center_crop, resize_short_side
 from hexa_jax.data.source import Source
 from hexa_jax.models.heads import Network
 from hexa_jax.models.norm import CLEAN, EVALUATION, stats_collection
+from hexa_jax.parallel import processes
 
 _NOT_READ = -2  # in place of a label
 
@@ -129,8 +129,8 @@ class EvalImages:
         labels: np.ndarray = self._labels  # type: ignore[attr-defined]
         for number, (local, count) in enumerate(self.batches(batch_size, threads, start, columns)):
             positions = slice(start + number * batch_size, start + number * batch_size + count)
-            labels[positions] = hosts.largest(labels[positions])
-            missed = hosts.largest(np.isin(self.indices[positions], list(self.unreadable)).astype(np.int32))
+            labels[positions] = processes.largest(labels[positions])
+            missed = processes.largest(np.isin(self.indices[positions], list(self.unreadable)).astype(np.int32))
             self.unreadable.update(self.indices[positions][missed > 0].tolist())
             yield jax.make_array_from_process_local_data(sharding, local, shape), count
 

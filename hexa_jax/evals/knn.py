@@ -11,7 +11,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from hexa_jax.mesh import make_mesh
+from hexa_jax.parallel.mesh import make_mesh
 
 QUERIES = 256  # rows of a chunk of queries
 BANK_ROWS = 16_384  # rows of the bank whose similarities exist at a time, per device

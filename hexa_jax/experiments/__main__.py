@@ -18,15 +18,15 @@ import pathlib
 import sys
 from collections.abc import Sequence
 
-from hexa_jax.arguments import Parser
+from hexa_jax.core.arguments import Parser
+from hexa_jax.core.console import say
 from hexa_jax.experiments import study_command
 from hexa_jax.experiments.figures import FIGURES
 from hexa_jax.experiments.gallery import draw_gallery
 from hexa_jax.experiments.presets import CONTROL, GRIDS, METHODS, PLAIN, PRESETS
+from hexa_jax.experiments.sweep import GridError, Outcome, run_grid
 from hexa_jax.experiments.tables import factors_of, markdown, write_csv
-from hexa_jax.grid import GridError, Outcome, run_grid
-from hexa_jax.progress import say
-from hexa_jax.remote import is_remote
+from hexa_jax.storage.gcs import is_remote
 
 
 def main(argv: list[str]) -> int:

@@ -11,8 +11,8 @@ import scipy.stats
 from matplotlib.figure import Figure
 
 from hexa_jax.experiments.presets import BETAS, CONTROL, PLAIN, STRENGTHS
+from hexa_jax.experiments.sweep import Outcome
 from hexa_jax.experiments.tables import METRICS, Summary, summarise
-from hexa_jax.grid import Outcome
 
 GREY, COLOURS = "#999999", matplotlib.colormaps["tab10"].colors  # type: ignore[attr-defined]
 

@@ -18,10 +18,10 @@ from hexa_jax.data.decode import decode, resize_center_crop
 from hexa_jax.data.source import Source
 from hexa_jax.data.subset import spread
 from hexa_jax.experiments.figures import save
-from hexa_jax.inputs import Input
-from hexa_jax.report import perturbation
-from hexa_jax.runs import OpenedRun, open_run
-from hexa_jax.training.objective import PICTURES, UNATTACKED, Shown
+from hexa_jax.report.page import perturbation
+from hexa_jax.training.input import Input
+from hexa_jax.training.load_run import OpenedRun, open_run
+from hexa_jax.views.preview import PICTURES, UNATTACKED, ViewPreview
 
 SIDE = 128  # pixels of thumbnails
 MEMBERS = 3  # images that show a pseudo-label
@@ -41,7 +41,7 @@ def draw_gallery(run_folder: pathlib.Path, workdir: pathlib.Path) -> list[pathli
     return [*_gallery(run, whole, workdir, name), *_projection(whole, workdir, f"{name}_space")]
 
 
-def _gallery(run: OpenedRun, shown: Shown, workdir: pathlib.Path, name: str) -> list[pathlib.Path]:
+def _gallery(run: OpenedRun, shown: ViewPreview, workdir: pathlib.Path, name: str) -> list[pathlib.Path]:
     views = {view: np.clip(crops[0][:, 0], 0, 1) for view, crops in shown.images.items()}
     clean, adversarial = views["clean"], views["adversarial"]
     delta, radius = perturbation(clean, adversarial)
@@ -97,7 +97,9 @@ def _padded(pictures: list[Any]) -> list[Any]:
     return (pictures + [None] * MEMBERS)[:MEMBERS]
 
 
-def _pseudo_labels(run: OpenedRun, shown: Shown) -> tuple[np.ndarray, np.ndarray, Callable[[int, int], list[Any]]]:
+def _pseudo_labels(
+    run: OpenedRun, shown: ViewPreview
+) -> tuple[np.ndarray, np.ndarray, Callable[[int, int], list[Any]]]:
     """Nearest pseudo-label of each row's first crop when clean and when attacked, [B] each; and what shows a label's meaning."""
     clean, adversarial = shown.outputs[UNATTACKED][:, 0], shown.outputs["adversarial"][:, 0]
     method = run.config.method
@@ -130,7 +132,7 @@ def _thumbnail(source: Source, index: int) -> np.ndarray:
     return resize_center_crop(pixels, SIDE, SIDE)
 
 
-def _projection(shown: Shown, workdir: pathlib.Path, name: str) -> list[pathlib.Path]:
+def _projection(shown: ViewPreview, workdir: pathlib.Path, name: str) -> list[pathlib.Path]:
     """Fig. 1(b): embeddings of clean, adversarial and cut-mixed views on the first two principal axes of the clean ones."""
     views = {view: np.asarray(z[:, 0], np.float64) for view, z in shown.outputs.items() if view in shown.images}
     axes = PCA(2).fit(views["clean"])

@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
-from hexa_jax.grid import Cell, Entry, GridError, Stage
+from hexa_jax.experiments.sweep import Cell, Entry, GridError, Stage
 
 Settings = Mapping[str, Any]
 

@@ -30,15 +30,15 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
-from hexa_jax.arguments import Parser
+from hexa_jax.core.arguments import Parser
+from hexa_jax.core.console import say
 from hexa_jax.data.source import DataError
 from hexa_jax.data.sources import make_source
 from hexa_jax.experiments.study import METRIC, PARTS, PRESETS, SECONDARY, STAGES, Study
 from hexa_jax.experiments.study_page import draw, page
-from hexa_jax.grid import ROOT, Cell, GridError, run_grid
-from hexa_jax.progress import say
-from hexa_jax.remote import RemoteError, is_remote
-from hexa_jax.workdir import write_json
+from hexa_jax.experiments.sweep import ROOT, Cell, GridError, run_grid
+from hexa_jax.storage.gcs import RemoteError, is_remote
+from hexa_jax.storage.workdir import write_json
 
 KEPT = (METRIC, SECONDARY, "step", "epochs")  # of a run's result
 

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import scipy.stats
 
-from hexa_jax.grid import Outcome
+from hexa_jax.experiments.sweep import Outcome
 
 SEED = "seed"
 METRICS = {  # columns of the table, where a run has them

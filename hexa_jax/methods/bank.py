@@ -12,8 +12,9 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
+from hexa_jax.core.batch import Batch
 from hexa_jax.kmeans import Clustering, distances_by_cluster, spherical_kmeans
-from hexa_jax.methods.base import Batch, Spec
+from hexa_jax.methods.base import Spec
 
 SPLIT = P(None, "data")
 

@@ -10,7 +10,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from hexa_jax.methods.base import Batch, Encode, LabelsBeforeStep, Spec, Targets
+from hexa_jax.core.batch import Batch
+from hexa_jax.methods.base import Encode, LabelsBeforeStep, Spec, Targets
 from hexa_jax.models.heads import ProjectionHead
 
 

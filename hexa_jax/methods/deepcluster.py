@@ -10,9 +10,10 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
+from hexa_jax.core.batch import Batch
 from hexa_jax.losses import prototype_cross_entropy
 from hexa_jax.methods.bank import Bank, describe_clusters
-from hexa_jax.methods.base import Batch, Encode, LabelsBeforeStep, Spec, Targets
+from hexa_jax.methods.base import Encode, LabelsBeforeStep, Spec, Targets
 
 
 class DeepClusterState(NamedTuple):

@@ -6,8 +6,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from hexa_jax.core.batch import Batch
 from hexa_jax.losses import info_nce
-from hexa_jax.methods.base import Batch, Encode, LabelsBeforeStep, Spec, Targets
+from hexa_jax.methods.base import Encode, LabelsBeforeStep, Spec, Targets
 
 
 class MoCoState(NamedTuple):

@@ -10,7 +10,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from hexa_jax.methods.base import Batch, LabelsFromOutputs, Spec, Targets
+from hexa_jax.core.batch import Batch
+from hexa_jax.methods.base import LabelsFromOutputs, Spec, Targets
 
 
 class Candidates(NamedTuple):

@@ -11,7 +11,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from hexa_jax.methods.base import Batch, Encode, LabelsBeforeStep, Spec, Targets
+from hexa_jax.core.batch import Batch
+from hexa_jax.methods.base import Encode, LabelsBeforeStep, Spec, Targets
 
 
 @dataclasses.dataclass(frozen=True)

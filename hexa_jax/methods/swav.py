@@ -11,8 +11,9 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
+from hexa_jax.core.batch import Batch
 from hexa_jax.losses import sinkhorn
-from hexa_jax.methods.base import Batch, LabelsFromOutputs, Spec, Targets
+from hexa_jax.methods.base import LabelsFromOutputs, Spec, Targets
 
 
 class SwAVState(NamedTuple):

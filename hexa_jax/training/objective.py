@@ -16,19 +16,18 @@ from typing import Any, NamedTuple, Protocol
 import jax
 import jax.numpy as jnp
 
-from hexa_jax import draws
-from hexa_jax.draws import Draws
-from hexa_jax.mesh import Layout
-from hexa_jax.methods.base import Batch, Method
+from hexa_jax.core.batch import Batch
+from hexa_jax.core.rngs import Purpose, Rngs, purpose_of
+from hexa_jax.methods.base import Method
 from hexa_jax.models.heads import Network
 from hexa_jax.models.norm import CLEAN
+from hexa_jax.parallel.mesh import Layout
 from hexa_jax.training.microbatch import accumulate
 from hexa_jax.views import Attack, HardView, View, adversarial
 from hexa_jax.views.base import OWN_CROP, block_permutation
+from hexa_jax.views.preview import PICTURES, UNATTACKED, ViewPreview
 from hexa_jax.views.scheme import Scheme
 
-UNATTACKED = "unattacked"  # clean crops through the adversarial BatchNorm set, to compare adversarial ones with
-PICTURES = 8  # rows of images in a preview
 Views = tuple[HardView, ...]
 
 
@@ -80,30 +79,6 @@ class Gradients(NamedTuple):
     outputs: jax.Array
 
 
-class Shown(NamedTuple):
-    """Views to look at; leaves [N, ...], images at most PICTURES rows.
-
-    Attributes:
-        images: per view, per resolution [N, V, S, S, 3].
-        mask: per resolution bool [N, V, S, S, 1], where the first cut-mixed view shows the partner; () without one.
-        lam: per mixed view [N, V], the share of the image itself.
-        row: int32 position in the step's batch.
-        partner: int32, that of the partner in mixed views; its own without such views.
-        index: int32 example.
-        outputs: per view, and UNATTACKED where there is an attack, [N, V, D].
-        y: pseudo-labels.
-    """
-
-    images: dict[str, Any]
-    mask: Any
-    lam: dict[str, jax.Array]
-    row: jax.Array
-    partner: jax.Array
-    index: jax.Array
-    outputs: dict[str, jax.Array]
-    y: Any
-
-
 @dataclasses.dataclass(frozen=True)
 class Objective:
     """The objective of a method that knows its pseudo-labels before the step, as a function of parameters and rows."""
@@ -116,7 +91,7 @@ class Objective:
 
     # ---- One device ---------------------------------------------------------------------------------------------------
 
-    def device_gradients(self, params: Any, inputs: Inputs, rngs: Draws, data: jax.Array | None) -> Gradients:
+    def device_gradients(self, params: Any, inputs: Inputs, rngs: Rngs, data: jax.Array | None) -> Gradients:
         """Gradients of one device's rows [M, n, ...]; moments are averaged over microbatches.
 
         The set of active views changes at each start epoch; `lax.switch` selects the branch of the current phase.
@@ -143,7 +118,7 @@ class Objective:
         )
 
     def _phase_gradients(
-        self, views: Views, params: Any, inputs: Inputs, rngs: Draws, data: jax.Array | None
+        self, views: Views, params: Any, inputs: Inputs, rngs: Rngs, data: jax.Array | None
     ) -> Gradients:
         def one(leaves: Any) -> tuple[Any, jax.Array]:
             batch, y, weight = leaves
@@ -155,10 +130,10 @@ class Objective:
         moments = jax.tree.map(lambda m: m / len(inputs.weight), moments)
         return Gradients(grads, moments, losses, outputs)
 
-    def device_preview(self, params: Any, inputs: Inputs, rngs: Draws, data: jax.Array | None) -> Shown:
+    def device_preview(self, params: Any, inputs: Inputs, rngs: Rngs, data: jax.Array | None) -> ViewPreview:
         """All views of one device's rows [M, n, ...], to look at."""
 
-        def one(leaves: Any) -> tuple[Any, Shown]:
+        def one(leaves: Any) -> tuple[Any, ViewPreview]:
             batch, y, weight = leaves
             rows = inputs._replace(batch=batch, y=y, weight=weight)
             context = StepContext(self, params, self.online_crops(batch, rngs, data), rows, rngs, data)
@@ -170,7 +145,7 @@ class Objective:
 
     # ---- One microbatch -----------------------------------------------------------------------------------------------
 
-    def gradients(self, views: Views, params: Any, inputs: Inputs, rngs: Draws, data: jax.Array | None) -> Gradients:
+    def gradients(self, views: Views, params: Any, inputs: Inputs, rngs: Rngs, data: jax.Array | None) -> Gradients:
         """Gradients of equation 10 for N rows: the clean pass, and each of `views`."""
         x = self.online_crops(inputs.batch, rngs, data)
         rows = self.rows_of(views)
@@ -178,13 +153,13 @@ class Objective:
         added_attacks = any(view.attacks and not view.replace for view in views)
         # Where the attack shares the clean pass, one backward gives both gradients.
         shared = added_attacks and kept.whole and self.scheme.attack.shares_gradient
-        result, at_crops = self._clean_gradients(params, whole.of_rows(kept), shared)
+        result, at_crops = self._clean_gradients(params, whole.per_row_keys(kept), shared)
         whole = dataclasses.replace(whole, outputs=result.outputs, attack_gradient=at_crops)
         if added_attacks:
             whole = dataclasses.replace(whole, attacked=self.attacked(params, whole))
         outputs = {CLEAN: result.outputs}
         for view in views:
-            context = whole.of_rows(rows[view.name]) if view.replace else whole
+            context = whole.per_row_keys(rows[view.name]) if view.replace else whole
             if view.replace and view.attacks:
                 context = dataclasses.replace(context, attacked=self.attacked(params, context))
             result, outputs[view.name] = self.add_view(result, view, context)
@@ -255,15 +230,15 @@ class Objective:
         return self.network.apply({"params": network_params}, crops, mode, predict=False, mutable=["moments"])[0]
 
     def online_crops(
-        self, batch: Batch, rngs: Draws, data: jax.Array | None, crop_set: int = 0
+        self, batch: Batch, rngs: Rngs, data: jax.Array | None, crop_set: int = 0
     ) -> tuple[jax.Array, ...]:
         """Augmented crops that the network learns from."""
-        crops = self.crops.online(rngs.of_examples(draws.AUGMENT, batch.index), batch, data, crop_set)
-        return self.method.prepare(rngs.of_examples(draws.TASK, batch.index), crops)
+        crops = self.crops.online(rngs.per_example_keys(Purpose.AUGMENT, batch.index), batch, data, crop_set)
+        return self.method.prepare(rngs.per_example_keys(Purpose.TASK, batch.index), crops)
 
-    def key_crops(self, batch: Batch, rngs: Draws, data: jax.Array | None) -> jax.Array:
+    def key_crops(self, batch: Batch, rngs: Rngs, data: jax.Array | None) -> jax.Array:
         """Augmented crops [N, 1, H, W, 3] that only the target encoder sees."""
-        return self.crops.target(rngs.of_examples(draws.AUGMENT, batch.key_index), batch, data)
+        return self.crops.target(rngs.per_example_keys(Purpose.AUGMENT, batch.key_index), batch, data)
 
     def attacked(self, params: Any, context: "StepContext") -> Any:
         """The context's crops after the attack on their own pseudo-labels; no statistics are written."""
@@ -273,7 +248,7 @@ class Objective:
             return self.row_losses(params, View(x), inputs, attack.norm_set)[0]
 
         return adversarial(
-            context.rngs.of_examples(draws.ATTACK, inputs.batch.index),
+            context.rngs.per_example_keys(Purpose.ATTACK, inputs.batch.index),
             context.crops,
             losses,
             epsilon=attack.epsilon,
@@ -311,7 +286,7 @@ class Objective:
                 first += count
         return {CLEAN: RowShare(first, unit, unit)} | rows
 
-    def preview(self, context: "StepContext") -> Shown:
+    def preview(self, context: "StepContext") -> ViewPreview:
         """What a step learns from once all views count, to look at: PICTURES rows of images, all rows of outputs."""
         views = {view: view.make(dataclasses.replace(context, view=view)) for view in self.scheme.views}
         images = {CLEAN: context.crops} | {view.name: made.crops for view, made in views.items()}
@@ -326,7 +301,7 @@ class Objective:
         lam = {view.name: made.lam for view, made in views.items() if made.lam is not None}
         cut = lambda tree: jax.tree.map(lambda leaf: leaf[:PICTURES], tree)  # noqa: E731
         index = context.inputs.batch.index
-        return Shown(cut(images), cut(mask), lam, row, row[partner], index, outputs, context.inputs.y)
+        return ViewPreview(cut(images), cut(mask), lam, row, row[partner], index, outputs, context.inputs.y)
 
 
 class RowShare(NamedTuple):
@@ -388,7 +363,7 @@ class StepContext:
     params: Any
     crops: tuple[jax.Array, ...]
     inputs: Inputs
-    rngs: Draws
+    rngs: Rngs
     data: jax.Array | None
     view: HardView | None = None
     rows: RowShare | None = None
@@ -396,7 +371,7 @@ class StepContext:
     attack_gradient: Any = None
     attacked: Any = ()
 
-    def of_rows(self, rows: RowShare) -> "StepContext":
+    def per_row_keys(self, rows: RowShare) -> "StepContext":
         """The same for some of the rows."""
         if rows.whole:
             return self
@@ -412,18 +387,18 @@ class StepContext:
 
     def keys(self, purpose: str) -> jax.Array:
         """Typed PRNG keys [N], a function of (seed, purpose, epoch, example) only."""
-        return self.rngs.of_examples(draws.purpose_of(purpose), self.inputs.batch.index)
+        return self.rngs.per_example_keys(purpose_of(purpose), self.inputs.batch.index)
 
     def step_key(self, purpose: str) -> jax.Array:
         """A typed PRNG key, a function of (seed, purpose, step) only."""
-        return self.rngs.of_rows(draws.purpose_of(purpose), jnp.zeros(1, jnp.int32))[0]
+        return self.rngs.per_row_keys(purpose_of(purpose), jnp.zeros(1, jnp.int32))[0]
 
     def partners(self) -> jax.Array:
         """int32 [N], partners from the same block of rows, hence from the same device; keyed by (seed, step, block)."""
         row, block = self.inputs.batch.row, self.objective.layout.cutmix_block
         if self.rows is not None:
             block = block * (self.rows.stop - self.rows.first) // self.rows.unit
-        keys = self.rngs.of_rows(draws.PARTNER, row[::block])
+        keys = self.rngs.per_row_keys(Purpose.PARTNER, row[::block])
         return block_permutation(keys, row.shape[0], block)
 
     def new_crops(self, number: int) -> tuple[jax.Array, ...]:

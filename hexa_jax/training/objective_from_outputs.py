@@ -19,12 +19,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from hexa_jax import draws
-from hexa_jax.draws import Draws
-from hexa_jax.methods.base import Batch, LabelsFromOutputs, Targets
+from hexa_jax.core.batch import Batch
+from hexa_jax.core.rngs import Purpose, Rngs
+from hexa_jax.methods.base import LabelsFromOutputs, Targets
 from hexa_jax.models.norm import CLEAN
 from hexa_jax.training.microbatch import accumulate, map_with_recompute
-from hexa_jax.training.objective import Gradients, Inputs, Objective, Shown, StepContext, Views
+from hexa_jax.training.objective import Gradients, Inputs, Objective, StepContext, Views
+from hexa_jax.views.preview import ViewPreview
 
 Again = Callable[[Any], tuple[Any, Any]]
 
@@ -63,7 +64,7 @@ class ObjectiveFromOutputs(Objective):
         return name == CLEAN or super().has_pass(name, step)
 
     def _phase_gradients(
-        self, views: Views, params: Any, inputs: Inputs, rngs: Draws, data: jax.Array | None
+        self, views: Views, params: Any, inputs: Inputs, rngs: Rngs, data: jax.Array | None
     ) -> Gradients:
         step = _Step(self, views, params, inputs, rngs, data)
         known, clean_again, attack_again = step.first_phases()
@@ -81,11 +82,11 @@ class ObjectiveFromOutputs(Objective):
         moments = jax.tree.map(lambda m: m / len(inputs.weight), moments)
         return Gradients(grads, moments, {CLEAN: known.loss} | losses, known.outputs)
 
-    def device_preview(self, params: Any, inputs: Inputs, rngs: Draws, data: jax.Array | None) -> Shown:
+    def device_preview(self, params: Any, inputs: Inputs, rngs: Rngs, data: jax.Array | None) -> ViewPreview:
         step = _Step(self, self.scheme.views, params, inputs, rngs, data)
         known, clean_again, attack_again = step.first_phases()
 
-        def one(leaves: Any) -> tuple[Any, Shown]:
+        def one(leaves: Any) -> tuple[Any, ViewPreview]:
             return (), self.preview(step.context(leaves, known, clean_again, attack_again)[0])
 
         return accumulate(one, step.leaves(known))[1]
@@ -99,7 +100,7 @@ class _Step:
     views: Views
     params: Any
     inputs: Inputs
-    rngs: Draws
+    rngs: Rngs
     data: jax.Array | None
 
     # ---- The whole step -----------------------------------------------------------------------------------------------
@@ -174,7 +175,7 @@ class _Step:
             batch, iterate = leaves
             x = objective.online_crops(batch, self.rngs, self.data)
             if not iterate:
-                iterate = attack.start(self.rngs.of_examples(draws.ATTACK, batch.index), x)
+                iterate = attack.start(self.rngs.per_example_keys(Purpose.ATTACK, batch.index), x)
             forward = lambda x: objective.forward(self.params, x, attack.norm_set)[0]  # noqa: E731
             outputs, pull = jax.vjp(forward, iterate)
             return outputs, (x, iterate, pull)

@@ -16,12 +16,13 @@ import optax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from hexa_jax import draws
-from hexa_jax.draws import Draws, purpose_key
-from hexa_jax.mesh import ROWS
-from hexa_jax.methods.base import Batch, Encode, Spec, Targets
+from hexa_jax.core.batch import Batch
+from hexa_jax.core.rngs import Purpose, Rngs, purpose_key
+from hexa_jax.methods.base import Encode, Spec, Targets
 from hexa_jax.models.norm import ADVERSARIAL, CLEAN, EVALUATION, average_moments, blend, follow_clean, stats_collection
-from hexa_jax.training.objective import Gradients, Inputs, Objective, Shown
+from hexa_jax.parallel.mesh import ROWS
+from hexa_jax.training.objective import Gradients, Inputs, Objective
+from hexa_jax.views.preview import ViewPreview
 
 
 class TrainState(NamedTuple):
@@ -58,7 +59,7 @@ class Trainer:
     def init_state(self, seed: jax.Array) -> TrainState:
         """A fresh state; the seed, a uint32 scalar, decides every number in it."""
         seed = jnp.asarray(seed, jnp.uint32)
-        network_key, method_key = jax.random.split(purpose_key(seed, draws.INIT))
+        network_key, method_key = jax.random.split(purpose_key(seed, Purpose.INIT))
         crops = (jnp.zeros((1, 1, 32, 32, 3)),)  # parameters do not depend on the image size
         variables = self.objective.network.init(network_key, crops, EVALUATION)
         variables = jax.tree.map(lambda x: x.astype(self.dtype), variables)
@@ -154,7 +155,7 @@ class Trainer:
         """Outputs [M, n, V, D] of the first pass's crops, and the pass's moments."""
         rngs = self._rngs(state)._replace(epoch=jnp.int32(0))
 
-        def local(params: Any, batch: Batch, rngs: Draws, data: jax.Array | None) -> tuple[jax.Array, Any]:
+        def local(params: Any, batch: Batch, rngs: Rngs, data: jax.Array | None) -> tuple[jax.Array, Any]:
             def one(rows: Batch) -> tuple[jax.Array, Any]:
                 return self.objective.forward(params, self.objective.online_crops(rows, rngs, data))
 
@@ -167,7 +168,7 @@ class Trainer:
         """The next step's crops as the networks get them, [M, rows, V, H, W, 3] a resolution, and the key crops after them."""
         objective, rngs = self.objective, self._rngs(state)
 
-        def local(batch: Batch, rngs: Draws, data: jax.Array | None) -> Any:
+        def local(batch: Batch, rngs: Rngs, data: jax.Array | None) -> Any:
             def one(rows: Batch) -> Any:
                 crops = objective.online_crops(rows, rngs, data)
                 return (*crops, objective.key_crops(rows, rngs, data)) if objective.method.key_crops else crops
@@ -178,7 +179,7 @@ class Trainer:
 
     def refresh_step(self, state: TrainState, epoch: jax.Array) -> tuple[TrainState, dict]:
         """What the method does before epoch `epoch` (int32, from 0), and scalars about it."""
-        key = purpose_key(state.seed, draws.REFRESH)
+        key = purpose_key(state.seed, Purpose.REFRESH)
         method = self.objective.method.refresh(jax.random.fold_in(key, epoch), state.method)
         return state._replace(method=method), self.objective.method.describe(state.method, method)
 
@@ -205,15 +206,15 @@ class Trainer:
     def _per_device(self, function: Callable, in_specs: Any, out_specs: Any) -> Callable:
         return jax.shard_map(function, mesh=self.mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
 
-    def _rngs(self, state: TrainState) -> Draws:
-        return Draws(state.seed, epoch=1 + state.step // self.spec.steps_per_epoch, step=state.step)
+    def _rngs(self, state: TrainState) -> Rngs:
+        return Rngs(state.seed, epoch=1 + state.step // self.spec.steps_per_epoch, step=state.step)
 
-    def _inputs(self, state: TrainState, batch: Batch, rngs: Draws, data: jax.Array | None) -> tuple[Inputs, Targets]:
+    def _inputs(self, state: TrainState, batch: Batch, rngs: Rngs, data: jax.Array | None) -> tuple[Inputs, Targets]:
         """What is known of a step's rows before it: pseudo-labels, as far as the method has them, and weights."""
         objective = self.objective
 
-        def encoder(crops: Callable[[Batch, Draws, Any], tuple[jax.Array, ...]]) -> Callable[[Any], jax.Array]:
-            def local(params: Any, batch: Batch, rngs: Draws, data: jax.Array | None) -> jax.Array:
+        def encoder(crops: Callable[[Batch, Rngs, Any], tuple[jax.Array, ...]]) -> Callable[[Any], jax.Array]:
+            def local(params: Any, batch: Batch, rngs: Rngs, data: jax.Array | None) -> jax.Array:
                 return jax.lax.map(lambda rows: objective.encode(params, crops(rows, rngs, data)), batch)
 
             specs = P(), ROWS, P(), P()
@@ -223,7 +224,7 @@ class Trainer:
             key_crops=encoder(lambda *arguments: (objective.key_crops(*arguments),)),
             crops=encoder(objective.online_crops),
         )
-        keys = rngs.of_examples(draws.TASK, batch.index)
+        keys = rngs.per_example_keys(Purpose.TASK, batch.index)
         targets = objective.method.targets(encode, state.params, state.method, batch, keys)
         counted = (batch.valid & targets.known).astype(self.dtype)
         weight = counted / jnp.maximum(jnp.sum(counted), 1)
@@ -235,7 +236,7 @@ class Trainer:
         inputs = Inputs(ROWS, ROWS, ROWS, P(), self.objective.method.state_spec(self.spec))
         return P(), inputs, P(), P()
 
-    def _reduced_gradients(self, params: Any, inputs: Inputs, rngs: Draws, data: jax.Array | None) -> Gradients:
+    def _reduced_gradients(self, params: Any, inputs: Inputs, rngs: Rngs, data: jax.Array | None) -> Gradients:
         """The objective over all microbatches and devices: one reduction of gradients, after all views are added up."""
 
         def local(*arguments: Any) -> Gradients:
@@ -246,7 +247,7 @@ class Trainer:
         out_specs = Gradients(P(), P(), P(), ROWS)
         return self._per_device(local, self._input_specs, out_specs)(params, inputs, rngs, data)
 
-    def view_step(self, state: TrainState, batch: Batch, data: jax.Array | None = None) -> Shown:
+    def view_step(self, state: TrainState, batch: Batch, data: jax.Array | None = None) -> ViewPreview:
         """What the next step would learn from, to look at: leaves [M, rows, ...], PICTURES rows of images a device."""
         rngs = self._rngs(state)
         inputs, _ = self._inputs(state, batch, rngs, data)

@@ -11,9 +11,9 @@ from command_line import SMALL
 from PIL import Image
 
 from hexa_jax import main
-from hexa_jax.build import ConfigError
-from hexa_jax.command import parse_command
+from hexa_jax.cli.command import parse_command
 from hexa_jax.data.source import DataError
+from hexa_jax.training.factory import ConfigError
 
 ROOT = pathlib.Path(main.__file__).parent.parent
 LIMIT = 3 << 30  # bytes of address space beyond what importing takes
@@ -106,7 +106,7 @@ def test_random_overrides_never_end_in_a_traceback():
     words = ["hexa", f"--config={ROOT}/configs/hexa_moco.py", "--workdir=unused"]
     keys = sorted(_keys(parse_command(words).config.to_dict()))
     rng, refused = np.random.default_rng(0), 0
-    from hexa_jax.build import make_trainer
+    from hexa_jax.training.factory import make_trainer
 
     for number in range(400):
         key, value = keys[number % len(keys)], VALUES[int(rng.integers(len(VALUES)))]

@@ -22,9 +22,11 @@ import numpy as np
 import pytest
 from command_line import arguments, final_state, lines
 
-from hexa_jax import checkpoint, main, pretrain
-from hexa_jax.checkpoint import Checkpoints
+from hexa_jax import main
+from hexa_jax.checkpoint import checkpointer
+from hexa_jax.checkpoint.checkpointer import Checkpoints
 from hexa_jax.data.shapes import ShapesSource
+from hexa_jax.training import loop
 from hexa_jax.training.step import Trainer
 
 STEPS, EVERY = 16, 2
@@ -68,9 +70,9 @@ def programs():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Trainer, "_reduced_gradients", planted)
         patch.setattr(Trainer, "compile", build_once)
-        patch.setattr(pretrain, "compile_ahead", lambda config, trainer, steps, source: steps)
-        patch.setattr(pretrain, "make_probe", lambda *_: None)
-        patch.setattr(pretrain._Run, "_finish", lambda self: self.checkpoints.wait())
+        patch.setattr(loop, "compile_ahead", lambda config, trainer, steps, source: steps)
+        patch.setattr(loop, "make_probe", lambda *_: None)
+        patch.setattr(loop._Run, "_finish", lambda self: self.checkpoints.wait())
         yield steps
 
 
@@ -129,7 +131,7 @@ def test_a_slow_source_changes_nothing_but_is_told(run, undisturbed, tmp_path, m
     assert all(0 <= share <= 1 for share in waits) and max(waits) > 0.5, waits
     told = [line for line in ended.stdout.splitlines() if "waited for input" in line]
     assert f"waited for input {max(waits):.0%} of the time" in "\n".join(told)
-    assert len(told) == sum(share > pretrain.STARVED for share in waits)
+    assert len(told) == sum(share > loop.STARVED for share in waits)
 
 
 # ---- numbers ----
@@ -226,7 +228,7 @@ def test_a_clock_that_jumps_changes_nothing(run, undisturbed, tmp_path, monkeypa
 
 def failing(monkeypatch, times):
     """Lets the disk fail at the first times[step] attempts to save a step."""
-    write, left = checkpoint.write_manifest, dict(times)
+    write, left = checkpointer.write_manifest, dict(times)
 
     def write_or_fail(path, manifest):
         if left.get(manifest["step"], 0):
@@ -234,8 +236,8 @@ def failing(monkeypatch, times):
             raise OSError(errno.EIO, os.strerror(errno.EIO))
         write(path, manifest)
 
-    monkeypatch.setattr(checkpoint, "write_manifest", write_or_fail)
-    monkeypatch.setattr(checkpoint, "PAUSE", 0.01)
+    monkeypatch.setattr(checkpointer, "write_manifest", write_or_fail)
+    monkeypatch.setattr(checkpointer, "PAUSE", 0.01)
 
 
 def test_storage_that_fails_for_a_while_is_outlived(run, undisturbed, tmp_path, monkeypatch):
@@ -256,7 +258,7 @@ def test_storage_that_goes_on_failing_stops_the_run(run, undisturbed, tmp_path, 
         ended = run(tmp_path)
     assert ended.code == 2
     *warnings, line = ended.stderr
-    assert len(warnings) == checkpoint.PATIENCE and re.search(r"cannot save step 10 in .*: Input/output error$", line)
+    assert len(warnings) == checkpointer.PATIENCE and re.search(r"cannot save step 10 in .*: Input/output error$", line)
     assert final_state(tmp_path)[0] == 2 and os.listdir(tmp_path / "checkpoints") == ["step_00000002"]
     ended = run(tmp_path)
     assert ended.code == 0 and "resuming at step 2 from" in ended.stdout

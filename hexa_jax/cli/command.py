@@ -1,0 +1,155 @@
+"""Parsing of the command line: whatever is wrong with it becomes one line that names the nearest thing that would work."""
+
+import re
+import traceback
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+from absl import flags
+from ml_collections import ConfigDict, config_flags
+
+from hexa_jax.parallel.processes import Place
+from hexa_jax.storage.workdir import closest, flatten
+from hexa_jax.training.factory import ConfigError
+
+HELP = "see python -m hexa_jax.main --help"
+
+
+class Command(NamedTuple):
+    """What the user asked for; `config` is locked: its keys are those of the config file."""
+
+    config: ConfigDict
+    workdir: str
+    extend: bool
+    place: Place
+
+
+def parse_command(argv: list[str]) -> Command:
+    """The command in argv, whose first entry is the program's name.
+
+    Raises:
+        ConfigError: no config or workdir, unknown flag or config key, value of a wrong type, config file that fails.
+    """
+    defaults = _load_config(argv)
+    known = flatten(defaults.to_dict())
+    overrides = [match[1] for match in (re.match(r"--?(?:no)?config\.([^=]+)", a) for a in argv[1:]) if match]
+    for key in overrides:
+        if key not in known:
+            inside = [name for name in known if name.startswith(f"{key}.")]
+            if inside:
+                raise ConfigError(f"config key {key!r} is a group of settings: {', '.join(inside)}")
+            hint = closest(key, list(known)) or "; configs/common.py lists them all"
+            raise ConfigError(f"unknown config key {key!r}{hint}")
+    values = _flags(argv)
+    try:
+        rest = values(argv)
+    except flags.UnrecognizedFlagError as error:
+        raise ConfigError(f"unknown flag --{error.flagname}{closest(error.flagname, list(values))}") from None
+    except (flags.Error, TypeError, ValueError) as error:
+        raise ConfigError(_one_line(error)) from None
+    if len(rest) > 1:
+        raise ConfigError(f"unexpected argument {rest[1]!r}: settings are given as --config.key=value")
+    if values.workdir is None:
+        raise ConfigError(f"--workdir is missing: {HELP}")
+    _check_tuples(known, flatten(values.config.to_dict()), overrides)
+    if "data.source" in overrides and "data.eval_source" not in overrides:
+        _leave_out_foreign_images(values.config.data, defaults.data)
+    place = Place(values.coordinator, values.num_processes, values.process_id)
+    return Command(values.config, values.workdir, values.extend, place)
+
+
+def _flags(argv: list[str]) -> flags.FlagValues:
+    """Fresh flags for each call; the config's own read their overrides from argv."""
+    values = flags.FlagValues()
+    config_flags.DEFINE_config_file("config", None, "config file", lock_config=True, flag_values=values, sys_argv=argv)
+    flags.DEFINE_string("workdir", None, "folder of the run", flag_values=values)
+    flags.DEFINE_bool("extend", False, "allow more epochs than the run in the workdir had", flag_values=values)
+    flags.DEFINE_string("coordinator", None, "HOST:PORT of the first process", flag_values=values)
+    flags.DEFINE_integer("num_processes", None, "processes of the run", flag_values=values)
+    flags.DEFINE_integer("process_id", None, "number of this process", flag_values=values)
+    return values
+
+
+def _load_config(argv: list[str]) -> ConfigDict:
+    """The config file without overrides."""
+    values = _flags(argv[:1])
+    try:
+        values(argv, known_only=True)
+        config = values.config
+        if not isinstance(config, ConfigDict) and config is not None:
+            config.to_dict()  # raises what was wrong with the file
+    except flags.Error as error:
+        *above, last = str(error).strip().splitlines()
+        # A ValueError of the file's own comes with its traceback.
+        raise ConfigError(last.removeprefix("ValueError: ") if above else _one_line(error)) from None
+    except OSError as error:
+        missing = "No such file" in str(error) or not _config_path(argv)
+        reason = "does not exist" if missing else f"cannot be read: {_one_line(error).split('to load: ')[-1]}"
+        raise ConfigError(f"config file {_config_path(argv)!r} {reason}") from None
+    except Exception as error:  # whatever the file itself does wrong
+        line = next((f":{f.lineno}" for f in reversed(traceback.extract_tb(error.__traceback__)) if _is(f, argv)), "")
+        problem = f"{type(error).__name__}: {_one_line(error)}"
+        raise ConfigError(f"config file {_config_path(argv)}{line} fails: {problem}") from None
+    if config is None:
+        raise ConfigError(f"--config is missing: {HELP}")
+    return config
+
+
+def _config_path(argv: list[str]) -> str:
+    """What --config names."""
+    for argument, following in zip(argv, [*argv[1:], ""], strict=True):
+        if match := re.fullmatch(r"--?config(?:=(.*))?", argument):
+            path = following if match[1] is None else match[1]
+            return re.sub(r"(\.py):.*", r"\1", path)  # without arguments after the colon
+    return ""
+
+
+def _is(frame: traceback.FrameSummary, argv: list[str]) -> bool:
+    return frame.filename.endswith(_config_path(argv))
+
+
+def _check_tuples(before: dict, now: dict, overrides: list[str]) -> None:
+    """absl checks the type of a number, but not of what a tuple holds."""
+    for key in overrides:
+        if isinstance(before[key], list):
+            if before[key] and all(isinstance(value, str) for value in before[key]):
+                if not all(isinstance(value, str) for value in now[key]):
+                    found = ", ".join(map(repr, now[key]))
+                    example = f'("{before[key][0]}",)'
+                    raise ConfigError(f"--config.{key} takes a tuple of texts, such as '{example}', not ({found})")
+                continue
+            old, new = _numbers(before[key]), _numbers(now[key])
+            kinds = (int, float) if any(isinstance(value, float) for value in old) else (int,)
+            pairs = isinstance(next(iter(before[key]), None), list)
+            if not all(type(value) in kinds for value in new) or pairs != any(isinstance(v, list) for v in now[key]):
+                found = ", ".join(map(repr, now[key]))
+                wanted = ("pairs of " if pairs else "") + ("numbers" if float in kinds else "whole numbers")
+                example = "((1, 2),)" if pairs else "(1,)"
+                raise ConfigError(f"--config.{key} takes a tuple of {wanted}, such as '{example}', not ({found})")
+
+
+def _leave_out_foreign_images(data: ConfigDict, recipe: ConfigDict) -> None:
+    """Drop the recipe's held-out examples where the training examples are of another data set.
+
+    Somebody's own photographs would otherwise be judged by ImageNet's.
+    """
+    known = {_data_set(recipe.source), _data_set(recipe.eval_source)}
+    if recipe.eval_source and _data_set(data.source) not in known:
+        data.eval_source = ""
+
+
+def _data_set(source: str) -> str:
+    """What a source's splits have in common: tfds:NAME/CONFIG, shapes, or all of it."""
+    kind, _, rest = source.partition(":")
+    if kind == "shapes":
+        return kind
+    return f"{kind}:{rest.partition(':')[0]}" if kind == "tfds" else source
+
+
+def _numbers(values: Iterable[Any]) -> list[Any]:
+    """What lists and lists of lists hold."""
+    return [number for value in values for number in (value if isinstance(value, list) else (value,))]
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())

@@ -1,0 +1,74 @@
+"""The size of images that a network is evaluated at: its own, unless the evaluation names one."""
+
+from ml_collections import ConfigDict
+
+from hexa_jax.core.console import say
+from hexa_jax.training.factory import ConfigError
+
+IMAGENET = (
+    256,
+    224,
+)  # short side and centre crop of the usual protocol; also configs/common.py's kNN
+# Networks do well on images somewhat larger than the crops that they learned from: SwAV trains at
+# 160 pixels and tests at 224.
+LARGER = 1.5
+
+
+def trained_size(run: ConfigDict | None) -> tuple[int, int]:
+    """Short side and centre crop, in pixels, that suit the network of a pre-training run.
+
+    They are those of the run's own kNN, `knn.resize` and `knn.crop`. Where these are the defaults,
+    which suit only crops of about 224 pixels, they follow from the largest of `data.crop_size`.
+
+    Args:
+        run: config of the pre-training run; None for weights of unknown origin, which are taken
+            for ImageNet's.
+    """
+    if run is None:
+        return IMAGENET
+    if (own := (run.knn.resize, run.knn.crop)) != IMAGENET:
+        return own
+    largest = max(run.data.crop_size)
+    return IMAGENET if largest <= IMAGENET[1] <= LARGER * largest else _with_margin(largest)
+
+
+def with_size(config: ConfigDict, run: ConfigDict | None) -> ConfigDict:
+    """An evaluation's config with `data.resize` and `data.crop` filled in; says what it chose.
+
+    Where both are 0, they suit the network; where one is, it follows from the other.
+
+    Args:
+        config: of the evaluation; it stays as it is.
+        run: config of the pre-training run, or None.
+
+    Raises:
+        ConfigError: a negative size.
+    """
+    resize, crop = config.data.resize, config.data.crop
+    if min(resize, crop) < 0:
+        given = f"data.resize={resize} and data.crop={crop}"
+        raise ConfigError(f"{given} must be pixels, or 0: as the network was trained")
+    if resize and crop:
+        return config
+    if crop:
+        resize, crop = _with_margin(crop)
+    elif resize:
+        crop = max(round(resize * IMAGENET[1] / IMAGENET[0]), 1)
+    else:
+        resize, crop = trained_size(run)
+    chosen = config.copy_and_resolve_references()
+    chosen.data.resize, chosen.data.crop = resize, crop
+    what = "squashed to" if config.data.squash else "centre crop"
+    why = "as usual for ImageNet"
+    if run is not None:
+        why = f"for a network trained on {max(run.data.crop_size)}-pixel crops"
+    say(
+        f"images: short side {resize}, {what} {crop} pixels, {why}; "
+        "--config.data.resize and --config.data.crop change it"
+    )
+    return chosen
+
+
+def _with_margin(crop: int) -> tuple[int, int]:
+    """A crop's side with the short side that has the usual margin around it."""
+    return round(crop * IMAGENET[0] / IMAGENET[1]), crop

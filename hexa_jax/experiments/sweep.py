@@ -1,0 +1,177 @@
+"""A grid of runs: each cell is a process of its own, finished cells are skipped, failed ones reported and left for next time."""
+
+import dataclasses
+import json
+import os
+import pathlib
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from hexa_jax.core.console import say
+from hexa_jax.storage.gcs import is_remote
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]  # where configs/ is
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """One command of a cell.
+
+    Attributes:
+        config: file in configs/, with its arguments.
+        settings: overrides by dotted key.
+        folder: workdir, relative to the cell's.
+        checkpoint: folder of an earlier stage whose weights this one uses, relative to the cell's, or what is not a relative path
+            (an absolute one, a URL, or "random"); None: it uses none.
+    """
+
+    config: str
+    settings: Mapping[str, Any]
+    folder: str = "."
+    checkpoint: str | None = None
+
+    def command(self, cell: pathlib.Path, extra: Sequence[str]) -> list[str]:
+        """Words of the command; `extra` come last and win."""
+        words = [f"--config={ROOT / 'configs' / self.config}", f"--workdir={cell / self.folder}"]
+        words += [f"--config.{name}={value}" for name, value in self.settings.items()]
+        if self.checkpoint is not None:
+            given = self.checkpoint == "random" or is_remote(self.checkpoint)
+            words.append(f"--config.checkpoint={self.checkpoint if given else cell / self.checkpoint}")
+        return [sys.executable, "-m", "hexa_jax.main", *words, *extra]
+
+
+@dataclasses.dataclass(frozen=True)
+class Cell:
+    """What is trained: a name that is also its folder, and its stages in order; the first is the pre-training."""
+
+    name: str
+    stages: tuple[Stage, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """A row of the result: its factors (method, scheme, seed, ...) and the cell that has its numbers; cells may be shared."""
+
+    factors: Mapping[str, Any]
+    cell: Cell
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """An entry with its numbers; `failure` is one line, empty when all stages ended well."""
+
+    entry: Entry
+    folder: pathlib.Path
+    values: Mapping[str, float]
+    failure: str
+
+
+class GridError(ValueError):
+    """A grid that cannot run in this folder; the message is one line."""
+
+
+def run_grid(
+    entries: Sequence[Entry],
+    workdir: pathlib.Path,
+    extra: Sequence[str] = (),
+    ended: Callable[[Cell, Mapping[str, float]], None] | None = None,
+) -> list[Outcome]:
+    """Run what is not finished yet, then gather everything.
+
+    Args:
+        entries: rows of the result.
+        workdir: of the experiment; cells are folders in its `cells/`.
+        extra: words for every pre-training command, such as `--config.data.limit=5000`.
+        ended: called with each cell that this call ran to a good end, and its numbers, before the next one starts.
+
+    Raises:
+        GridError: the folder holds the same cells with other overrides.
+    """
+    _check_same(workdir, list(extra))
+    cells = {entry.cell.name: entry.cell for entry in entries}
+    waiting = [cell for cell in cells.values() if not _finished(workdir, cell)]
+    say(f"{len(cells)} cells, {len(cells) - len(waiting)} of them finished before")
+    failures, start = {}, time.monotonic()
+    for number, cell in enumerate(waiting):
+        left = (
+            ""
+            if not number
+            else f", about {_minutes((time.monotonic() - start) / number * (len(waiting) - number))} left"
+        )
+        say(f"cell {number + 1} of {len(waiting)}: {cell.name}{left}")
+        failures[cell.name] = _run(workdir, cell, extra)
+        if failures[cell.name]:
+            say(f"cell {cell.name} failed: {failures[cell.name]}")
+        elif ended:
+            ended(cell, _values(workdir / "cells" / cell.name, cell))
+    outcomes = []
+    for entry in entries:
+        folder = workdir / "cells" / entry.cell.name
+        outcomes.append(Outcome(entry, folder, _values(folder, entry.cell), failures.get(entry.cell.name, "")))
+    return outcomes
+
+
+def _run(workdir: pathlib.Path, cell: Cell, extra: Sequence[str]) -> str:
+    """Run a cell's stages that have no result yet; returns what went wrong in one line, or nothing."""
+    folder = workdir / "cells" / cell.name
+    folder.mkdir(parents=True, exist_ok=True)
+    for position, stage in enumerate(cell.stages):
+        if (folder / stage.folder / "result.json").exists():
+            continue
+        with (folder / "log.txt").open("ab") as log:
+            words = stage.command(folder, extra if position == 0 else ())
+            code = subprocess.run(
+                words, stdout=log, stderr=subprocess.STDOUT, env=_environment(), check=False
+            ).returncode
+        if code == 143:
+            raise SystemExit(143)  # the scheduler stops this process, too: cells go on from their checkpoints
+        if code:
+            lines = (folder / "log.txt").read_text(errors="replace").strip().splitlines()
+            return f"exit code {code}: {lines[-1] if lines else 'no output'}"
+    return ""
+
+
+def _environment() -> dict[str, str]:
+    """Environment of a cell: it finds this very package and its configs from whatever folder the user works in.
+
+    PYTHONSAFEPATH keeps that folder itself, which may well have a `configs` of its own, out of Python's search path.
+    """
+    paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "PYTHONSAFEPATH": "1"}
+
+
+def _finished(workdir: pathlib.Path, cell: Cell) -> bool:
+    return all((workdir / "cells" / cell.name / stage.folder / "result.json").exists() for stage in cell.stages)
+
+
+def _values(folder: pathlib.Path, cell: Cell) -> dict[str, float]:
+    """The numbers of all stages; those of a later stage get its folder's name in front."""
+    values: dict[str, float] = {}
+    for stage in cell.stages:
+        path = folder / stage.folder / "result.json"
+        if path.exists():
+            prefix = "" if stage.folder == "." else f"{stage.folder}_"
+            values |= {prefix + name: value for name, value in json.loads(path.read_text()).items()}
+    return values
+
+
+def _check_same(workdir: pathlib.Path, extra: list[str]) -> None:
+    """Results under one name must come from one set of overrides."""
+    saved = workdir / "experiment.json"
+    if saved.exists():
+        before = json.loads(saved.read_text())["overrides"]
+        if before != extra:
+            raise GridError(
+                f"{workdir} holds cells with the overrides {' '.join(before) or '(none)'}, not {' '.join(extra) or '(none)'}: "
+                "use another --workdir"
+            )
+        return
+    workdir.mkdir(parents=True, exist_ok=True)
+    saved.write_text(json.dumps({"overrides": extra}) + "\n")
+
+
+def _minutes(seconds: float) -> str:
+    return f"{seconds / 60:.0f} minutes" if seconds > 90 else f"{seconds:.0f} s"

@@ -1,0 +1,281 @@
+"""The folder of a run: its config, metrics, TensorBoard events and result, all written so that a crash leaves them readable."""
+
+import contextlib
+import difflib
+import fcntl
+import json
+import logging
+import os
+import pathlib
+import shutil
+import socket
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from hexa_jax.core import console
+from hexa_jax.parallel import processes
+
+logging.getLogger("tensorboardX").setLevel(logging.ERROR)
+
+
+LOCK = ".lock"
+# Besides `runtime`: settings that only say when to give up, and change no number of a run.
+FREE = {"data.max_bad_fraction"}
+# Settings that older runs did not know, with the value that stands for what those runs did.
+ADDED = {"data.labels": "auto"}
+
+
+class WorkdirError(ValueError):
+    """A workdir that cannot be used; the message is one line."""
+
+
+def flatten(config: dict, prefix: str = "") -> dict[str, Any]:
+    """Nested settings as {"model.stem": "cifar", ...}."""
+    flat: dict[str, Any] = {}
+    for name, value in config.items():
+        if isinstance(value, dict):
+            flat |= flatten(value, f"{prefix}{name}.")
+        else:
+            flat[prefix + name] = _as_json(value)
+    return flat
+
+
+def _as_json(value: Any) -> Any:
+    """Tuples, and tuples in tuples, as the lists that JSON makes of them."""
+    return [_as_json(item) for item in value] if isinstance(value, tuple | list) else value
+
+
+def closest(name: str, names: list[str]) -> str:
+    """A hint with the nearest known name, or nothing."""
+    near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+    return f"; did you mean {near[0]!r}?" if near else ""
+
+
+def write_json(path: pathlib.Path, value: Any) -> None:
+    """Write a JSON file in one step: readers see the old one or the new one, whole. Only the first process writes."""
+    if not processes.first():
+        return
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(value, indent=1, sort_keys=True) + "\n")
+    os.replace(temporary, path)
+
+
+class Finished:
+    """What the parts of a long task gave, in a JSON file that is written after each: a second start computes the others."""
+
+    def __init__(self, path: pathlib.Path, about: Any):
+        """Reads the file; what it holds of something else than `about` (a JSON value) is forgotten."""
+        self.path, self.about = path, json.loads(json.dumps(about))
+        saved = json.loads(path.read_text()) if path.is_file() else {}
+        self.values = saved["values"] if saved.get("about") == self.about else {}
+
+    def get(self, name: str, compute: Callable[[], Any]) -> Any:
+        """The JSON value of a part: from the file, or computed and saved."""
+        if name not in self.values:
+            self.values[name] = compute()
+            write_json(self.path, {"about": self.about, "values": self.values})
+        return self.values[name]
+
+
+def open_workdir(path: str, config: ConfigDict, *, extend: bool = False) -> pathlib.Path:
+    """Make the folder, or check that it holds a run of the same config.
+
+    What a pre-training run of another config left before its first step is removed.
+
+    Args:
+        path: the folder.
+        config: of this start.
+        extend: allow more epochs than the run in the folder had; its cosine schedule changes.
+
+    Raises:
+        WorkdirError: not writable, or another config lies there (runtime settings and FREE ones aside).
+    """
+    workdir = _absolute(path)
+    now = flatten(config.to_dict())
+    saved = workdir / "config.json"
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        if saved.exists():
+            before = json.loads(saved.read_text())
+            if not isinstance(before, dict):
+                raise ValueError
+            try:
+                _check_same(workdir, flatten(before), now, extend)
+            except WorkdirError as error:
+                if not (before.get("task") == config.task == "pretrain" and _made_no_step(workdir)):
+                    raise
+                _start_over(workdir, str(error))
+        write_json(saved, config.to_dict())
+    except OSError as error:
+        raise WorkdirError(f"cannot write to workdir {workdir}: {error.strerror or error}") from None
+    except WorkdirError:  # a ValueError too
+        raise
+    except ValueError:  # neither UTF-8 nor JSON, or not an object
+        raise WorkdirError(f"{saved} is not readable as a config: is this another program's folder?") from None
+    return workdir
+
+
+@contextlib.contextmanager
+def held(path: str) -> Iterator[None]:
+    """Makes a workdir and keeps other runs out of it, by a lock that the system frees however the process ends.
+
+    Raises:
+        WorkdirError: it cannot be made, or another run is in there.
+    """
+    workdir = _absolute(path)
+    if not processes.first():
+        yield
+        return
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        file = (workdir / LOCK).open("a+")
+    except OSError as error:
+        raise WorkdirError(f"cannot write to workdir {workdir}: {error.strerror or error}") from None
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            raise WorkdirError(f"workdir {workdir} is in use by {file.read().strip() or 'another run'}") from None
+        except OSError as error:  # a file system without locks
+            logging.warning("cannot lock %s (%s): do not start two runs in it", workdir, error.strerror or error)
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}")
+        file.flush()
+        yield
+
+
+def _absolute(path: str) -> pathlib.Path:
+    return pathlib.Path(path).expanduser().absolute()
+
+
+def abandon(path: pathlib.Path) -> None:
+    """Undo `open_workdir` after a mistake, so that the corrected command may use the folder; a run that began stays."""
+    began = [
+        *path.glob("metrics.jsonl"),
+        *path.glob("checkpoints"),
+        *path.glob("*/metrics.jsonl"),
+        *path.glob("*/checkpoints"),
+    ]
+    if not began and processes.first():
+        for name in ("config.json", LOCK):
+            (path / name).unlink(missing_ok=True)
+        if not any(path.iterdir()):
+            path.rmdir()
+
+
+def _made_no_step(workdir: pathlib.Path) -> bool:
+    """Whether a run began in a folder and ended before its first step, so that nothing of it is worth keeping."""
+    metrics = workdir / "metrics.jsonl"
+    if str(workdir) in console.aliases or not metrics.exists() or (workdir / "result.json").exists():
+        return False  # a bucket's checkpoints are not here
+    saved = [folder.name for folder in workdir.glob("checkpoints/*")]
+    if any(not name.startswith(f"step_{0:08d}") for name in saved):
+        return False
+    return all(line["step"] == 0 for line in _parsed(metrics))
+
+
+def _start_over(workdir: pathlib.Path, reason: str) -> None:
+    if not processes.first():
+        return
+    logging.warning("%s; it made no step: starting over", reason)
+    for name in ("checkpoints", "tensorboard"):
+        shutil.rmtree(workdir / name, ignore_errors=True)
+    (workdir / "metrics.jsonl").unlink(missing_ok=True)
+
+
+def _check_same(workdir: pathlib.Path, before: dict, now: dict, extend: bool) -> None:
+    differ = []
+    for name in sorted(before.keys() | now.keys()):
+        old, new = before.get(name), now.get(name)
+        if name.startswith("runtime.") or name in FREE or old == new:
+            continue
+        if name not in before and (new is False or ADDED.get(name) == new):
+            continue
+        if name == "epochs" and extend and isinstance(old, int) and isinstance(new, int) and new > old:
+            logging.warning("extending from %d to %d epochs: the learning rate's cosine changes with it", old, new)
+            continue
+        differ.append(f"{name} was {old!r}, is {new!r}")
+    if differ:
+        hint = " (--extend allows more epochs)" if any(d.startswith("epochs ") for d in differ) else ""
+        raise WorkdirError(f"workdir {workdir} holds a run of another config: {'; '.join(differ)}{hint}")
+
+
+class Metrics:
+    """Appends scalars to metrics.jsonl, one JSON object per line with its step, and to TensorBoard events.
+
+    A resumed run drops lines from steps that it will do again, and a torn last line. What it measures again at the very step
+    of the checkpoint (the clusters of the epoch that starts there) is the same and is not written twice. Only the first
+    process writes.
+    """
+
+    def __init__(self, workdir: pathlib.Path, writer: str, resume_step: int):
+        self.path = workdir / "metrics.jsonl"
+        self._file = None
+        if not processes.first():
+            return
+        kept = [line for line in _parsed(self.path) if line["step"] <= resume_step]
+        self._known = {frozenset(line) for line in kept if line["step"] == resume_step}
+        self._resume_step = resume_step
+        temporary = self.path.with_suffix(".tmp")
+        temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        os.replace(temporary, self.path)
+        self._file = self.path.open("a", buffering=1)
+        self._board = _board(workdir / "tensorboard", writer, resume_step)
+
+    def write(self, step: int, values: dict[str, Any]) -> None:
+        """Write scalars of one step; arrays of one element count as scalars."""
+        numbers = {name: float(np.asarray(value)) for name, value in values.items()}
+        if self._file is None:
+            return
+        if step == self._resume_step and {"step", *numbers} in self._known:
+            return
+        self._file.write(json.dumps({"step": step} | numbers) + "\n")
+        self._board(step, numbers)
+
+    def close(self) -> None:
+        """Flush and close."""
+        if self._file is not None:
+            self._file.close()
+            self._board(None, {})
+
+
+def _parsed(path: pathlib.Path) -> list[dict]:
+    """The lines of a metrics file, without torn ones; none where there is no file."""
+    lines = []
+    if path.exists():
+        for text in path.read_text(errors="replace").splitlines():
+            try:
+                lines.append(json.loads(text))
+            except json.JSONDecodeError:
+                logging.warning("%s: dropped a torn line", path)
+    return [line for line in lines if isinstance(line, dict) and "step" in line]
+
+
+def _board(folder: pathlib.Path, writer: str, resume_step: int):
+    """A function (step, values) that writes TensorBoard events; step None closes."""
+    if writer == "clu":
+        from clu import metric_writers  # imports TensorFlow: only on request
+
+        clu_writer = metric_writers.SummaryWriter(str(folder))
+
+        def write_clu(step: int | None, values: dict[str, float]) -> None:
+            clu_writer.close() if step is None else clu_writer.write_scalars(step, values)
+
+        return write_clu
+    if writer != "tensorboardX":
+        raise WorkdirError(f"config.runtime.writer={writer!r} is not known: use one of clu, tensorboardX")
+    import tensorboardX
+
+    board = tensorboardX.SummaryWriter(str(folder), purge_step=resume_step + 1 if resume_step else None)
+
+    def write(step: int | None, values: dict[str, float]) -> None:
+        if step is None:
+            board.close()
+        for name, value in values.items():
+            board.add_scalar(name, value, step)
+
+    return write

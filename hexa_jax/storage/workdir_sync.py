@@ -1,0 +1,209 @@
+"""A workdir in a bucket: worked on in a local folder that is kept equal to it, and owned by one run at a time.
+
+Checkpoints are the exception: orbax writes them to the bucket itself (checkpoint.py), from all processes. Everything else is small
+and written by the first process, as if the workdir were local: it is fetched at the start, and uploaded before each checkpoint
+counts, every UPLOAD_SECONDS, and at the end, however the run ends. (Cells of a `tables` run are processes of their own, with their
+checkpoints in the local folder only: a cell that was stopped begins anew elsewhere.)
+
+A bucket has no locks. The owner signs a file there every BEAT_SECONDS, and removes it when it ends; one who finds a signature
+watches it for LEASE_SECONDS: if it changes, somebody is at work; if not, the owner is dead.
+"""
+
+import contextlib
+import json
+import logging
+import os
+import pathlib
+import shutil
+import signal
+import socket
+import sys
+import tempfile
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from typing import Any, NoReturn
+
+from hexa_jax.core import console
+from hexa_jax.core.console import say
+from hexa_jax.core.preemption import Terminated
+from hexa_jax.parallel import processes
+from hexa_jax.storage import gcs
+
+UPLOAD_SECONDS = 60
+BEAT_SECONDS = 15
+LEASE_SECONDS = 60
+OWNER = ".owner.json"
+CHECKPOINTS = "checkpoints"
+_LOCAL_ONLY = (".lock", "unfinished")  # and *.tmp: names that become others in a moment
+_LARGE = 2**28  # bytes; files that are not read into memory at once, and do not grow
+_log = logging.getLogger(__name__)
+_current: "list[Mirror]" = []
+
+
+@contextlib.contextmanager
+def local_workdir(path: str) -> Iterator[str]:
+    """The folder to work in: `path` itself, or the mirror of one in a bucket.
+
+    Raises:
+        RemoteError: the bucket cannot be read or written, or another run is in there.
+    """
+    if not gcs.is_remote(path):
+        yield path
+        return
+    mirror = Mirror(path)
+    previous = signal.signal(signal.SIGTERM, _terminated) if processes.alone() else None
+    try:
+        try:
+            mirror.open()
+            yield str(mirror.folder)
+        except BaseException:
+            try:
+                mirror.close()
+            except Exception as error:  # what went wrong first is what counts
+                _log.warning("%s", error)
+            raise
+        mirror.close()
+    finally:
+        if previous is not None:
+            signal.signal(signal.SIGTERM, previous)
+
+
+def upload() -> None:
+    """Bring what is new to the bucket, if the workdir is in one."""
+    for mirror in _current:
+        mirror.upload()
+
+
+def _terminated(*_: Any) -> NoReturn:
+    raise Terminated("SIGTERM; the same command goes on from what is saved")
+
+
+class Mirror:
+    """A local folder and the one in a bucket that it stands for.
+
+    Attributes:
+        url: of the workdir.
+        folder: the local one, temporary.
+    """
+
+    def __init__(self, url: str):
+        self.url = url.rstrip("/")
+        self.bucket = gcs.filesystem(url)
+        self.root = pathlib.Path(tempfile.mkdtemp(prefix="hexa_jax_"))
+        self.folder = self.root / self.url.rpartition("/")[2]
+        self._known: dict[str, tuple[int, int]] = {}  # what the bucket holds: (mtime in ns, bytes) of the local file
+        self._token = ""
+        self._ended, self._uploading = threading.Event(), threading.Lock()
+        self._threads: list[threading.Thread] = []
+
+    def open(self) -> None:
+        """Become the owner, and fetch the files. With several processes all watch, the first owns, and all fetch."""
+        console.aliases[str(self.folder)] = self.url
+        self._watch()
+        processes.of_first(0)  # all have seen that nobody is there
+        if processes.first():
+            self._token = uuid.uuid4().hex
+            self._sign()
+        there = {name: size for name, (size, _) in gcs.files(self.url).items() if name != OWNER}
+        there = {name: size for name, size in there.items() if CHECKPOINTS not in name.split("/")}
+        self.folder.mkdir()
+        for _ in gcs.copies(self.url, self.folder, there):
+            pass
+        self._known = self._files()
+        if processes.first():
+            _current.append(self)
+            self._repeat(BEAT_SECONDS, self._beat)
+            self._repeat(UPLOAD_SECONDS, self.upload)
+
+    def upload(self) -> None:
+        """Make the bucket's files equal to the local ones; RemoteError where that fails."""
+        with self._uploading, gcs.told(self.url, "cannot be written to"):
+            self._beat()
+            files = self._files()
+            changed = [name for name in files if self._known.get(name) != files[name]]
+            # Parts of features are valid because of the file beside them: old ones go before that one changes.
+            for name in (name for name in [*self._known] if name not in files or (name in changed and ".npz" in name)):
+                with contextlib.suppress(FileNotFoundError):
+                    self.bucket.rm_file(f"{self.url}/{name}")
+                del self._known[name]
+            for name in sorted(changed, key=lambda name: (name.endswith("result.json"), name)):  # which says "finished"
+                path, target = self.folder / name, f"{self.url}/{name}"
+                with contextlib.suppress(FileNotFoundError):  # deleted in the meantime
+                    if files[name][1] > _LARGE:
+                        self.bucket.put_file(str(path), target)
+                    else:
+                        self.bucket.pipe_file(target, path.read_bytes())
+                    self._known[name] = files[name]
+
+    def close(self) -> None:
+        """Upload, give the workdir back, and remove the local folder; RemoteError, and it stays, where that fails."""
+        self._ended.set()
+        for thread in self._threads:
+            thread.join()
+        if self in _current:
+            _current.remove(self)
+            try:
+                self.upload()
+            except gcs.RemoteError as error:
+                raise gcs.RemoteError(f"{error}; the files are in {self.root}") from None
+        if self._token:
+            with contextlib.suppress(Exception):  # then the next owner waits
+                self.bucket.rm_file(f"{self.url}/{OWNER}")
+        shutil.rmtree(self.root, ignore_errors=True)
+
+    def _files(self) -> dict[str, tuple[int, int]]:
+        found = {}
+        for path in self.folder.rglob("*"):
+            name = path.relative_to(self.folder)
+            if CHECKPOINTS in name.parts or name.name in _LOCAL_ONLY or name.suffix == ".tmp" or not path.is_file():
+                continue
+            with contextlib.suppress(FileNotFoundError):
+                found[str(name)] = (path.stat().st_mtime_ns, path.stat().st_size)
+        return found
+
+    def _repeat(self, seconds: float, action: Callable[[], None]) -> None:
+        def loop() -> None:
+            while not self._ended.wait(seconds):
+                try:
+                    action()
+                except Exception as error:
+                    _log.warning("%s; trying again", error)
+
+        self._threads.append(threading.Thread(target=loop, name="mirror", daemon=True))
+        self._threads[-1].start()
+
+    # ---- Who owns the workdir -----------------------------------------------------------------------------------------
+
+    def _watch(self) -> None:
+        """Return when nobody is there any more; RemoteError if somebody is."""
+        before = self._owner()
+        if before is None:
+            return
+        say(f"{self.url} is signed by {before['by']}: waiting {LEASE_SECONDS} s to see whether it is alive")
+        end = time.monotonic() + LEASE_SECONDS
+        while time.monotonic() < end and (now := self._owner()) is not None:
+            if now != before:
+                raise gcs.RemoteError(f"workdir {self.url} is in use by {now['by']}")
+            time.sleep(LEASE_SECONDS / 20)
+
+    def _owner(self) -> dict[str, Any] | None:
+        with gcs.told(self.url):
+            try:
+                return json.loads(self.bucket.cat_file(f"{self.url}/{OWNER}"))
+            except FileNotFoundError:
+                return None
+
+    def _sign(self) -> None:
+        signature = {"by": f"process {os.getpid()} on {socket.gethostname()}", "token": self._token, "at": time.time()}
+        with gcs.told(self.url, "cannot be written to"):
+            self.bucket.pipe_file(f"{self.url}/{OWNER}", json.dumps(signature).encode())
+
+    def _beat(self) -> None:
+        """Sign again. Whoever was silent for too long may find another owner, and must not write any more."""
+        owner = self._owner()
+        if owner is not None and owner["token"] != self._token:
+            print(f"hexa_jax: {self.url} was taken over by {owner['by']}: stopping", file=sys.stderr, flush=True)
+            os._exit(1)
+        self._sign()

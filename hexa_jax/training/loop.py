@@ -1,0 +1,308 @@
+"""The pre-training loop: refresh, next batch, step, report, evaluate, save."""
+
+import contextlib
+import itertools
+import logging
+import math
+import pathlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from clu import parameter_overview
+from ml_collections import ConfigDict
+from sklearn.metrics import normalized_mutual_info_score
+
+from hexa_jax.checkpoint.checkpointer import CheckpointError, Checkpoints
+from hexa_jax.core.batch import Batch
+from hexa_jax.core.console import Clock, say
+from hexa_jax.core.preemption import Diverged, Interruptible, Terminated
+from hexa_jax.data.source import Source
+from hexa_jax.models.norm import CLEAN, stats_collection
+from hexa_jax.parallel import processes
+from hexa_jax.report import page
+from hexa_jax.storage.workdir import Metrics, write_json
+from hexa_jax.training.factory import make_schedule, make_trainer, open_training_source
+from hexa_jax.training.input import Input
+from hexa_jax.training.memory import compile_ahead
+from hexa_jax.training.online_probe import Probe, make_probe
+from hexa_jax.training.step import Steps, Trainer, TrainState
+from hexa_jax.views.preview import ViewPreview
+
+COLLAPSED = 0.02  # embedding_std below this: all embeddings are nearly the same
+STARVED = 0.3  # share of the time spent on waiting for input above which the terminal is told
+CALIBRATION_STEPS = 50  # forward passes that give a random network its BatchNorm statistics
+
+
+def pretrain(config: ConfigDict, workdir: pathlib.Path) -> dict[str, Any]:
+    """Run or resume; returns the flat results that `result.json` holds.
+
+    Raises:
+        Terminated: SIGTERM arrived; the state is saved.
+        Diverged: the loss became NaN or infinite; no checkpoint was overwritten.
+    """
+    source = open_training_source(config)
+    trainer = make_trainer(config, len(source), num_classes=source.num_classes)
+    _warn_of_queue(config, len(source))
+    with jax.set_mesh(trainer.mesh):
+        return _Run(config, workdir, source, trainer).run()
+
+
+def _warn_of_queue(config: ConfigDict, num_images: int) -> None:
+    """Tell whoever trains on few images that MoCo's negatives would be older keys of the very same images."""
+    size = config.moco.queue_size
+    if config.method == "moco" and size > num_images and processes.first():
+        logging.warning(
+            "moco.queue_size=%d is more than the %d images: the queue holds each image's own keys of up to %d "
+            "earlier epochs as negatives; use fewer, such as --config.moco.queue_size=%d",
+            size,
+            num_images,
+            -(-size // num_images),
+            max(num_images // config.batch_size, 1) * config.batch_size,
+        )
+
+
+class _Run:
+    """One start of the loop; what it holds besides the state can be rebuilt from the config."""
+
+    def __init__(self, config: ConfigDict, workdir: pathlib.Path, source: Source, trainer: Trainer):
+        self.config, self.workdir, self.trainer = config, workdir, trainer
+        self.steps: Steps = trainer.compile()
+        self.steps_per_epoch = trainer.spec.steps_per_epoch
+        self.total = config.epochs * self.steps_per_epoch
+        runtime = config.runtime
+        keep_every = runtime.keep_every * self.steps_per_epoch or None
+        self.checkpoints = Checkpoints(workdir / "checkpoints", keep_last=runtime.keep_last, keep_every=keep_every)
+        if self.checkpoints.steps()[-1:] != [self.total]:  # a finished run takes no step
+            self.steps = compile_ahead(config, trainer, self.steps, source)
+        self.state, self.step, self.metadata = self._restore()
+        self.input = Input.open(config, source, trainer)
+        self.probe: Probe | None = make_probe(config, source, trainer)
+        self.metrics = Metrics(workdir, runtime.writer, self.step)
+        self.clock = Clock(config.batch_size, self.total)
+        self.stop = Interruptible()
+        self.schedule: Callable = make_schedule(config, self.steps_per_epoch)
+
+    def _restore(self) -> tuple[TrainState, int, dict]:
+        restored = self.checkpoints.restore_latest(self.trainer.state_shapes())
+        if restored is None:
+            return self.steps.init(np.uint32(self.config.seed)), 0, {"first_pass": False}
+        step, state, metadata = restored
+        if not all(np.isfinite(np.asarray(leaf)).all() for leaf in jax.tree.leaves(state.params)):
+            raise Diverged(
+                f"step {step} in {self.checkpoints.directory} holds parameters that are not finite; this program saves none: "
+                "remove it, and the same command resumes from the one before"
+            )
+        say(f"resuming at step {step} from {self.checkpoints.directory}")
+        return state, step, metadata
+
+    def run(self) -> dict[str, Any]:
+        millions = parameter_overview.count_parameters(self.state.params) / 1e6
+        say(f"{len(self.input.source)} images, {millions:.1f} million parameters, {self.trainer.mesh.size} devices")
+        try:
+            if not self.metadata["first_pass"]:
+                self._first_pass()
+            with contextlib.closing(self.input.batches(self.steps_per_epoch + self.step)) as batches:
+                self._loop(batches)
+            return self._finish()
+        finally:
+            self.stop.close()
+            self.metrics.close()
+            self.checkpoints.close()
+
+    # ---- The loop -----------------------------------------------------------------------------------------------------
+
+    def _loop(self, batches: Iterator[Batch]) -> None:
+        pending: tuple[int, dict] | None = None
+        every = self.config.runtime.checkpoint_every or self.steps_per_epoch
+        self.clock.start(self.step)
+        while self.step < self.total:
+            if self.step % self.steps_per_epoch == 0:
+                self._refresh(self.step // self.steps_per_epoch)
+            with self.clock.waiting():
+                batch = next(batches)
+            self.state, metrics = self.steps.train(self.state, batch, self.input.resident)
+            if pending:
+                self._report(*pending)  # of the step before: reading this one's numbers would wait for it
+            self.step += 1
+            pending = (self.step, metrics)
+            if self.step % self.steps_per_epoch == 0 and (due := self._due(self.step // self.steps_per_epoch)):
+                self._report(*pending)
+                pending = None
+                with self.clock.paused():
+                    self._evaluate(self.step // self.steps_per_epoch, due)
+            stopping = self.stop.reached()
+            if self.step % every == 0 or self.step == self.total or stopping:
+                if pending:
+                    self._report(*pending)  # also the check that what is saved is finite
+                pending = None
+                if self.step == self.total:
+                    self._settle_statistics()
+                self._save(last=stopping or self.step == self.total)
+            if stopping and self.step < self.total:
+                raise Terminated(f"SIGTERM: saved step {self.step} in {self.workdir}; the same command resumes it")
+
+    def _first_pass(self) -> None:
+        """Fill the bank, save, and measure the untrained network."""
+        needed = self.trainer.objective.method.needs_first_pass
+        if needed:
+            say(f"first pass: {self.steps_per_epoch} forward steps fill the bank")
+            for batch in itertools.islice(self.input.batches(0), self.steps_per_epoch):
+                self.state = self.steps.observe(self.state, batch, self.input.resident)
+                if self.stop.reached():
+                    raise Terminated(f"SIGTERM during the first pass, nothing to save yet: {self.workdir}")
+        if self.config.knn.every_epochs and self.probe:
+            self._measure_random(calibrated=needed)
+        self.metadata["first_pass"] = True
+        if needed:
+            self._save(last=False)
+
+    def _measure_random(self, calibrated: bool) -> None:
+        # Running statistics of a fresh network are made up.
+        state = self.state if calibrated else self._reestimated(min(CALIBRATION_STEPS, self.steps_per_epoch))
+        results = self._probe_results(state)
+        self.metadata |= {f"random_{name}": value for name, value in results.items()}
+        self.metrics.write(0, results)
+        say(f"random initialisation: kNN {results['knn_accuracy']:.1f} %")
+
+    def _reestimated(self, num_batches: int) -> TrainState:
+        """The state with clean statistics that are the mean over so many batches of clean training crops."""
+        total: Any = None
+        for batch in itertools.islice(self.input.batches(0), num_batches):
+            moments = self.steps.moments(self.state, batch, self.input.resident)
+            total = moments if total is None else jax.tree.map(jnp.add, total, moments)
+        mean = jax.tree.map(lambda value: value / num_batches, total)
+        return self.state._replace(batch_stats=self.state.batch_stats | {stats_collection(CLEAN): mean})
+
+    def _settle_statistics(self) -> None:
+        """Give the state the statistics that it is evaluated by; training passes never read them."""
+        if self.config.eval_statistics == "reestimated":
+            self.state = self._reestimated(self.steps_per_epoch)
+
+    def _probe_results(self, state: TrainState) -> dict[str, float]:
+        assert self.probe is not None
+        return self._accuracies(self.probe.features(state))
+
+    def _accuracies(self, features: tuple[np.ndarray, np.ndarray]) -> dict[str, float]:
+        """What the results hold; no linear probe without held-out examples."""
+        assert self.probe is not None
+        results = {"knn_accuracy": self.probe.knn(features)}
+        wanted = self.config.linear.at_end or self.config.linear.every_epochs
+        linear = self.probe.linear(features) if wanted else None
+        return results | ({} if linear is None else {"linear_accuracy": linear})
+
+    def _refresh(self, epoch: int) -> None:
+        self.state, scalars = self.steps.refresh(self.state, np.int32(epoch))
+        values = {name: float(value) for name, value in scalars.items()}
+        if self.assignments is not None:
+            labels = processes.largest(self.input.labels)  # each process has seen those of its own rows
+            seen = (self.assignments >= 0).all(axis=0)  # none while a method warms up without clusters
+            if seen.any() and (labels[seen] >= 0).all():  # after a resume, tfds's are gathered anew
+                values["nmi"] = _nmi(self.assignments, labels)
+        if values:
+            self.metrics.write(self.step, {"epoch": epoch} | values)
+            say(f"epoch {epoch}: " + ", ".join(f"{name} {value:.4g}" for name, value in values.items()))
+
+    def _due(self, epoch: int) -> list[str]:
+        """Accuracies to measure after this epoch; after the last one, `_finish` does."""
+        if self.probe is None or epoch == self.config.epochs:
+            return []
+        every = {"knn": self.config.knn.every_epochs, "linear": self.config.linear.every_epochs}
+        return [name for name, epochs in every.items() if epochs and epoch % epochs == 0]
+
+    def _evaluate(self, epoch: int, due: list[str]) -> None:
+        assert self.probe is not None
+        self._settle_statistics()
+        features = self.probe.features(self.state)
+        accuracies = {f"{name}_accuracy": getattr(self.probe, name)(features) for name in due}
+        values = {name: value for name, value in accuracies.items() if value is not None}
+        self.metrics.write(self.step, {"epoch": epoch, **values})
+        for name, value in values.items():
+            say(f"epoch {epoch}: {'kNN' if name == 'knn_accuracy' else 'linear probe'} accuracy {value:.1f} %")
+
+    def _report(self, step: int, metrics: dict) -> None:
+        """Check and log the numbers of a finished step."""
+        loss = float(metrics["loss"])
+        norms = {name: float(metrics[name]) for name in ("gradient_norm", "parameter_norm")}
+        if not all(math.isfinite(value) for value in (loss, *norms.values())):
+            with contextlib.suppress(CheckpointError):  # then an older one is the last
+                self.checkpoints.wait()  # it may still be on its way to the disk
+            saved = self.checkpoints.steps()
+            last = (
+                f"the last good checkpoint is step {saved[-1]} in {self.checkpoints.directory}"
+                if saved
+                else "none was saved"
+            )
+            raise Diverged(
+                f"the loss is {loss}, the norm of gradients {norms['gradient_norm']} and of parameters "
+                f"{norms['parameter_norm']} at step {step}; {last}; "
+                "try a lower optimizer.learning_rate, a warm-up, precision=float32, or weaker views (views.*.weight, views.epsilon)"
+            )
+        if step % self.config.runtime.log_every and step != self.total:
+            return
+        values = {name: float(value) for name, value in metrics.items()}
+        values["learning_rate"] = float(self.schedule(step - 1))
+        values["epoch"] = step / self.steps_per_epoch
+        values["unreadable_images"] = len(self.input.bad_images.seen)
+        values["images_per_second"], left = self.clock.read(step)
+        values["input_wait"] = waited = self.clock.input_wait
+        self.metrics.write(step, values)
+        say(
+            f"step {step}/{self.total}  epoch {values['epoch']:.2f}/{self.config.epochs}  loss {loss:.4f}  "
+            f"{values['images_per_second']:.0f} images/s  ETA {left}"
+            + (f"  waited for input {waited:.0%} of the time" if waited > STARVED else "")
+        )
+        if values["embedding_std"] < COLLAPSED and step > self.steps_per_epoch:
+            logging.warning(
+                "step %d: embeddings have collapsed (spread %.4f, 1 is a full sphere): the loss says nothing any more; "
+                "try a lower learning rate, or more clusters or negatives",
+                step,
+                values["embedding_std"],
+            )
+
+    def _save(self, last: bool) -> None:
+        save = self.checkpoints.save_now if last else self.checkpoints.save
+        save(self.step, self.state, self.metadata)
+
+    def _finish(self) -> dict[str, Any]:
+        self.checkpoints.wait()
+        results: dict[str, Any] = {"step": self.step, "epochs": self.config.epochs}
+        results |= {name: value for name, value in self.metadata.items() if name.startswith("random_")}
+        if self.probe:
+            accuracies = self._probe_results(self.state)
+            self.metrics.write(self.step, {"epoch": self.config.epochs, **accuracies})
+            results |= accuracies
+            pixels = self.probe.pixels() if self.config.knn.pixels else None
+            if pixels is not None:
+                results |= {f"pixels_{name}": value for name, value in self._accuracies(pixels).items()}
+        write_json(self.workdir / "result.json", results)
+        shown = page.Pictured(self.views(), self.source, self.assignments)
+        if processes.first():
+            path = page.write_report(self.workdir, self.config, shown, results)
+            say(page.table(results) + f"\nreport: {path}")
+        return results
+
+    # ---- What the report shows ----------------------------------------------------------------------------------------
+
+    @property
+    def source(self) -> Source:
+        """The training examples."""
+        return self.input.source
+
+    @property
+    def assignments(self) -> np.ndarray | None:
+        """int32 [heads, examples] clusters, for methods that have them."""
+        assignments = getattr(self.state.method, "assignments", None)
+        return None if assignments is None else processes.gather(assignments)
+
+    def views(self) -> ViewPreview:
+        """The views of the first batch."""
+        return processes.gather(self.steps.views(self.state, next(self.input.batches(0)), self.input.resident))
+
+
+def _nmi(assignments: np.ndarray, labels: np.ndarray) -> float:
+    """Normalised mutual information between clusters [H, N] and labels [N], mean over heads; unseen examples left out."""
+    seen = (labels >= 0) & (assignments >= 0).all(axis=0)
+    return float(np.mean([normalized_mutual_info_score(labels[seen], head[seen]) for head in assignments]))
