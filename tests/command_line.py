@@ -9,6 +9,7 @@ import json
 import os
 import pathlib
 import shlex
+import socket
 import subprocess
 import sys
 import time
@@ -56,6 +57,14 @@ MOCO = {**SMALL, "moco.queue_size": 32, "views.cutmix.weight": 1.0}
 FILES = {"deepcluster": "quickstart.py", "moco": "hexa_moco.py"}
 TIMED = ("images_per_second", "input_wait")  # metrics that are of no two runs the same
 KINDS = {"deepcluster": DEEPCLUSTER, "moco": MOCO}
+
+
+def free_port() -> int:
+    """A TCP port that nobody listens on."""
+    with contextlib.closing(socket.socket()) as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
 
 # Calls main as a program would, then tells what it left in the process.
 INSPECTED = """

@@ -98,7 +98,7 @@ def small_disk(tmp_path):
     subprocess.run(["umount", "--lazy", str(folder)], check=True)
 
 
-@pytest.mark.slow  # tests/test_checkpoint.py fills a disk, too
+@pytest.mark.slow  # tests/checkpoint/test_checkpoint.py fills a disk, too
 def test_full_disk_in_a_process(small_disk):
     finished("deepcluster")
     words = arguments("deepcluster", small_disk / "run", **{"runtime.keep_last": 100})

@@ -27,7 +27,7 @@ from hexa_jax.training.step import Steps, Trainer
 CGROUPS, OWN_CGROUP = pathlib.Path("/sys/fs/cgroup"), pathlib.Path("/proc/self/cgroup")
 MEMINFO = pathlib.Path("/proc/meminfo")
 # What convolutions on a CPU take besides the block of temporaries, as a share of it: 0.24 to 0.26
-# were measured for ResNets with batches of 128 and 512 images; tests/test_memory.py measures again.
+# were measured for ResNets with batches of 128 and 512 images; tests/training/test_memory.py measures again.
 CPU_SCRATCH = 0.25
 LEAST_GROUP = 8  # rows whose BatchNorm statistics are still worth something
 SMALLER = "a smaller --config.batch_size or --config.data.crop_size"

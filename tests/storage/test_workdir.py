@@ -277,7 +277,7 @@ with held({str(folder)!r}):
     time.sleep(600)
 """
     other = subprocess.Popen(
-        [sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, cwd=pathlib.Path(__file__).parent.parent
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, cwd=pathlib.Path(__file__).parents[2]
     )
     try:
         assert other.stdout.readline() == "in\n"

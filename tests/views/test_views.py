@@ -31,7 +31,7 @@ from hexa_jax.views.mixup import Mixup
 from hexa_jax.views.noise import Noise
 from hexa_jax.views.scheme import Scheme
 
-REPOSITORY = pathlib.Path(__file__).resolve().parent.parent
+REPOSITORY = pathlib.Path(__file__).resolve().parents[2]
 GREY = 1 / 255
 FLOAT32 = 3e-7  # metrics are float32, whatever the precision of the step
 

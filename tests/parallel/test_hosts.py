@@ -1,44 +1,16 @@
 """Several processes: what they are told, and that two of them do what one does. Real processes, which talk over gloo."""
 
-import contextlib
 import functools
 import os
 import signal
-import socket
 import time
 
-import numpy as np
 import pytest
-from command_line import arguments, environment, final_state, finish, lines, run, run_until, start
+from command_line import arguments, final_state, finish, free_port, lines, run, run_until, start
+from same_run import KINDS, assert_same, devices, what_was_learned
 
 from hexa_jax.parallel import processes
 from hexa_jax.parallel.processes import HostsError, Place
-
-# Two views besides the clean one, two resolutions for DeepCluster; groups and blocks that fit a quarter of the batch.
-SETTINGS = {
-    "precision": "float64",
-    "epochs": 2,
-    "bn_group_size": 4,
-    "cutmix_block": 4,
-    "views.adversarial.weight": 1.0,
-    "views.cutmix.weight": 1.0,
-    "runtime.num_devices": 0,
-    "knn.every_epochs": 1,
-    "linear.at_end": False,
-}
-CROPS = {"data.num_crops": "(2, 2)", "data.crop_size": "(8, 6)", "data.min_scale": "(0.3, 0.1)"}
-CROPS |= {"data.max_scale": "(1.0, 0.3)", "augment.blur_probability": "(0.0,)"}
-KINDS = {"moco": SETTINGS, "deepcluster": SETTINGS | CROPS}
-
-
-def devices(count):
-    return environment() | {"JAX_NUM_CPU_DEVICES": str(count)}
-
-
-def free_port():
-    with contextlib.closing(socket.socket()) as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def start_pair(words):
@@ -47,19 +19,6 @@ def start_pair(words):
     flags = [f"--coordinator={address}", "--num_processes=2", "--process_id=0"]
     variables = dict(zip(processes.VARIABLES, (address, "2", "1"), strict=True))
     return start([*words, *flags], env=devices(2)), start(words, env=devices(2) | variables)
-
-
-def what_was_learned(workdir):
-    """Leaves of the newest checkpoint, without the bank, whose order is that of the devices."""
-    step, state = final_state(workdir)
-    return {name: leaf for name, leaf in state.items() if "bank" not in name} | {"step": step}
-
-
-def assert_same(got, wanted):
-    assert got.keys() == wanted.keys() and got["step"] == wanted["step"] > 0
-    for name, leaf in wanted.items():
-        scale = max(np.abs(leaf).max(initial=0), 1)
-        np.testing.assert_allclose(got[name], leaf, atol=1e-9 * scale, rtol=0, err_msg=name)
 
 
 @pytest.fixture(scope="module")

@@ -2,6 +2,7 @@
 
 import collections
 import os
+import pathlib
 import pickle
 import struct
 import subprocess
@@ -11,9 +12,8 @@ import cv2
 import jax
 import numpy as np
 import pytest
-from command_line import REPOSITORY, environment
+from command_line import REPOSITORY, environment, free_port
 from test_detection_data import annotation, extracted, thing, write_voc
-from test_hosts import free_port
 
 from configs.eval import detection_voc
 from hexa_jax.data.source import DataError
@@ -408,7 +408,7 @@ def test_two_processes_do_what_one_does(tmp_path):
         f"{k:02d}": (tuple(size), annotation(text, box)) for k, (size, text) in enumerate(zip(sizes, said, strict=True))
     }
     spec = f"voc:{write_voc(tmp_path / 'voc', images)}"
-    path = os.pathsep.join([str(REPOSITORY), str(REPOSITORY / "tests"), *sys.path])
+    path = os.pathsep.join([str(REPOSITORY), str(REPOSITORY / "tests"), str(pathlib.Path(__file__).parent), *sys.path])
 
     def start(name, count, number):
         variables = (f"127.0.0.1:{port}", str(count), str(number)) if count > 1 else ()

@@ -13,10 +13,21 @@ import time
 import numpy as np
 import pytest
 from bucket import FORBIDDEN, NAME, Cloud
-from command_line import REPOSITORY, STEPS, arguments, begin, environment, final_state, finish, finished, run, run_until
+from command_line import (
+    REPOSITORY,
+    STEPS,
+    arguments,
+    begin,
+    environment,
+    final_state,
+    finish,
+    finished,
+    free_port,
+    run,
+    run_until,
+)
 from official_archives import prepare, run_python, write_cifar
-from test_hosts import KINDS, assert_same, devices, free_port, what_was_learned
-from test_resume import check_same_run
+from same_run import KINDS, assert_same, check_same_run, devices, what_was_learned
 
 from hexa_jax import export, main
 from hexa_jax import prepare as preparing

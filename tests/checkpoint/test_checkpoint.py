@@ -28,7 +28,7 @@ from jax.sharding import PartitionSpec as P
 from hexa_jax.checkpoint import checkpointer, lost_references
 from hexa_jax.checkpoint.checkpointer import MANIFEST, CheckpointError, Checkpoints
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent
+ROOT = pathlib.Path(__file__).resolve().parents[2]
 
 
 class State(NamedTuple):

@@ -1,6 +1,7 @@
 """What the compiled step sends between devices: no images, no bank, each gradient once."""
 
 import os
+import pathlib
 import subprocess
 import sys
 
@@ -162,12 +163,12 @@ print("REDUCED", sorted(check_traffic(trainer, *compiled(trainer))))
 def test_only_gradients_and_embeddings_travel_on_tpu(method, microbatches):
     """The same promises in the TPU compiler's program, bfloat16 compute: gradients are still reduced in float32."""
     pytest.importorskip("libtpu", reason="needs libtpu: `make test-slow` installs it")
-    here = os.path.dirname(__file__)
+    here = pathlib.Path(__file__).resolve().parent
     env = os.environ | {
         "JAX_PLATFORMS": "cpu",
         "TPU_SKIP_MDS_QUERY": "1",
         "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-        "PYTHONPATH": os.pathsep.join([here, os.path.dirname(here)]),
+        "PYTHONPATH": os.pathsep.join(map(str, [here, here.parent, here.parents[1]])),
     }
     command = [sys.executable, "-c", TPU_SCRIPT, method, str(microbatches)]
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=1800)

@@ -11,7 +11,6 @@ import pytest
 from command_line import (
     EPOCHS,
     STEPS,
-    TIMED,
     arguments,
     begin,
     final_state,
@@ -22,6 +21,7 @@ from command_line import (
     run_until,
     start,
 )
+from same_run import check_same_run
 from small import SmallRun, largest_difference, small_config
 
 from hexa_jax import main
@@ -36,22 +36,6 @@ def background():
 def checkpoints(workdir):
     """Folders of the complete checkpoints, oldest first."""
     return sorted(path.parent for path in (workdir / "checkpoints").glob(f"*/{MANIFEST}"))
-
-
-def check_same_run(workdir, expected):
-    """Bitwise the same final state, and the same lines of metrics, each once."""
-    step, state = final_state(workdir)
-    expected_step, expected_state = final_state(expected)
-    assert step == expected_step == STEPS and state.keys() == expected_state.keys()
-    for name, value in state.items():
-        np.testing.assert_array_equal(value, expected_state[name], err_msg=name)
-
-    def comparable(folder):
-        return [{name: v for name, v in line.items() if name not in TIMED} for line in lines(folder)]
-
-    assert comparable(workdir) == comparable(expected)
-    results = [(folder / "result.json").read_text() for folder in (workdir, expected)]
-    assert results[0] == results[1]
 
 
 @pytest.mark.parametrize("kind", ["deepcluster", pytest.param("moco", marks=pytest.mark.slow)])
