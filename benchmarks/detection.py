@@ -27,6 +27,7 @@ from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
 from hexa_jax.cli.command import parse_command
+from hexa_jax.core.errors import ConfigError, choose
 from hexa_jax.detection.batches import DetectionBatch
 from hexa_jax.detection.canvases import Canvases
 from hexa_jax.detection.task import make_base_optimizer, make_model
@@ -34,7 +35,7 @@ from hexa_jax.detection.training import STATS, DetectorState, Frozen, make_detec
 from hexa_jax.evals.backbone import IMAGENET_MEAN, IMAGENET_STD
 from hexa_jax.models.resnet import make_resnet
 from hexa_jax.parallel.mesh import make_mesh
-from hexa_jax.training.factory import PRECISIONS, ConfigError, choose, make_devices
+from hexa_jax.training.factory import PRECISIONS, make_devices
 
 CLASSES = 20
 OBJECTS = 8  # boxes of an image

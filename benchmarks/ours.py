@@ -13,7 +13,8 @@ from benchmarks.flops import product_flops
 from benchmarks.turns import Refusal, serve
 from hexa_jax.cli.command import parse_command
 from hexa_jax.core.batch import Batch
-from hexa_jax.training.factory import ConfigError, make_trainer
+from hexa_jax.core.errors import ConfigError
+from hexa_jax.training.factory import make_trainer
 from hexa_jax.training.step import Trainer
 
 

@@ -28,7 +28,7 @@ from benchmarks.hardware import add_rows, surroundings
 from benchmarks.ours import VARIANTS, Augmentation, Variant
 from benchmarks.peers.modes import COMPILE_MODES
 from hexa_jax.cli.command import parse_command
-from hexa_jax.training.factory import ConfigError
+from hexa_jax.core.errors import ConfigError
 
 
 def alone(options: argparse.Namespace, settings: list[str], argv: list[str]) -> int:

@@ -35,21 +35,21 @@ def serve(make: Callable[[], tuple[Callable[[int], float], dict[str, Any]]]) -> 
     channel = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # whatever else is printed must not get between the messages
 
-    def say(message: dict[str, Any]) -> None:
+    def log(message: dict[str, Any]) -> None:
         channel.write(json.dumps(message) + "\n")
         channel.flush()
 
     try:
         turn, facts = make()
-        say(facts)
+        log(facts)
         for line in sys.stdin:
-            say({"seconds": turn(int(line))})
+            log({"seconds": turn(int(line))})
     except Refusal as error:
-        say({"refusal": " ".join(str(error).split())})
+        log({"refusal": " ".join(str(error).split())})
         return 1
     except Exception as error:
         traceback.print_exc()
-        say({"error": " ".join(f"{type(error).__name__}: {error}".split())[:500]})
+        log({"error": " ".join(f"{type(error).__name__}: {error}".split())[:500]})
         return 1
     return 0
 

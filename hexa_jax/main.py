@@ -19,6 +19,7 @@ import jax
 from hexa_jax.checkpoint.checkpointer import CheckpointError
 from hexa_jax.cli.command import parse_command
 from hexa_jax.core import console
+from hexa_jax.core.errors import ConfigError
 from hexa_jax.core.preemption import Diverged, Terminated
 from hexa_jax.data.pipeline import InputLost
 from hexa_jax.data.source import DataError
@@ -37,11 +38,18 @@ from hexa_jax.parallel import processes
 from hexa_jax.storage.gcs import RemoteError
 from hexa_jax.storage.workdir import WorkdirError, abandon, held, open_workdir
 from hexa_jax.storage.workdir_sync import local_workdir
-from hexa_jax.training.factory import ConfigError
 from hexa_jax.training.loop import pretrain
 from hexa_jax.training.memory import is_out_of_memory, out_of_memory
 
-USER_ERRORS = (processes.HostsError, ConfigError, DataError, WorkdirError, CheckpointError, WeightsError, RemoteError)
+USER_ERRORS = (
+    processes.DistributedError,
+    ConfigError,
+    DataError,
+    WorkdirError,
+    CheckpointError,
+    WeightsError,
+    RemoteError,
+)
 TASKS = {
     "pretrain": pretrain,
     "knn": knn,
@@ -70,7 +78,7 @@ def main(argv: list[str]) -> int:
         logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s", force=True)
         if config.precision == "float64":
             jax.config.update("jax_enable_x64", True)
-        processes.join(place)
+        processes.initialize(place)
         with local_workdir(folder) as folder, held(folder):
             workdir = open_workdir(folder, config, extend=extend)
             try:

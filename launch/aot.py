@@ -30,10 +30,11 @@ import jax.numpy as jnp
 from jax.experimental import topologies
 
 from hexa_jax.cli.command import parse_command
+from hexa_jax.core.errors import ConfigError
 from hexa_jax.evals.features import make_extractor
 from hexa_jax.methods.base import Method
 from hexa_jax.storage.workdir import write_json
-from hexa_jax.training.factory import ConfigError, make_trainer
+from hexa_jax.training.factory import make_trainer
 from hexa_jax.training.step import Trainer
 from launch.program import CHIPS, Chip, describe, microbatches_that_fit, too_large
 

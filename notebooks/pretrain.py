@@ -80,12 +80,12 @@ plt.show()
 
 # %%
 from hexa_jax.report.page import perturbation
-from hexa_jax.training.input import Input
-from hexa_jax.training.load_run import open_run
+from hexa_jax.training.input import TrainingData
+from hexa_jax.training.load_run import load_run
 
-run = open_run(workdir)
+run = load_run(workdir)
 with jax.set_mesh(run.trainer.mesh):
-    data = Input.open(run.config, run.source, run.trainer)
+    data = TrainingData.open(run.config, run.source, run.trainer)
     batch = next(data.batches(0))
     shown = jax.device_get(run.trainer.compile().views(run.state, batch, data.resident))
 images = {view: np.clip(crops[0][0, :, 0], 0, 1) for view, crops in shown.images.items()}

@@ -11,8 +11,9 @@ import pytest
 from ml_collections import ConfigDict
 from small import SmallRun, largest_difference, small_config
 
+from hexa_jax.core.errors import ConfigError
 from hexa_jax.evals.tasks.linear_sgd import probe_schedule
-from hexa_jax.training.factory import ConfigError, make_schedule, make_trainer
+from hexa_jax.training.factory import make_schedule, make_trainer
 from hexa_jax.views.preview import PICTURES
 
 NAMES = sorted(path.stem for path in pathlib.Path("configs").glob("*.py") if path.stem not in ("common", "__init__"))
@@ -313,7 +314,7 @@ def test_multi_crop_is_a_matter_of_settings(counts, sizes):
     config.views.cutmix.weight = 1.0
     trainer = make_trainer(config, IMAGENET, jax.devices()[:1])
     with jax.set_mesh(trainer.mesh):
-        views = jax.eval_shape(trainer.view_step, trainer.state_shapes(), trainer.batch_shapes(), None)
+        views = jax.eval_shape(trainer.preview_step, trainer.state_shapes(), trainer.batch_shapes(), None)
     expected = [(1, PICTURES, count, size, size, 3) for count, size in zip(counts, sizes, strict=True)]
     for name in ("clean", "adversarial", "cutmix"):
         assert [crops.shape for crops in views.images[name]] == expected

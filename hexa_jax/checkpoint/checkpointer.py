@@ -28,7 +28,7 @@ from hexa_jax.checkpoint import lost_references, tree_io
 from hexa_jax.checkpoint.manifest import (
     MANIFEST,
     CheckpointError,
-    may_pass,
+    is_transient,
     one_line,
     read_manifest,
     verify,
@@ -261,7 +261,7 @@ class Checkpoints:
                 if leftover[:2] == folder[:2] and not leftover.complete:
                     _remove(leftover.path, ignore_errors=True)
         failed = CheckpointError(f"cannot save step {folder.step} in {self.directory}: {one_line(error)}")
-        failed.passing = jax.process_count() == 1 and may_pass(error)
+        failed.passing = jax.process_count() == 1 and is_transient(error)
         return failed
 
     def _delete_old(self, saved: _Folder) -> None:

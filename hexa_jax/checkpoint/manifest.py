@@ -21,7 +21,7 @@ class CheckpointError(ValueError):
     passing = False  # whether the reason may go away by itself
 
 
-def may_pass(error: Exception) -> bool:
+def is_transient(error: Exception) -> bool:
     """Whether storage that fails this way may work again by itself, as a file server does that is being restarted.
 
     Told by the text, because orbax wraps the system's errors in its own.

@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from hexa_jax.parallel.processes import Place
+from hexa_jax.core.errors import ConfigError
+from hexa_jax.parallel.processes import Placement
 from hexa_jax.storage.workdir import closest, flatten
-from hexa_jax.training.factory import ConfigError
 
 HELP = "see python -m hexa_jax.main --help"
 
@@ -21,7 +21,7 @@ class Command(NamedTuple):
     config: ConfigDict
     workdir: str
     extend: bool
-    place: Place
+    place: Placement
 
 
 def parse_command(argv: list[str]) -> Command:
@@ -54,7 +54,7 @@ def parse_command(argv: list[str]) -> Command:
     _check_tuples(known, flatten(values.config.to_dict()), overrides)
     if "data.source" in overrides and "data.eval_source" not in overrides:
         _leave_out_foreign_images(values.config.data, defaults.data)
-    place = Place(values.coordinator, values.num_processes, values.process_id)
+    place = Placement(values.coordinator, values.num_processes, values.process_id)
     return Command(values.config, values.workdir, values.extend, place)
 
 

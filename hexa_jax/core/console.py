@@ -17,7 +17,7 @@ def with_aliases(text: str) -> str:
     return text
 
 
-class Clock:
+class StepTimer:
     """Images per second since the last reading and time left, evaluations not counted."""
 
     def __init__(self, batch_size: int, total: int):
@@ -54,7 +54,7 @@ class Clock:
         return self.rate, f"{left // 3600}:{left // 60 % 60:02d}:{left % 60:02d}"
 
 
-def say(text: str) -> None:
+def log(text: str) -> None:
     """A line for the person at the terminal."""
-    if processes.first():
+    if processes.is_main_process():
         print(with_aliases(text), flush=True)

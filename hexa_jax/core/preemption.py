@@ -15,7 +15,7 @@ class Terminated(Exception):
     """SIGTERM arrived and the state is on disk."""
 
 
-class Interruptible:
+class PreemptionGuard:
     """Turns SIGTERM into a wish that a loop grants when its state is whole.
 
     With several processes, jax itself listens for the signal, tells the others, and lets all of them stop at the same step.

@@ -25,7 +25,7 @@ from hexa_jax.core.batch import Batch
 from hexa_jax.data.crops import Resolution, crop_number
 from hexa_jax.data.decode import BadImage, crop_generator, decode, random_resized_crop
 from hexa_jax.data.source import DataError
-from hexa_jax.parallel.mesh import Layout, place
+from hexa_jax.parallel.mesh import Layout, shard_batch
 
 ORDER_STREAM, SHUFFLE_STREAM = 1, 2
 WORKER_DEATHS = 3  # after which a run gives up
@@ -302,7 +302,7 @@ def device_batches(
     def to_batch(element: dict) -> Batch:
         bad_images.add(element.pop("bad"))
         labels[element["index"].reshape(-1)] = element["label"].reshape(-1)
-        placed = {name: place(mesh, layout, leaf) for name, leaf in element.items()}
+        placed = {name: shard_batch(mesh, layout, leaf) for name, leaf in element.items()}
         names = sorted(name for name in placed if name.startswith("crops"))
         crops = tuple(placed.pop(name) for name in names)
         return Batch(crops=crops, **placed)

@@ -14,6 +14,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
+from hexa_jax.core.errors import ConfigError
 from hexa_jax.data.decode import BadImage, crop_generator, decode
 from hexa_jax.data.pipeline import BadImages, host_iterator, read_or_replace, tolerated
 from hexa_jax.data.source import DataError
@@ -23,7 +24,6 @@ from hexa_jax.detection.metrics import Truth
 from hexa_jax.detection.plans import EvaluationPlan, TrainingPlan
 from hexa_jax.parallel import processes
 from hexa_jax.parallel.mesh import Layout, local_rows
-from hexa_jax.training.factory import ConfigError
 
 AHEAD = 2  # batches on the devices, so that the transfer of one overlaps the step before it
 

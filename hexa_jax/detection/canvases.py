@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import cv2
 import numpy as np
 
-from hexa_jax.training.factory import ConfigError
+from hexa_jax.core.errors import ConfigError
 
 Size = Sequence[int] | np.ndarray  # (height, width)
 STRIDE = 32  # canvases are multiples of it: the last map of the backbone then has whole pixels

@@ -12,8 +12,9 @@ from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
 from hexa_jax import optim
-from hexa_jax.core.console import Clock, say
-from hexa_jax.core.preemption import Interruptible
+from hexa_jax.core.console import StepTimer, log
+from hexa_jax.core.errors import ConfigError, choose
+from hexa_jax.core.preemption import PreemptionGuard
 from hexa_jax.data.source import DataError
 from hexa_jax.detection.batches import EvaluationBatches, TrainingBatches
 from hexa_jax.detection.data import DetectionSource, open_detection
@@ -40,7 +41,7 @@ from hexa_jax.parallel import processes
 from hexa_jax.parallel.mesh import make_mesh
 from hexa_jax.report.pictures import curves
 from hexa_jax.storage.workdir import write_json
-from hexa_jax.training.factory import PRECISIONS, ConfigError, choose, make_devices
+from hexa_jax.training.factory import PRECISIONS, make_devices
 
 PICTURED = 12  # images with their detections
 EXPORT = "detector.safetensors"
@@ -89,7 +90,7 @@ class _Detection:
         if self.trains:
             state, history = self._train(state)
         results = self._test(state, pictures=True)
-        if processes.first():
+        if processes.is_main_process():
             about = {"mean": self.model.network.pixel_mean, "std": self.model.network.pixel_std}
             write_detector(self.workdir / EXPORT, _variables(state), self.class_names, **about)
             if history:
@@ -100,7 +101,7 @@ class _Detection:
         results |= {"steps": int(state.step), "test_images": len(self.held_out)}
         results |= {"train_images": len(self.source)} if self.trains else {}
         write_json(self.workdir / "result.json", results)
-        say(
+        log(
             f"detection: AP {results['AP']:.1f}, AP50 {results['AP50']:.1f}, AP75 {results['AP75']:.1f}, "
             f"VOC's AP50 {results['VOC_AP50']:.1f}"
         )
@@ -108,11 +109,11 @@ class _Detection:
 
     def _train(self, state: DetectorState) -> tuple[DetectorState, list[dict[str, float]]]:
         config, batches = self.config, self.batches
-        say(f"to train on: {self.source.summary()}")
+        log(f"to train on: {self.source.summary()}")
         if batches.images_over_max_boxes:
-            say(f"{batches.images_over_max_boxes} images have more than data.max_boxes={config.data.max_boxes} boxes")
+            log(f"{batches.images_over_max_boxes} images have more than data.max_boxes={config.data.max_boxes} boxes")
         shapes = len(batches.canvases.all)
-        say(f"{shapes} shapes of images at most: so many compilations of the step, when each first occurs")
+        log(f"{shapes} shapes of images at most: so many compilations of the step, when each first occurs")
         total = config.steps or config.epochs * batches.steps_per_epoch
         optimizer = make_optimizer(make_base_optimizer(config, batches.steps_per_epoch), self._frozen())
         state = jax.device_put(state._replace(opt_state=optimizer.init(state.params)), NamedSharding(self.mesh, P()))
@@ -135,7 +136,7 @@ class _Detection:
             evaluate=evaluate,
             advice="try a lower optimizer.learning_rate or more optimizer.warmup_steps",
         )
-        stop = Interruptible()
+        stop = PreemptionGuard()
         try:
             return loop.run(state, stop)
         finally:
@@ -144,7 +145,7 @@ class _Detection:
     def _test(self, state: DetectorState, pictures: bool = False) -> dict[str, float]:
         """Average precision on the held-out images, in per cent."""
         found: list[Any] = [None] * len(self.held_out)
-        clock, done, batches = Clock(1, len(self.held_out)), 0, self.test_batches
+        clock, done, batches = StepTimer(1, len(self.held_out)), 0, self.test_batches
         clock.start(0)
         for number, (batch, rows) in enumerate(batches, 1):
             detected = jax.tree.map(np.asarray, self.detect(state.params, state.stats, batch))
@@ -155,13 +156,13 @@ class _Detection:
                 done += 1
             if number % self.config.runtime.log_every == 0:
                 speed, left = clock.read(done)
-                say(f"test: {done} of {len(self.held_out)} images  {speed:.3g} images/s  ETA {left}")
+                log(f"test: {done} of {len(self.held_out)} images  {speed:.3g} images/s  ETA {left}")
         truths = [self.held_out.truth(index) for index in range(len(self.held_out))]
         results = coco_metrics(truths, found, self.class_names) | voc_metrics(truths, found, self.class_names)
         if pictures:
-            say(f"tested on: {self.held_out.summary()}")
+            log(f"tested on: {self.held_out.summary()}")
             results["VOC07_AP50"] = voc_metrics(truths, found, self.class_names, eleven_point=True)["VOC_AP50"]
-            if processes.first():
+            if processes.is_main_process():
                 folder = self.workdir / "report"
                 folder.mkdir(exist_ok=True)
                 picture_detections(self.held_out, found, PICTURED, folder / "detections.png")

@@ -19,7 +19,7 @@ import sys
 from collections.abc import Sequence
 
 from hexa_jax.core.arguments import Parser
-from hexa_jax.core.console import say
+from hexa_jax.core.console import log
 from hexa_jax.experiments import study_command
 from hexa_jax.experiments.figures import FIGURES
 from hexa_jax.experiments.gallery import draw_gallery
@@ -84,9 +84,9 @@ def _report(name: str, outcomes: Sequence[Outcome], workdir: pathlib.Path) -> in
         paths = [path for outcome in outcomes if not outcome.failure for path in draw_gallery(outcome.folder, workdir)]
     else:
         paths = FIGURES[name](outcomes, workdir)
-    say(text)
+    log(text)
     for path in paths:
-        say(str(path))
+        log(str(path))
     return 1 if any(outcome.failure for outcome in outcomes) else 0
 
 

@@ -8,13 +8,13 @@ from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
-from hexa_jax.core.console import say
+from hexa_jax.core.console import log
+from hexa_jax.core.errors import ConfigError
 from hexa_jax.evals.backbone import RANDOM, check_checkpoint
 from hexa_jax.evals.tasks.labelled import require_checkpoint
 from hexa_jax.experiments.sweep import Cell, Entry, Outcome, Stage, run_grid
 from hexa_jax.storage.gcs import path_of
 from hexa_jax.storage.workdir import write_json
-from hexa_jax.training.factory import ConfigError
 
 
 class Row(NamedTuple):
@@ -91,7 +91,7 @@ def tables(config: ConfigDict, workdir: pathlib.Path) -> dict[str, Any]:
     outcomes = run_grid(entries, workdir)
     text = _markdown(rows, outcomes)
     (workdir / "tables.md").write_text(text)
-    say(text)
+    log(text)
     failed = [outcome for outcome in outcomes if outcome.failure]
     if failed:
         raise ConfigError(f"{failed[0].entry.cell.name}: {failed[0].failure}")

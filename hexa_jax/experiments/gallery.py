@@ -19,8 +19,8 @@ from hexa_jax.data.source import Source
 from hexa_jax.data.subset import spread
 from hexa_jax.experiments.figures import save
 from hexa_jax.report.page import perturbation
-from hexa_jax.training.input import Input
-from hexa_jax.training.load_run import OpenedRun, open_run
+from hexa_jax.training.input import TrainingData
+from hexa_jax.training.load_run import LoadedRun, load_run
 from hexa_jax.views.preview import PICTURES, UNATTACKED, ViewPreview
 
 SIDE = 128  # pixels of thumbnails
@@ -31,9 +31,9 @@ DRAWN = 10  # examples that are followed in the projection
 
 def draw_gallery(run_folder: pathlib.Path, workdir: pathlib.Path) -> list[pathlib.Path]:
     """Draw fig1 of the run in `run_folder`; returns the pictures' paths."""
-    run = open_run(run_folder)
+    run = load_run(run_folder)
     with jax.set_mesh(run.trainer.mesh):
-        data = Input.open(run.config, run.source, run.trainer)
+        data = TrainingData.open(run.config, run.source, run.trainer)
         batch = next(data.batches(run.trainer.spec.steps_per_epoch + run.step - 1))
         shown = jax.device_get(run.trainer.compile().views(run.state, batch, data.resident))
     whole = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), shown)
@@ -41,7 +41,7 @@ def draw_gallery(run_folder: pathlib.Path, workdir: pathlib.Path) -> list[pathli
     return [*_gallery(run, whole, workdir, name), *_projection(whole, workdir, f"{name}_space")]
 
 
-def _gallery(run: OpenedRun, shown: ViewPreview, workdir: pathlib.Path, name: str) -> list[pathlib.Path]:
+def _gallery(run: LoadedRun, shown: ViewPreview, workdir: pathlib.Path, name: str) -> list[pathlib.Path]:
     views = {view: np.clip(crops[0][:, 0], 0, 1) for view, crops in shown.images.items()}
     clean, adversarial = views["clean"], views["adversarial"]
     delta, radius = perturbation(clean, adversarial)
@@ -98,7 +98,7 @@ def _padded(pictures: list[Any]) -> list[Any]:
 
 
 def _pseudo_labels(
-    run: OpenedRun, shown: ViewPreview
+    run: LoadedRun, shown: ViewPreview
 ) -> tuple[np.ndarray, np.ndarray, Callable[[int, int], list[Any]]]:
     """Nearest pseudo-label of each row's first crop when clean and when attacked, [B] each; and what shows a label's meaning."""
     clean, adversarial = shown.outputs[UNATTACKED][:, 0], shown.outputs["adversarial"][:, 0]

@@ -31,7 +31,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from hexa_jax.core.arguments import Parser
-from hexa_jax.core.console import say
+from hexa_jax.core.console import log
 from hexa_jax.data.source import DataError
 from hexa_jax.data.sources import make_source
 from hexa_jax.experiments.study import METRIC, PARTS, PRESETS, SECONDARY, STAGES, Study
@@ -115,12 +115,12 @@ def _run(study: Study, stage: str, chosen: list[str] | None, workdir: pathlib.Pa
     # Cells that differ in their seed alone are one program: compiled once for all of them.
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(workdir / "compiled"))
     outcomes = run_grid(entries, workdir, ended=ended)
-    say(write_page())
+    log(write_page())
     for path in draw(declaration, results, stage, workdir):
-        say(str(path))
+        log(str(path))
     failed = [outcome for outcome in outcomes if outcome.failure]
     for outcome in failed:
-        say(f"failed: {outcome.entry.cell.name}: {outcome.failure}")
+        log(f"failed: {outcome.entry.cell.name}: {outcome.failure}")
     return 1 if failed else 0
 
 

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from hexa_jax.core.console import say
+from hexa_jax.core.console import log
 from hexa_jax.storage.gcs import is_remote
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]  # where configs/ is
@@ -93,7 +93,7 @@ def run_grid(
     _check_same(workdir, list(extra))
     cells = {entry.cell.name: entry.cell for entry in entries}
     waiting = [cell for cell in cells.values() if not _finished(workdir, cell)]
-    say(f"{len(cells)} cells, {len(cells) - len(waiting)} of them finished before")
+    log(f"{len(cells)} cells, {len(cells) - len(waiting)} of them finished before")
     failures, start = {}, time.monotonic()
     for number, cell in enumerate(waiting):
         left = (
@@ -101,10 +101,10 @@ def run_grid(
             if not number
             else f", about {_minutes((time.monotonic() - start) / number * (len(waiting) - number))} left"
         )
-        say(f"cell {number + 1} of {len(waiting)}: {cell.name}{left}")
+        log(f"cell {number + 1} of {len(waiting)}: {cell.name}{left}")
         failures[cell.name] = _run(workdir, cell, extra)
         if failures[cell.name]:
-            say(f"cell {cell.name} failed: {failures[cell.name]}")
+            log(f"cell {cell.name} failed: {failures[cell.name]}")
         elif ended:
             ended(cell, _values(workdir / "cells" / cell.name, cell))
     outcomes = []

@@ -19,11 +19,11 @@ TPU_VM = "Cloud TPU"
 VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 
 
-class HostsError(ValueError):
+class DistributedError(ValueError):
     """Processes that cannot find each other; the message is one line."""
 
 
-class Place(NamedTuple):
+class Placement(NamedTuple):
     """Where a process stands: address host:port of the first process, how many there are, its number; None: not said."""
 
     coordinator: str | None = None
@@ -31,23 +31,23 @@ class Place(NamedTuple):
     process_id: int | None = None
 
 
-def join(given: Place, environment: Mapping[str, str] = os.environ) -> None:
+def initialize(given: Placement, environment: Mapping[str, str] = os.environ) -> None:
     """Connect to the other processes, if there are any. Call it before anything touches a device.
 
     What the flags do not say is taken from JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID, and then from the
     launcher: srun, Open MPI's mpirun, GKE and Cloud TPU pods are recognised.
 
     Raises:
-        HostsError: half of what is needed is said, or the others do not answer.
+        DistributedError: half of what is needed is said, or the others do not answer.
     """
     place = _complete(given, environment)
     launched = launcher(environment)
-    if place == Place() and launched is None:
+    if place == Placement() and launched is None:
         return
     if None in place and launched is None:
-        missing = [name for name, value in zip(Place._fields, place, strict=True) if value is None]
-        raise HostsError(
-            f"--{missing[0]} is missing: a run of several processes needs all of {', '.join(Place._fields)}"
+        missing = [name for name, value in zip(Placement._fields, place, strict=True) if value is None]
+        raise DistributedError(
+            f"--{missing[0]} is missing: a run of several processes needs all of {', '.join(Placement._fields)}"
         )
     if place.num_processes == 1:
         return
@@ -56,32 +56,32 @@ def join(given: Place, environment: Mapping[str, str] = os.environ) -> None:
             place.coordinator, place.num_processes, place.process_id, heartbeat_timeout_seconds=HEARTBEAT_SECONDS
         )
     except (RuntimeError, ValueError, TypeError) as error:
-        if launched == TPU_VM and place == Place() and isinstance(error, ValueError):
+        if launched == TPU_VM and place == Placement() and isinstance(error, ValueError):
             return  # a TPU without the cloud's metadata, as in Colab: jax finds no others, so there are none
-        raise HostsError(
+        raise DistributedError(
             f"cannot join the other processes at {place.coordinator or launched}: {_line(error)}"
         ) from None
 
 
-def _complete(given: Place, environment: Mapping[str, str]) -> Place:
+def _complete(given: Placement, environment: Mapping[str, str]) -> Placement:
     """Flags, then variables."""
     coordinator, count, number = (environment.get(name) or None for name in VARIABLES)
     if launcher(environment) == "Open MPI":  # jax knows Open MPI 4 alone; both set these
         count = count or environment["OMPI_COMM_WORLD_SIZE"]
         number = number or environment["OMPI_COMM_WORLD_RANK"]
     values = []
-    for name, said, variable in zip(Place._fields[1:], given[1:], (count, number), strict=True):
+    for name, said, variable in zip(Placement._fields[1:], given[1:], (count, number), strict=True):
         try:
             values.append(said if said is not None else None if variable is None else int(variable))
         except ValueError:
-            raise HostsError(f"{name}={variable!r} of the environment is no number") from None
-    place = Place(given.coordinator or coordinator, *values)
+            raise DistributedError(f"{name}={variable!r} of the environment is no number") from None
+    place = Placement(given.coordinator or coordinator, *values)
     if place.coordinator and not place.coordinator.rpartition(":")[2].isdigit():
-        raise HostsError(f"--coordinator={place.coordinator!r} must be HOST:PORT")
+        raise DistributedError(f"--coordinator={place.coordinator!r} must be HOST:PORT")
     if place.num_processes is not None and place.num_processes < 1:
-        raise HostsError(f"--num_processes={place.num_processes} must be positive")
+        raise DistributedError(f"--num_processes={place.num_processes} must be positive")
     if None not in place[1:] and not 0 <= place.process_id < place.num_processes:  # type: ignore[operator]
-        raise HostsError(f"--process_id={place.process_id} must be 0 to {place.num_processes - 1}")  # type: ignore[operator]
+        raise DistributedError(f"--process_id={place.process_id} must be 0 to {place.num_processes - 1}")  # type: ignore[operator]
     return place
 
 
@@ -99,7 +99,7 @@ def launcher(environment: Mapping[str, str]) -> str | None:
     return None
 
 
-def first() -> bool:
+def is_main_process() -> bool:
     """Whether this process writes the files.
 
     Like `alone`, it opens no device in a process that `join` left alone: one that only starts other processes must leave the
@@ -108,7 +108,7 @@ def first() -> bool:
     return not jax.distributed.is_initialized() or jax.process_index() == 0
 
 
-def alone() -> bool:
+def is_single_process() -> bool:
     """Whether the run consists of this process."""
     return not jax.distributed.is_initialized() or jax.process_count() == 1
 
@@ -127,7 +127,7 @@ def largest(values: np.ndarray) -> np.ndarray:
     return np.max(multihost_utils.process_allgather(values), axis=0)
 
 
-def of_first(value: int) -> int:
+def broadcast_from_main(value: int) -> int:
     """The first process's value, on all of them; all processes call it."""
     if jax.process_count() == 1:
         return value

@@ -56,7 +56,7 @@ def closest(name: str, names: list[str]) -> str:
 
 def write_json(path: pathlib.Path, value: Any) -> None:
     """Write a JSON file in one step: readers see the old one or the new one, whole. Only the first process writes."""
-    if not processes.first():
+    if not processes.is_main_process():
         return
     temporary = path.with_suffix(".tmp")
     temporary.write_text(json.dumps(value, indent=1, sort_keys=True) + "\n")
@@ -126,7 +126,7 @@ def held(path: str) -> Iterator[None]:
         WorkdirError: it cannot be made, or another run is in there.
     """
     workdir = _absolute(path)
-    if not processes.first():
+    if not processes.is_main_process():
         yield
         return
     try:
@@ -160,7 +160,7 @@ def abandon(path: pathlib.Path) -> None:
         *path.glob("*/metrics.jsonl"),
         *path.glob("*/checkpoints"),
     ]
-    if not began and processes.first():
+    if not began and processes.is_main_process():
         for name in ("config.json", LOCK):
             (path / name).unlink(missing_ok=True)
         if not any(path.iterdir()):
@@ -179,7 +179,7 @@ def _made_no_step(workdir: pathlib.Path) -> bool:
 
 
 def _start_over(workdir: pathlib.Path, reason: str) -> None:
-    if not processes.first():
+    if not processes.is_main_process():
         return
     logging.warning("%s; it made no step: starting over", reason)
     for name in ("checkpoints", "tensorboard"):
@@ -215,7 +215,7 @@ class Metrics:
     def __init__(self, workdir: pathlib.Path, writer: str, resume_step: int):
         self.path = workdir / "metrics.jsonl"
         self._file = None
-        if not processes.first():
+        if not processes.is_main_process():
             return
         kept = [line for line in _parsed(self.path) if line["step"] <= resume_step]
         self._known = {frozenset(line) for line in kept if line["step"] == resume_step}

@@ -26,7 +26,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, NoReturn
 
 from hexa_jax.core import console
-from hexa_jax.core.console import say
+from hexa_jax.core.console import log
 from hexa_jax.core.preemption import Terminated
 from hexa_jax.parallel import processes
 from hexa_jax.storage import gcs
@@ -53,7 +53,7 @@ def local_workdir(path: str) -> Iterator[str]:
         yield path
         return
     mirror = Mirror(path)
-    previous = signal.signal(signal.SIGTERM, _terminated) if processes.alone() else None
+    previous = signal.signal(signal.SIGTERM, _terminated) if processes.is_single_process() else None
     try:
         try:
             mirror.open()
@@ -102,25 +102,25 @@ class Mirror:
         """Become the owner, and fetch the files. With several processes all watch, the first owns, and all fetch."""
         console.aliases[str(self.folder)] = self.url
         self._watch()
-        processes.of_first(0)  # all have seen that nobody is there
-        if processes.first():
+        processes.broadcast_from_main(0)  # all have seen that nobody is there
+        if processes.is_main_process():
             self._token = uuid.uuid4().hex
-            self._sign()
+            self._write_lease()
         there = {name: size for name, (size, _) in gcs.files(self.url).items() if name != OWNER}
         there = {name: size for name, size in there.items() if CHECKPOINTS not in name.split("/")}
         self.folder.mkdir()
         for _ in gcs.copies(self.url, self.folder, there):
             pass
         self._known = self._files()
-        if processes.first():
+        if processes.is_main_process():
             _current.append(self)
-            self._repeat(BEAT_SECONDS, self._beat)
+            self._repeat(BEAT_SECONDS, self._heartbeat)
             self._repeat(UPLOAD_SECONDS, self.upload)
 
     def upload(self) -> None:
         """Make the bucket's files equal to the local ones; RemoteError where that fails."""
         with self._uploading, gcs.told(self.url, "cannot be written to"):
-            self._beat()
+            self._heartbeat()
             files = self._files()
             changed = [name for name in files if self._known.get(name) != files[name]]
             # Parts of features are valid because of the file beside them: old ones go before that one changes.
@@ -181,7 +181,7 @@ class Mirror:
         before = self._owner()
         if before is None:
             return
-        say(f"{self.url} is signed by {before['by']}: waiting {LEASE_SECONDS} s to see whether it is alive")
+        log(f"{self.url} is signed by {before['by']}: waiting {LEASE_SECONDS} s to see whether it is alive")
         end = time.monotonic() + LEASE_SECONDS
         while time.monotonic() < end and (now := self._owner()) is not None:
             if now != before:
@@ -195,15 +195,15 @@ class Mirror:
             except FileNotFoundError:
                 return None
 
-    def _sign(self) -> None:
+    def _write_lease(self) -> None:
         signature = {"by": f"process {os.getpid()} on {socket.gethostname()}", "token": self._token, "at": time.time()}
         with gcs.told(self.url, "cannot be written to"):
             self.bucket.pipe_file(f"{self.url}/{OWNER}", json.dumps(signature).encode())
 
-    def _beat(self) -> None:
+    def _heartbeat(self) -> None:
         """Sign again. Whoever was silent for too long may find another owner, and must not write any more."""
         owner = self._owner()
         if owner is not None and owner["token"] != self._token:
             print(f"hexa_jax: {self.url} was taken over by {owner['by']}: stopping", file=sys.stderr, flush=True)
             os._exit(1)
-        self._sign()
+        self._write_lease()

@@ -10,7 +10,8 @@ import optax
 from ml_collections import ConfigDict
 
 from hexa_jax import optim
-from hexa_jax.core.console import say
+from hexa_jax.core.console import log
+from hexa_jax.core.errors import ConfigError, choose
 from hexa_jax.data.augment import Photometric
 from hexa_jax.data.crops import DeviceCrops, Resolution
 from hexa_jax.data.source import Source
@@ -30,23 +31,11 @@ from hexa_jax.views import VIEWS, Attack
 from hexa_jax.views.base import OWN_CROP
 from hexa_jax.views.scheme import Scheme
 
-
-class ConfigError(ValueError):
-    """A setting that cannot work; the message is one line that says what would."""
-
-
 PRECISIONS = {
     "bfloat16": (jnp.bfloat16, jnp.float32),
     "float32": (jnp.float32, jnp.float32),
     "float64": (jnp.float64, jnp.float64),
 }
-
-
-def choose(name: str, value: str, table: dict):
-    """table[value], or a ConfigError that lists the choices."""
-    if value not in table:
-        raise ConfigError(f"config.{name}={value!r} is not known: use one of {', '.join(sorted(table))}")
-    return table[value]
 
 
 def open_source(config: ConfigDict, spec: str) -> Source:
@@ -63,7 +52,7 @@ def open_source(config: ConfigDict, spec: str) -> Source:
         labels=config.data.get("labels", "auto"),  # runs of before it was there
     )
     if note := getattr(source, "labels_note", ""):
-        say(note)
+        log(note)
     return source
 
 

@@ -24,7 +24,7 @@ from hexa_jax.training.step import Trainer
 
 
 @dataclasses.dataclass
-class Input:
+class TrainingData:
     """The data of a run: its source, the batches of any step, and the resident images if there are any."""
 
     config: ConfigDict
@@ -35,7 +35,7 @@ class Input:
     labels: np.ndarray  # int32 [num_examples], -1 where none is known yet
 
     @classmethod
-    def open(cls, config: ConfigDict, source: Source, trainer: Trainer) -> "Input":
+    def open(cls, config: ConfigDict, source: Source, trainer: Trainer) -> "TrainingData":
         """Read what must be in memory: labels, and all images when they live on the device."""
         bad_images, resident = BadImages(source, config.data.max_bad_fraction), None
         if config.data.on_device:

@@ -13,7 +13,7 @@ from hexa_jax.training.factory import make_trainer, open_training_source
 from hexa_jax.training.step import Trainer, TrainState
 
 
-class OpenedRun(NamedTuple):
+class LoadedRun(NamedTuple):
     """A run's config, training examples, trainer, and its state at `step`."""
 
     config: ConfigDict
@@ -23,7 +23,7 @@ class OpenedRun(NamedTuple):
     step: int
 
 
-def open_run(workdir: pathlib.Path) -> OpenedRun:
+def load_run(workdir: pathlib.Path) -> LoadedRun:
     """The run in a workdir at its newest checkpoint, on this process's devices.
 
     Raises:
@@ -42,4 +42,4 @@ def open_run(workdir: pathlib.Path) -> OpenedRun:
     if restored is None:
         raise CheckpointError(f"{workdir} has no checkpoint yet")
     step, state, _ = restored
-    return OpenedRun(config, source, trainer, state, step)
+    return LoadedRun(config, source, trainer, state, step)

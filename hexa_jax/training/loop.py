@@ -17,18 +17,18 @@ from sklearn.metrics import normalized_mutual_info_score
 
 from hexa_jax.checkpoint.checkpointer import CheckpointError, Checkpoints
 from hexa_jax.core.batch import Batch
-from hexa_jax.core.console import Clock, say
-from hexa_jax.core.preemption import Diverged, Interruptible, Terminated
+from hexa_jax.core.console import StepTimer, log
+from hexa_jax.core.preemption import Diverged, PreemptionGuard, Terminated
 from hexa_jax.data.source import Source
 from hexa_jax.models.norm import CLEAN, stats_collection
 from hexa_jax.parallel import processes
 from hexa_jax.report import page
 from hexa_jax.storage.workdir import Metrics, write_json
 from hexa_jax.training.factory import make_schedule, make_trainer, open_training_source
-from hexa_jax.training.input import Input
+from hexa_jax.training.input import TrainingData
 from hexa_jax.training.memory import compile_ahead
 from hexa_jax.training.online_probe import Probe, make_probe
-from hexa_jax.training.step import Steps, Trainer, TrainState
+from hexa_jax.training.step import CompiledSteps, Trainer, TrainState
 from hexa_jax.views.preview import ViewPreview
 
 COLLAPSED = 0.02  # embedding_std below this: all embeddings are nearly the same
@@ -53,7 +53,7 @@ def pretrain(config: ConfigDict, workdir: pathlib.Path) -> dict[str, Any]:
 def _warn_of_queue(config: ConfigDict, num_images: int) -> None:
     """Tell whoever trains on few images that MoCo's negatives would be older keys of the very same images."""
     size = config.moco.queue_size
-    if config.method == "moco" and size > num_images and processes.first():
+    if config.method == "moco" and size > num_images and processes.is_main_process():
         logging.warning(
             "moco.queue_size=%d is more than the %d images: the queue holds each image's own keys of up to %d "
             "earlier epochs as negatives; use fewer, such as --config.moco.queue_size=%d",
@@ -69,7 +69,7 @@ class _Run:
 
     def __init__(self, config: ConfigDict, workdir: pathlib.Path, source: Source, trainer: Trainer):
         self.config, self.workdir, self.trainer = config, workdir, trainer
-        self.steps: Steps = trainer.compile()
+        self.steps: CompiledSteps = trainer.compile()
         self.steps_per_epoch = trainer.spec.steps_per_epoch
         self.total = config.epochs * self.steps_per_epoch
         runtime = config.runtime
@@ -78,11 +78,11 @@ class _Run:
         if self.checkpoints.steps()[-1:] != [self.total]:  # a finished run takes no step
             self.steps = compile_ahead(config, trainer, self.steps, source)
         self.state, self.step, self.metadata = self._restore()
-        self.input = Input.open(config, source, trainer)
+        self.input = TrainingData.open(config, source, trainer)
         self.probe: Probe | None = make_probe(config, source, trainer)
         self.metrics = Metrics(workdir, runtime.writer, self.step)
-        self.clock = Clock(config.batch_size, self.total)
-        self.stop = Interruptible()
+        self.clock = StepTimer(config.batch_size, self.total)
+        self.stop = PreemptionGuard()
         self.schedule: Callable = make_schedule(config, self.steps_per_epoch)
 
     def _restore(self) -> tuple[TrainState, int, dict]:
@@ -95,12 +95,12 @@ class _Run:
                 f"step {step} in {self.checkpoints.directory} holds parameters that are not finite; this program saves none: "
                 "remove it, and the same command resumes from the one before"
             )
-        say(f"resuming at step {step} from {self.checkpoints.directory}")
+        log(f"resuming at step {step} from {self.checkpoints.directory}")
         return state, step, metadata
 
     def run(self) -> dict[str, Any]:
         millions = parameter_overview.count_parameters(self.state.params) / 1e6
-        say(f"{len(self.input.source)} images, {millions:.1f} million parameters, {self.trainer.mesh.size} devices")
+        log(f"{len(self.input.source)} images, {millions:.1f} million parameters, {self.trainer.mesh.size} devices")
         try:
             if not self.metadata["first_pass"]:
                 self._first_pass()
@@ -148,7 +148,7 @@ class _Run:
         """Fill the bank, save, and measure the untrained network."""
         needed = self.trainer.objective.method.needs_first_pass
         if needed:
-            say(f"first pass: {self.steps_per_epoch} forward steps fill the bank")
+            log(f"first pass: {self.steps_per_epoch} forward steps fill the bank")
             for batch in itertools.islice(self.input.batches(0), self.steps_per_epoch):
                 self.state = self.steps.observe(self.state, batch, self.input.resident)
                 if self.stop.reached():
@@ -165,7 +165,7 @@ class _Run:
         results = self._probe_results(state)
         self.metadata |= {f"random_{name}": value for name, value in results.items()}
         self.metrics.write(0, results)
-        say(f"random initialisation: kNN {results['knn_accuracy']:.1f} %")
+        log(f"random initialisation: kNN {results['knn_accuracy']:.1f} %")
 
     def _reestimated(self, num_batches: int) -> TrainState:
         """The state with clean statistics that are the mean over so many batches of clean training crops."""
@@ -203,7 +203,7 @@ class _Run:
                 values["nmi"] = _nmi(self.assignments, labels)
         if values:
             self.metrics.write(self.step, {"epoch": epoch} | values)
-            say(f"epoch {epoch}: " + ", ".join(f"{name} {value:.4g}" for name, value in values.items()))
+            log(f"epoch {epoch}: " + ", ".join(f"{name} {value:.4g}" for name, value in values.items()))
 
     def _due(self, epoch: int) -> list[str]:
         """Accuracies to measure after this epoch; after the last one, `_finish` does."""
@@ -220,7 +220,7 @@ class _Run:
         values = {name: value for name, value in accuracies.items() if value is not None}
         self.metrics.write(self.step, {"epoch": epoch, **values})
         for name, value in values.items():
-            say(f"epoch {epoch}: {'kNN' if name == 'knn_accuracy' else 'linear probe'} accuracy {value:.1f} %")
+            log(f"epoch {epoch}: {'kNN' if name == 'knn_accuracy' else 'linear probe'} accuracy {value:.1f} %")
 
     def _report(self, step: int, metrics: dict) -> None:
         """Check and log the numbers of a finished step."""
@@ -249,7 +249,7 @@ class _Run:
         values["images_per_second"], left = self.clock.read(step)
         values["input_wait"] = waited = self.clock.input_wait
         self.metrics.write(step, values)
-        say(
+        log(
             f"step {step}/{self.total}  epoch {values['epoch']:.2f}/{self.config.epochs}  loss {loss:.4f}  "
             f"{values['images_per_second']:.0f} images/s  ETA {left}"
             + (f"  waited for input {waited:.0%} of the time" if waited > STARVED else "")
@@ -279,9 +279,9 @@ class _Run:
                 results |= {f"pixels_{name}": value for name, value in self._accuracies(pixels).items()}
         write_json(self.workdir / "result.json", results)
         shown = page.Pictured(self.views(), self.source, self.assignments)
-        if processes.first():
+        if processes.is_main_process():
             path = page.write_report(self.workdir, self.config, shown, results)
-            say(page.table(results) + f"\nreport: {path}")
+            log(page.table(results) + f"\nreport: {path}")
         return results
 
     # ---- What the report shows ----------------------------------------------------------------------------------------

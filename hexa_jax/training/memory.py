@@ -16,13 +16,13 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
-from hexa_jax.core.console import say
+from hexa_jax.core.console import log
+from hexa_jax.core.errors import ConfigError
 from hexa_jax.data.pipeline import read_or_replace, tolerated
 from hexa_jax.data.source import Source
 from hexa_jax.parallel import processes
 from hexa_jax.parallel.mesh import Layout
-from hexa_jax.training.factory import ConfigError
-from hexa_jax.training.step import Steps, Trainer
+from hexa_jax.training.step import CompiledSteps, Trainer
 
 CGROUPS, OWN_CGROUP = pathlib.Path("/sys/fs/cgroup"), pathlib.Path("/proc/self/cgroup")
 MEMINFO = pathlib.Path("/proc/meminfo")
@@ -50,7 +50,7 @@ class Need(NamedTuple):
         return self.fixed + self.temporaries
 
 
-def compile_ahead(config: ConfigDict, trainer: Trainer, steps: Steps, source: Source) -> Steps:
+def compile_ahead(config: ConfigDict, trainer: Trainer, steps: CompiledSteps, source: Source) -> CompiledSteps:
     """Compile the training step from its shapes alone, and check that it fits the devices' memory.
 
     Args:
@@ -76,7 +76,7 @@ def compile_ahead(config: ConfigDict, trainer: Trainer, steps: Steps, source: So
         data = jax.ShapeDtypeStruct((len(source), *image.shape), np.uint8, sharding=whole)
     what = _described(config)
     patience = "; takes minutes on a CPU" if device.platform == "cpu" else ""
-    say(f"compiling the training step: {what}{patience}")
+    log(f"compiling the training step: {what}{patience}")
     state, batch = trainer.state_shapes(), trainer.batch_shapes(config.data.on_device)
     try:
         compiled = steps.train.lower(state, batch, data).compile()

@@ -136,7 +136,7 @@ class Trainer:
         metrics["invalid"] = jnp.sum(~batch.valid)
         return new_state, {name: jnp.asarray(value, jnp.float32) for name, value in metrics.items()}
 
-    def observe_step(self, state: TrainState, batch: Batch, data: jax.Array | None = None) -> TrainState:
+    def forward_only_step(self, state: TrainState, batch: Batch, data: jax.Array | None = None) -> TrainState:
         """Training-mode forward without gradient: writes BatchNorm statistics and what a first pass is there for."""
         outputs, moments = self._forward(state, batch, data)
         collection = stats_collection(CLEAN)
@@ -183,20 +183,20 @@ class Trainer:
         method = self.objective.method.refresh(jax.random.fold_in(key, epoch), state.method)
         return state._replace(method=method), self.objective.method.describe(state.method, method)
 
-    def compile(self) -> "Steps":
+    def compile(self) -> "CompiledSteps":
         """The jitted functions; the state is donated, its sharding is fixed."""
         state = self.state_sharding()
         rows, whole = NamedSharding(self.mesh, ROWS), NamedSharding(self.mesh, P())
-        return Steps(
+        return CompiledSteps(
             init=jax.jit(self.init_state, out_shardings=state),
             train=jax.jit(
                 self.train_step, in_shardings=(state, rows, whole), out_shardings=(state, whole), donate_argnums=0
             ),
             observe=jax.jit(
-                self.observe_step, in_shardings=(state, rows, whole), out_shardings=state, donate_argnums=0
+                self.forward_only_step, in_shardings=(state, rows, whole), out_shardings=state, donate_argnums=0
             ),
             moments=jax.jit(self.moments_step, in_shardings=(state, rows, whole), out_shardings=whole),
-            views=jax.jit(self.view_step, in_shardings=(state, rows, whole), out_shardings=rows),
+            views=jax.jit(self.preview_step, in_shardings=(state, rows, whole), out_shardings=rows),
             augment=jax.jit(self.augment_step, in_shardings=(state, rows, whole), out_shardings=rows),
             refresh=jax.jit(
                 self.refresh_step, in_shardings=(state, whole), out_shardings=(state, whole), donate_argnums=0
@@ -247,7 +247,7 @@ class Trainer:
         out_specs = Gradients(P(), P(), P(), ROWS)
         return self._per_device(local, self._input_specs, out_specs)(params, inputs, rngs, data)
 
-    def view_step(self, state: TrainState, batch: Batch, data: jax.Array | None = None) -> ViewPreview:
+    def preview_step(self, state: TrainState, batch: Batch, data: jax.Array | None = None) -> ViewPreview:
         """What the next step would learn from, to look at: leaves [M, rows, ...], PICTURES rows of images a device."""
         rngs = self._rngs(state)
         inputs, _ = self._inputs(state, batch, rngs, data)
@@ -282,7 +282,7 @@ class Trainer:
         return jax.tree.map(lambda own, copy: jnp.where(started, own, copy), now, copies)
 
 
-class Steps(NamedTuple):
+class CompiledSteps(NamedTuple):
     """Compiled functions of a run: init(seed); refresh(state, epoch); all others take (state, batch, data)."""
 
     init: Any

@@ -16,6 +16,7 @@ from command_line import REPOSITORY, environment, free_port
 from test_detection_data import annotation, extracted, thing, write_voc
 
 from configs.eval import detection_voc
+from hexa_jax.core.errors import ConfigError
 from hexa_jax.data.source import DataError
 from hexa_jax.detection.batches import (
     DetectionBatch,
@@ -31,7 +32,6 @@ from hexa_jax.detection.metrics import Truth
 from hexa_jax.detection.plans import EvaluationPlan, TrainingPlan
 from hexa_jax.parallel import processes
 from hexa_jax.parallel.mesh import make_mesh
-from hexa_jax.training.factory import ConfigError
 
 PAIRS = ((64, 96), (96, 128))
 SIDES, LIMIT = (48, 64, 80), 120
@@ -385,7 +385,7 @@ from hexa_jax.detection.data import open_detection
 from hexa_jax.parallel.mesh import make_mesh
 from test_detection_batches import settings
 spec, target = sys.argv[1:]
-processes.join(processes.Place())
+processes.initialize(processes.Placement())
 whole = lambda batch: [np.asarray(process_allgather(leaf, tiled=True)) for leaf in batch]
 arrays = []
 for batch in TrainingBatches(settings(), open_detection(spec), make_mesh()).after(0, 6):

@@ -277,20 +277,20 @@ def test_a_cut_off_changes_nothing(run, devkit, weights, tmp_path):
 
 def test_a_signal_saves_and_changes_nothing(run, devkit, weights, tmp_path, monkeypatch, capsys):
     """In the middle of an epoch, where no checkpoint is due."""
-    say, command = training_loop.say, words(tmp_path / "run", devkit, checkpoint=weights)
+    log, command = training_loop.log, words(tmp_path / "run", devkit, checkpoint=weights)
 
     def terminated(text):
-        say(text)
+        log(text)
         if text.startswith(f"step 5/{STEPS} "):
             signal.raise_signal(signal.SIGTERM)
 
-    monkeypatch.setattr(training_loop, "say", terminated)
+    monkeypatch.setattr(training_loop, "log", terminated)
     assert main.main(command) == 143
     captured = capsys.readouterr()
     (line,) = captured.err.splitlines()
     assert line.startswith("hexa_jax: SIGTERM: saved step 5 in ") and "step 6/" not in captured.out
     assert final_state(tmp_path / "run")[0] == 5 and not (tmp_path / "run" / "result.json").exists()
-    monkeypatch.setattr(training_loop, "say", say)
+    monkeypatch.setattr(training_loop, "log", log)
     assert main.main(command) == 0
     assert f"step 6/{STEPS} " in (said := capsys.readouterr().out) and f"step 5/{STEPS} " not in said
     assert_same_run(tmp_path / "run", run)

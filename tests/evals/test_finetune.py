@@ -16,6 +16,7 @@ from sklearn.linear_model import LogisticRegression
 from configs.eval import common, finetune_cifar
 from hexa_jax import main
 from hexa_jax.checkpoint.checkpointer import MANIFEST
+from hexa_jax.core.errors import ConfigError
 from hexa_jax.data.decode import resize_center_crop
 from hexa_jax.data.shapes import CLASS_NAMES, make_shapes
 from hexa_jax.data.sources import ArraySource, DataError, FolderSource
@@ -23,7 +24,6 @@ from hexa_jax.evals.backbone import Backbone
 from hexa_jax.evals.tasks import finetune, training_loop
 from hexa_jax.evals.tasks.labelled import Features, check_classes, listed, open_both, open_split, top_k, usable
 from hexa_jax.evals.tasks.linear_features import adamax_probe
-from hexa_jax.training.factory import ConfigError
 
 # ---- The Adamax probe --------------------------------------------------------------------------------------------------
 
@@ -423,18 +423,18 @@ def test_a_finished_run_is_not_trained_again(run, tmp_path):
 
 
 def test_a_signal_in_the_last_step_of_a_learning_rate_stops_before_the_next(run, tmp_path, monkeypatch, capsys):
-    part, say = tmp_path / "part", training_loop.say
+    part, log = tmp_path / "part", training_loop.log
     shutil.copytree(run, part)
     (part / "result.json").unlink()
     shutil.rmtree(max((part / f"lr{RATES[0]}" / "checkpoints").iterdir()))
     shutil.rmtree(part / f"lr{RATES[1]}")
 
     def terminated(text):
-        say(text)
+        log(text)
         if text.startswith("step 6/6 "):
             signal.raise_signal(signal.SIGTERM)
 
-    monkeypatch.setattr(training_loop, "say", terminated)
+    monkeypatch.setattr(training_loop, "log", terminated)
     assert main.main(words(part)) == 143
     captured = capsys.readouterr()
     assert f"SIGTERM: saved step 6 in {part}/lr{RATES[0]}; the same command resumes it" in captured.err

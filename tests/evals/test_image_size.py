@@ -8,9 +8,9 @@ from command_line import REPOSITORY, finished
 from configs import common
 from configs.eval import common as evaluation
 from hexa_jax import export, main
+from hexa_jax.core.errors import ConfigError
 from hexa_jax.evals.backbone import random_backbone
 from hexa_jax.evals.tasks.image_size import trained_size, with_size
-from hexa_jax.training.factory import ConfigError
 
 
 def run_config(crop_size=(224,), resize=256, crop=224):

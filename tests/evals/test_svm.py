@@ -13,11 +13,11 @@ from sklearn.metrics import average_precision_score
 from sklearn.model_selection import StratifiedKFold
 from sklearn.svm import LinearSVC
 
+from hexa_jax.core.errors import ConfigError
 from hexa_jax.data.voc import ABSENT, DIFFICULT, PRESENT
 from hexa_jax.evals.average_precision import average_precision
 from hexa_jax.evals.tasks import svm as module
 from hexa_jax.evals.tasks.svm import POWERS, choose_cost, class_ap, low_shot_rows, unit_rows
-from hexa_jax.training.factory import ConfigError
 
 PROTOCOLS = ("pcl", "goyal")
 

@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 from configs.eval import knn as any_evaluation
 from hexa_jax import main
 from hexa_jax.checkpoint.checkpointer import Checkpoints
-from hexa_jax.core.preemption import Diverged, Interruptible, Terminated
+from hexa_jax.core.preemption import Diverged, PreemptionGuard, Terminated
 from hexa_jax.evals.tasks.training_loop import TrainingLoop
 
 TOTAL, STEPS_PER_EPOCH = 8, 3  # two epochs, and two steps of a third
@@ -161,7 +161,7 @@ def test_a_broken_run_ends_as_diverged_in_spite_of_a_signal(tmp_path, monkeypatc
             yield jnp.float32(number)
 
     def task(config, workdir):
-        stop = Interruptible()
+        stop = PreemptionGuard()
         try:
             dataclasses.replace(make(workdir, [], step, log_every=100), batches=batches).run(initial(), stop)
         finally:

@@ -13,11 +13,11 @@ from sklearn.preprocessing import StandardScaler
 
 from configs.eval import transfer as protocol
 from hexa_jax import main
+from hexa_jax.core.errors import ConfigError
 from hexa_jax.evals.linear import fit_linear
 from hexa_jax.evals.stored_features import StoredFeatures, join
 from hexa_jax.evals.tasks import transfer
 from hexa_jax.evals.tasks.transfer import Readout, Target, draw_rows, parse_targets
-from hexa_jax.training.factory import ConfigError
 
 LABELS = np.random.default_rng(0).permutation(np.repeat([0, 1, 4], [40, 25, 3]))
 

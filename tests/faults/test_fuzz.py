@@ -12,8 +12,8 @@ from PIL import Image
 
 from hexa_jax import main
 from hexa_jax.cli.command import parse_command
+from hexa_jax.core.errors import ConfigError
 from hexa_jax.data.source import DataError
-from hexa_jax.training.factory import ConfigError
 
 ROOT = pathlib.Path(main.__file__).parent.parent
 LIMIT = 3 << 30  # bytes of address space beyond what importing takes

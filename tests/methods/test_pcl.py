@@ -12,11 +12,12 @@ from configs import pcl_v2
 from hexa_jax import kmeans
 from hexa_jax.checkpoint.checkpointer import Checkpoints
 from hexa_jax.core.batch import Batch
+from hexa_jax.core.errors import ConfigError
 from hexa_jax.methods.bank import describe_clusters
 from hexa_jax.methods.base import Encode, Spec
 from hexa_jax.methods.moco import MoCo
 from hexa_jax.methods.pcl import PCL, PCLDictionary, PCLLabels, concentration
-from hexa_jax.training.factory import ConfigError, make_trainer
+from hexa_jax.training.factory import make_trainer
 
 B, T, D, Q = 8, 3, 4, 16  # rows of a step, steps of an epoch, embedding, queue
 CLUSTERS = (3, 5)

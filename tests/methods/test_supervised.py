@@ -6,10 +6,11 @@ import pytest
 from small import SmallRun, small_config
 
 from hexa_jax.core.batch import Batch
+from hexa_jax.core.errors import ConfigError
 from hexa_jax.methods.base import Spec
 from hexa_jax.methods.supervised import Supervised
-from hexa_jax.training.factory import ConfigError, make_trainer
-from hexa_jax.training.input import Input
+from hexa_jax.training.factory import make_trainer
+from hexa_jax.training.input import TrainingData
 
 N, V, D, C = 6, 2, 5, 4
 LABELS = np.array([0, 3, 2, -1, 1, 3], np.int32)
@@ -87,7 +88,7 @@ def test_labels_of_a_resident_data_set_reach_the_step(x64):
     """And have their part in its gradients."""
     config = small_config("supervised", **{"data.on_device": True, "scheme": "std"})
     run = SmallRun(config)
-    opened = Input.open(config, run.source, run.trainer)
+    opened = TrainingData.open(config, run.source, run.trainer)
     with jax.set_mesh(run.trainer.mesh):
         batch = next(opened.batches(0))
         labels = run.source.labels()

@@ -10,7 +10,7 @@ from command_line import arguments, final_state, finish, free_port, lines, run, 
 from same_run import KINDS, assert_same, devices, what_was_learned
 
 from hexa_jax.parallel import processes
-from hexa_jax.parallel.processes import HostsError, Place
+from hexa_jax.parallel.processes import DistributedError, Placement
 
 
 def start_pair(words):
@@ -113,26 +113,26 @@ def test_launchers(variables, expected):
 @pytest.mark.parametrize(
     "given, variables, message",
     [
-        (Place("host:1"), {}, "--num_processes is missing: a run of several processes needs all of"),
-        (Place("host:1", 2), {}, "--process_id is missing"),
-        (Place(None, 2, 0), {}, "--coordinator is missing"),
-        (Place("host", 2, 0), {}, "--coordinator='host' must be HOST:PORT"),
-        (Place("host:1", 2, 2), {}, "--process_id=2 must be 0 to 1"),
-        (Place("host:1", 0, 0), {}, "--num_processes=0 must be positive"),
-        (Place("host:1"), {"JAX_NUM_PROCESSES": "two"}, "num_processes='two' of the environment is no number"),
+        (Placement("host:1"), {}, "--num_processes is missing: a run of several processes needs all of"),
+        (Placement("host:1", 2), {}, "--process_id is missing"),
+        (Placement(None, 2, 0), {}, "--coordinator is missing"),
+        (Placement("host", 2, 0), {}, "--coordinator='host' must be HOST:PORT"),
+        (Placement("host:1", 2, 2), {}, "--process_id=2 must be 0 to 1"),
+        (Placement("host:1", 0, 0), {}, "--num_processes=0 must be positive"),
+        (Placement("host:1"), {"JAX_NUM_PROCESSES": "two"}, "num_processes='two' of the environment is no number"),
     ],
 )
 def test_mistakes_are_one_line(given, variables, message):
-    with pytest.raises(HostsError) as caught:
-        processes.join(given, variables)
+    with pytest.raises(DistributedError) as caught:
+        processes.initialize(given, variables)
     assert message in str(caught.value) and "\n" not in str(caught.value)
 
 
 def test_flags_come_before_variables_and_variables_before_the_launcher():
     variables = {"JAX_COORDINATOR_ADDRESS": "b:2", "JAX_NUM_PROCESSES": "4", "JAX_PROCESS_ID": "3"}
-    assert processes._complete(Place("a:1", None, 0), variables) == Place("a:1", 4, 0)
+    assert processes._complete(Placement("a:1", None, 0), variables) == Placement("a:1", 4, 0)
     variables = {"JAX_COORDINATOR_ADDRESS": "b:2", "OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_RANK": "1"}
-    assert processes._complete(Place(), variables) == Place("b:2", 2, 1)
+    assert processes._complete(Placement(), variables) == Placement("b:2", 2, 1)
 
 
 def test_a_tpu_without_metadata_is_alone_but_a_pod_that_does_not_answer_is_an_error(monkeypatch):
@@ -142,14 +142,14 @@ def test_a_tpu_without_metadata_is_alone_but_a_pod_that_does_not_answer_is_an_er
     monkeypatch.setattr(processes.jax.distributed, "initialize", initialize)
     monkeypatch.setattr(processes, "launcher", lambda environment: processes.TPU_VM)
     problem = ValueError("coordinator_address should be defined.")
-    processes.join(Place(), {})
+    processes.initialize(Placement(), {})
     problem = RuntimeError("DEADLINE_EXCEEDED: Barrier timed out.")
-    with pytest.raises(HostsError, match="cannot join the other processes at Cloud TPU: DEADLINE_EXCEEDED"):
-        processes.join(Place(), {})
+    with pytest.raises(DistributedError, match="cannot join the other processes at Cloud TPU: DEADLINE_EXCEEDED"):
+        processes.initialize(Placement(), {})
 
 
 def test_one_process_alone_does_not_connect(monkeypatch):
     monkeypatch.setattr(processes.jax.distributed, "initialize", lambda *_, **__: pytest.fail("connected"))
-    processes.join(Place(), {})
-    processes.join(Place("127.0.0.1:1", 1, 0), {})
-    assert os.getpid() and processes.first()
+    processes.initialize(Placement(), {})
+    processes.initialize(Placement("127.0.0.1:1", 1, 0), {})
+    assert os.getpid() and processes.is_main_process()

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from hexa_jax.models.norm import ADVERSARIAL, CLEAN
-from hexa_jax.parallel.mesh import Layout, local_rows, make_mesh, place
+from hexa_jax.parallel.mesh import Layout, local_rows, make_mesh, shard_batch
 
 
 def layout_of(batch_size, microbatches, num_devices, bn_group_size, cutmix_block, shuffle_block=0):
@@ -125,7 +125,7 @@ def test_rows_reach_their_devices(microbatches, num_devices):
     rows = local_rows(mesh, layout)
     np.testing.assert_array_equal(rows, np.arange(64).reshape(microbatches, -1))  # one process: all rows in order
     leaf = np.stack([rows, -rows], axis=-1).astype(np.int32)
-    placed = place(mesh, layout, leaf)
+    placed = shard_batch(mesh, layout, leaf)
     assert placed.shape == (microbatches, 64 // microbatches, 2) and placed.dtype == np.int32
     np.testing.assert_array_equal(placed, leaf)
     n = layout.rows

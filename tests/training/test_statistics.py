@@ -9,8 +9,8 @@ from small import SmallRun, largest_difference, small_config
 
 from configs import cifar10_moco_v2, imagenette_swav, moco_v2
 from hexa_jax.storage.workdir import open_workdir
-from hexa_jax.training.input import Input
-from hexa_jax.training.load_run import open_run
+from hexa_jax.training.input import TrainingData
+from hexa_jax.training.load_run import load_run
 from hexa_jax.training.loop import pretrain
 
 
@@ -43,9 +43,9 @@ def test_what_a_run_leaves(wanted, tmp_path):
     config.knn.resize = config.knn.crop = 8
     workdir = open_workdir(str(tmp_path / "run"), config)
     pretrain(config, workdir)
-    run = open_run(workdir)
+    run = load_run(workdir)
     with jax.set_mesh(run.trainer.mesh):
-        data = Input.open(run.config, run.source, run.trainer)
+        data = TrainingData.open(run.config, run.source, run.trainer)
         batches = ((batch, data.resident) for batch in data.batches(0))
         expected = mean_moments(run.trainer.compile(), run.state, batches, run.trainer.spec.steps_per_epoch)
     difference = largest_difference(jax.device_get(run.state.batch_stats["clean_batch_stats"]), expected)

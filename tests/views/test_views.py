@@ -21,9 +21,10 @@ from command_line import environment, lines
 from small import SmallRun, largest_difference, small_config
 
 from configs import common
+from hexa_jax.core.errors import ConfigError
 from hexa_jax.methods.simclr import Candidates, SimCLR
-from hexa_jax.training.factory import ConfigError, make_scheme, make_trainer, scheme_views
-from hexa_jax.training.input import Input
+from hexa_jax.training.factory import make_scheme, make_trainer, scheme_views
+from hexa_jax.training.input import TrainingData
 from hexa_jax.views import VIEWS, Attack, adversarial
 from hexa_jax.views.extra import Extra
 from hexa_jax.views.hard_crop import HardCrop
@@ -232,7 +233,7 @@ def first_step(scheme, on_device, **overrides):
     """Metrics and pictures of a run's first step, with host-cut crops or resident data."""
     config = small_config("moco", scheme=scheme, **{"data.on_device": on_device, **overrides})
     run = SmallRun(config)
-    data = Input.open(config, run.source, run.trainer)
+    data = TrainingData.open(config, run.source, run.trainer)
     with jax.set_mesh(run.trainer.mesh):
         batch = next(data.batches(0))
         shown = jax.device_get(run.steps.views(run.state, batch, data.resident))

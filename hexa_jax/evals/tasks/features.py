@@ -6,10 +6,10 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
-from hexa_jax.core.console import say
+from hexa_jax.core.console import log
+from hexa_jax.core.errors import ConfigError
 from hexa_jax.evals.tasks.labelled import Extractor, open_backbone, open_split
 from hexa_jax.storage.workdir import write_json
-from hexa_jax.training.factory import ConfigError
 
 
 def features(config: ConfigDict, workdir: pathlib.Path) -> dict[str, Any]:
@@ -32,7 +32,7 @@ def features(config: ConfigDict, workdir: pathlib.Path) -> dict[str, Any]:
         "pretraining_step": backbone.step,
     }
     write_json(workdir / "result.json", results)
-    say(f"{len(source)} x {found.values.shape[1]} features: {path}")
+    log(f"{len(source)} x {found.values.shape[1]} features: {path}")
     return results
 
 

@@ -20,8 +20,9 @@ from ml_collections import ConfigDict
 
 from hexa_jax import optim
 from hexa_jax.core.batch import Batch
-from hexa_jax.core.console import say
-from hexa_jax.core.preemption import Interruptible, Terminated
+from hexa_jax.core.console import log
+from hexa_jax.core.errors import ConfigError, choose
+from hexa_jax.core.preemption import PreemptionGuard, Terminated
 from hexa_jax.data.crops import Resolution
 from hexa_jax.data.decode import decode, resize_center_crop
 from hexa_jax.data.source import Source
@@ -33,7 +34,6 @@ from hexa_jax.models.norm import CLEAN, NormMode, blend, stats_collection
 from hexa_jax.parallel.mesh import ROWS
 from hexa_jax.report.pictures import curves
 from hexa_jax.storage.workdir import write_json
-from hexa_jax.training.factory import ConfigError, choose
 
 STATS = stats_collection(CLEAN)
 
@@ -79,7 +79,7 @@ def finetune(config: ConfigDict, workdir: pathlib.Path) -> dict[str, Any]:
     if config.epochs < 1 or config.batch_size < 1 or not rates:
         raise ConfigError("epochs and batch_size must be positive, and optimizer.learning_rates not empty")
     run = _Tuning(config, workdir)
-    stop, results, by_epoch = Interruptible(), dict[str, Any](), dict[str, list[float]]()
+    stop, results, by_epoch = PreemptionGuard(), dict[str, Any](), dict[str, list[float]]()
     try:
         with jax.set_mesh(run.mesh):
             for number, rate in enumerate(rates):
@@ -95,7 +95,7 @@ def finetune(config: ConfigDict, workdir: pathlib.Path) -> dict[str, Any]:
     report.mkdir(exist_ok=True)
     curves(by_epoch, "epochs of fine-tuning", "top-1 accuracy in %", report / "curves.png")
     write_json(workdir / "result.json", results)
-    say(f"fine-tuned: top-1 {results['top1']:.2f} %, top-5 {results['top5']:.2f} % (learning rate {best:g})")
+    log(f"fine-tuned: top-1 {results['top1']:.2f} %, top-5 {results['top5']:.2f} % (learning rate {best:g})")
     return results
 
 
@@ -111,13 +111,13 @@ class _Tuning:
         self.steps_per_epoch, self.total = self.batches.steps_per_epoch, self.batches.total
         self.test = self._test_images()
 
-    def train(self, number: int, rate: float, stop: Interruptible) -> list[dict[str, float]]:
+    def train(self, number: int, rate: float, stop: PreemptionGuard) -> list[dict[str, float]]:
         """All epochs at one learning rate, from its checkpoint if there is one; top-1 and top-5 after each."""
         config, folder = self.config, self.workdir / f"lr{rate:g}"
         rates, optimizer = len(config.optimizer.learning_rates), self._optimizer(rate)
 
         def batches(step: int) -> Iterator[Batch]:
-            say(f"learning rate {rate:g} ({number + 1} of {rates})")
+            log(f"learning rate {rate:g} ({number + 1} of {rates})")
             return self._batches(step)
 
         loop = TrainingLoop(
@@ -137,7 +137,7 @@ class _Tuning:
 
     def _evaluate(self, state: TuneState, epoch: float) -> dict[str, float]:
         results = self._accuracy(state)
-        say(f"epoch {epoch:.0f}: top-1 {results['top1']:.2f} %, top-5 {results['top5']:.2f} %")
+        log(f"epoch {epoch:.0f}: top-1 {results['top1']:.2f} %, top-5 {results['top5']:.2f} %")
         return results
 
     def _initial(self, optimizer: optax.GradientTransformation) -> TuneState:

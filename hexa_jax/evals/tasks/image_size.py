@@ -2,8 +2,8 @@
 
 from ml_collections import ConfigDict
 
-from hexa_jax.core.console import say
-from hexa_jax.training.factory import ConfigError
+from hexa_jax.core.console import log
+from hexa_jax.core.errors import ConfigError
 
 IMAGENET = (
     256,
@@ -62,7 +62,7 @@ def with_size(config: ConfigDict, run: ConfigDict | None) -> ConfigDict:
     why = "as usual for ImageNet"
     if run is not None:
         why = f"for a network trained on {max(run.data.crop_size)}-pixel crops"
-    say(
+    log(
         f"images: short side {resize}, {what} {crop} pixels, {why}; "
         "--config.data.resize and --config.data.crop change it"
     )

@@ -8,7 +8,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from ml_collections import ConfigDict
 
-from hexa_jax.core.console import say
+from hexa_jax.core.console import log
 from hexa_jax.data.decode import decode, resize_center_crop
 from hexa_jax.data.source import Source
 from hexa_jax.evals.knn import accuracy, knn_predict, nearest
@@ -52,7 +52,7 @@ def knn(config: ConfigDict, workdir: pathlib.Path) -> dict[str, Any]:
     write_json(workdir / "result.json", results)
     for name, value in results.items():
         if name.startswith("knn"):
-            say(f"{name:24}{value:8.2f} %")
+            log(f"{name:24}{value:8.2f} %")
     return results
 
 

@@ -12,7 +12,8 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
-from hexa_jax.core.console import Clock, say
+from hexa_jax.core.console import StepTimer, log
+from hexa_jax.core.errors import ConfigError
 from hexa_jax.data.source import DataError, Source
 from hexa_jax.data.subset import Subset, spread
 from hexa_jax.evals.backbone import RANDOM, Backbone, load_backbone, random_backbone
@@ -22,7 +23,7 @@ from hexa_jax.evals.tasks.image_size import with_size
 from hexa_jax.models.norm import CLEAN, NormMode, stats_collection
 from hexa_jax.parallel import processes
 from hexa_jax.parallel.mesh import make_mesh
-from hexa_jax.training.factory import ConfigError, make_devices, open_source
+from hexa_jax.training.factory import make_devices, open_source
 
 _FEATURES_OF = ("checkpoint", "random", "seed", "data", "grid", "precision")  # what else has no influence on features
 PART_BATCHES = 50  # what a kill can cost
@@ -160,9 +161,9 @@ class Extractor:
             about = of | {"step": self.backbone.step, "images": len(source)}
             store = StoredFeatures(self.folder / what.replace(" ", "_"), about)
         parts = store.load() if store else []
-        parts = parts[: processes.of_first(len(parts))]
+        parts = parts[: processes.broadcast_from_main(len(parts))]
         done = sum(len(part.values) for part in parts)
-        clock, values = Clock(1, len(source)), []
+        clock, values = StepTimer(1, len(source)), []
         clock.start(done)
         batches = images.device_batches(self.mesh, self.batch_size, self.config.runtime.threads, done)
         for number, (batch, count) in enumerate(batches, 1):
@@ -172,11 +173,11 @@ class Extractor:
                 labels, known = images.facts(slice(done - sum(map(len, values)), done))
                 parts.append(Features(np.concatenate(values), labels, known))
                 values = []
-                if store and processes.first():
+                if store and processes.is_main_process():
                     store.add(len(parts) - 1, parts[-1])
             if number % self.config.runtime.log_every == 0:
                 speed, left = clock.read(done)
-                say(f"{what}: {done} of {len(source)} images  {speed:.0f} images/s  ETA {left}")
+                log(f"{what}: {done} of {len(source)} images  {speed:.0f} images/s  ETA {left}")
         return join(parts)
 
     def images(self, source: Source) -> EvalImages:

@@ -8,11 +8,11 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from hexa_jax.core.batch import Batch
+from hexa_jax.core.errors import ConfigError
 from hexa_jax.data.crops import Resolution
 from hexa_jax.data.pipeline import BadImages, HostSteps, device_batches, host_iterator, tolerated
 from hexa_jax.data.source import Source
 from hexa_jax.parallel.mesh import Layout, local_rows
-from hexa_jax.training.factory import ConfigError
 
 
 class LabelledBatches:

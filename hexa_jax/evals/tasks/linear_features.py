@@ -14,12 +14,12 @@ import optax
 from ml_collections import ConfigDict
 
 from hexa_jax import optim
-from hexa_jax.core.console import say
+from hexa_jax.core.console import log
+from hexa_jax.core.errors import ConfigError
 from hexa_jax.evals.knn import accuracy
 from hexa_jax.evals.tasks.labelled import Extractor, open_backbone, open_both, usable
 from hexa_jax.report.pictures import confusion_matrix, curves
 from hexa_jax.storage.workdir import write_json
-from hexa_jax.training.factory import ConfigError
 
 
 def adamax_probe(
@@ -122,5 +122,5 @@ def linear_features(config: ConfigDict, workdir: pathlib.Path) -> dict[str, Any]
     confusion_matrix(wanted, predictions[-1, best], getattr(train, "class_names", None), report / "confusion.png")
     write_json(workdir / "result.json", results)
     for name, values in by_epoch.items():
-        say(f"{name:12}{values[-1]:8.2f} %")
+        log(f"{name:12}{values[-1]:8.2f} %")
     return results

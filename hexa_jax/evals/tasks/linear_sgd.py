@@ -18,8 +18,9 @@ from ml_collections import ConfigDict
 
 from hexa_jax import optim
 from hexa_jax.core.batch import Batch
-from hexa_jax.core.console import say
-from hexa_jax.core.preemption import Interruptible
+from hexa_jax.core.console import log
+from hexa_jax.core.errors import choose
+from hexa_jax.core.preemption import PreemptionGuard
 from hexa_jax.data.crops import Resolution
 from hexa_jax.evals.backbone import Backbone
 from hexa_jax.evals.tasks.labelled import Extractor, Features, open_backbone, open_both, top_k, usable
@@ -27,7 +28,6 @@ from hexa_jax.evals.tasks.labelled_batches import LabelledBatches
 from hexa_jax.evals.tasks.training_loop import TrainingLoop
 from hexa_jax.parallel.mesh import ROWS
 from hexa_jax.storage.workdir import write_json
-from hexa_jax.training.factory import choose
 
 
 class ProbeState(NamedTuple):
@@ -130,7 +130,7 @@ class _Probe:
 
         def evaluate(state: ProbeState, epoch: float) -> dict[str, float]:
             results = self._accuracy(state, held_out)
-            say(f"epoch {epoch:.0f}: top-1 {results['top1']:.1f} %, top-5 {results['top5']:.1f} %")
+            log(f"epoch {epoch:.0f}: top-1 {results['top1']:.1f} %, top-5 {results['top5']:.1f} %")
             return results
 
         loop = TrainingLoop(
@@ -144,7 +144,7 @@ class _Probe:
             advice="try lower optimizer.learning_rates",
             sound=lambda state: [leaf[0] for leaf in state[1:]],
         )
-        stop = Interruptible()
+        stop = PreemptionGuard()
         try:
             state, _ = loop.run(self._initial(), stop)
         finally:
@@ -152,7 +152,7 @@ class _Probe:
         results: dict[str, Any] = {**self._accuracy(state, held_out)}
         results |= {"epochs": config.epochs, "pretraining_step": self.backbone.step}
         write_json(self.workdir / "result.json", results)
-        say(f"linear probe: top-1 {results['top1']:.1f} %, top-5 {results['top5']:.1f} %")
+        log(f"linear probe: top-1 {results['top1']:.1f} %, top-5 {results['top5']:.1f} %")
         return results
 
     def _initial(self) -> ProbeState:

@@ -18,7 +18,8 @@ from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
 from hexa_jax import views
-from hexa_jax.core.console import Clock, say
+from hexa_jax.core.console import StepTimer, log
+from hexa_jax.core.errors import ConfigError, choose
 from hexa_jax.data.source import DataError, Source
 from hexa_jax.data.subset import Subset, spread
 from hexa_jax.evals.backbone import Backbone
@@ -32,7 +33,6 @@ from hexa_jax.evals.tasks.readouts import Readout, knn_readout, linear_readout
 from hexa_jax.parallel import processes
 from hexa_jax.report.pictures import against_strength, image_grid
 from hexa_jax.storage.workdir import Finished, write_json
-from hexa_jax.training.factory import ConfigError, choose
 
 GREY_LEVELS = 255
 READOUTS = {"knn": "kNN", "linear": "linear"}
@@ -73,9 +73,9 @@ def robustness(config: ConfigDict, workdir: pathlib.Path) -> dict[str, Any]:
         image_grid(_gallery(config, judge.images.image(0)), ["clean", *STRENGTHS], report / "corruptions.png")
     write_json(workdir / "result.json", results)
     text = _markdown(config, found, judge.test_images)
-    if processes.first():
+    if processes.is_main_process():
         (workdir / "robustness.md").write_text(text)
-    say(text)
+    log(text)
     return results
 
 
@@ -208,7 +208,7 @@ class _Judge:
     def accuracies(self) -> dict[str, float]:
         """In per cent, by read-out and condition: "knn_clean" and so on."""
         parts, total = [], len(self.images.indices)
-        clock = Clock(1, total)
+        clock = StepTimer(1, total)
         for first in range(0, total, self.batch_size):
             batch = _Batch(self.images, np.arange(first, min(first + self.batch_size, total)), self.config)
             about = [self.step, total, len(batch.positions), self.train_images]
@@ -217,7 +217,7 @@ class _Judge:
             part = {name: finished.get(name, compute) for name, compute in self._conditions(batch, labels)}
             parts.append((labels, part))
             done = first + len(batch.positions)
-            say(f"{self.name}: {done} of {total} test images  ETA {clock.read(done)[1]}")
+            log(f"{self.name}: {done} of {total} test images  ETA {clock.read(done)[1]}")
         labels = np.concatenate([labels for labels, _ in parts])
         known = labels >= 0
         self.test_images = int(np.sum(known))

@@ -24,14 +24,14 @@ from sklearn.exceptions import ConvergenceWarning
 from sklearn.model_selection import cross_val_score
 from sklearn.svm import LinearSVC
 
-from hexa_jax.core.console import Clock, say
+from hexa_jax.core.console import StepTimer, log
+from hexa_jax.core.errors import ConfigError
 from hexa_jax.data.source import DataError
 from hexa_jax.data.voc import ABSENT, DIFFICULT, PRESENT, open_voc
 from hexa_jax.evals.average_precision import average_precision
 from hexa_jax.evals.tasks.labelled import Extractor, open_backbone
 from hexa_jax.report.pictures import error_bars
 from hexa_jax.storage.workdir import Finished, write_json
-from hexa_jax.training.factory import ConfigError
 
 PROTOCOLS = ("pcl", "goyal")
 POWERS = tuple(0.5**exponent for exponent in range(4, 20))  # goyal's costs besides the listed ones
@@ -159,7 +159,7 @@ def svm(config: ConfigDict, workdir: pathlib.Path) -> dict[str, Any]:
     data = _Data(config, workdir)
     finished = Finished(workdir / "classes.json", data.step)
     table, chosen = {}, {}
-    clock = Clock(1, len(data.names))
+    clock = StepTimer(1, len(data.names))
 
     def one_class(number: int) -> dict[str, Any]:
         labels, wanted = data.labels[:, number], data.wanted[:, number]
@@ -174,7 +174,7 @@ def svm(config: ConfigDict, workdir: pathlib.Path) -> dict[str, Any]:
         table[name] = found["ap"]
         if config.protocol == "goyal":
             chosen[f"cost_{name}"] = found["costs"][0]
-        say(f"{name:14}AP {100 * np.nanmax([*table[name], 0]):6.2f} %   ETA {clock.read(number + 1)[1]}")
+        log(f"{name:14}AP {100 * np.nanmax([*table[name], 0]):6.2f} %   ETA {clock.read(number + 1)[1]}")
     ap = np.array(list(table.values()))  # [C, costs]
     means = np.nanmean(ap, axis=0)
     best = int(np.argmax(means))
@@ -185,7 +185,7 @@ def svm(config: ConfigDict, workdir: pathlib.Path) -> dict[str, Any]:
     if config.protocol == "pcl":
         results |= {f"map_cost{cost:g}": 100 * float(mean) for cost, mean in zip(config.costs, means, strict=True)}
     write_json(workdir / "result.json", results)
-    say(f"mAP {results['map']:.2f} %")
+    log(f"mAP {results['map']:.2f} %")
     return results
 
 
@@ -198,7 +198,7 @@ def lowshot(config: ConfigDict, workdir: pathlib.Path) -> dict[str, Any]:
     costs = tuple(config.costs) if config.protocol == "pcl" else tuple(sorted({*config.costs, *POWERS}))
     results: dict[str, Any] = {"pretraining_step": data.step}
     means, deviations = [], []
-    clock = Clock(1, len(config.shots))
+    clock = StepTimer(1, len(config.shots))
     finished = Finished(workdir / "shots.json", data.step)
 
     def draws(k: int) -> list[list[float]]:
@@ -211,7 +211,7 @@ def lowshot(config: ConfigDict, workdir: pathlib.Path) -> dict[str, Any]:
         means.append(float(values.mean()))
         deviations.append(float(values.std(ddof=1)) if config.draws > 1 else 0.0)
         results |= {f"map_k{k}": means[-1], f"std_k{k}": deviations[-1], f"cost_k{k}": costs[best]}
-        say(f"k = {k:<4}mAP {means[-1]:6.2f} ± {deviations[-1]:.2f} %   ETA {clock.read(done)[1]}")
+        log(f"k = {k:<4}mAP {means[-1]:6.2f} ± {deviations[-1]:.2f} %   ETA {clock.read(done)[1]}")
     report = workdir / "report"
     report.mkdir(exist_ok=True)
     error_bars(

@@ -11,8 +11,8 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from hexa_jax.checkpoint.checkpointer import Checkpoints
-from hexa_jax.core.console import Clock, say
-from hexa_jax.core.preemption import Diverged, Interruptible, Terminated
+from hexa_jax.core.console import StepTimer, log
+from hexa_jax.core.preemption import Diverged, PreemptionGuard, Terminated
 from hexa_jax.storage.workdir import Metrics
 
 Results = dict[str, float]
@@ -45,7 +45,7 @@ class TrainingLoop:
     advice: str
     sound: Callable[[Any], Any] = lambda state: state
 
-    def run(self, state: Any, stop: Interruptible) -> tuple[Any, list[Results]]:
+    def run(self, state: Any, stop: PreemptionGuard) -> tuple[Any, list[Results]]:
         """The state after the last step, and what `evaluate` gave after each epoch that it said something of.
 
         Raises:
@@ -59,7 +59,7 @@ class TrainingLoop:
         finally:
             checkpoints.close()
 
-    def _run(self, state: Any, stop: Interruptible, checkpoints: Checkpoints) -> tuple[Any, list[Results]]:
+    def _run(self, state: Any, stop: PreemptionGuard, checkpoints: Checkpoints) -> tuple[Any, list[Results]]:
         like = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), state)
         history: list[Results] = []
         if (restored := checkpoints.restore_latest(like)) is not None:
@@ -69,7 +69,7 @@ class TrainingLoop:
         if start >= self.total:
             return state, history
         metrics = Metrics(self.folder, self.config.runtime.writer, start)
-        clock, batches = Clock(self.config.batch_size, self.total), self.batches(start)
+        clock, batches = StepTimer(self.config.batch_size, self.total), self.batches(start)
         try:
             clock.start(start)
             for step in range(start + 1, self.total + 1):
@@ -104,14 +104,14 @@ class TrainingLoop:
         if state is not None and not _all_finite(self.sound(state)):
             raise Diverged(f"the parameters are no longer finite after step {step}; {self.advice}")
 
-    def _log(self, step: int, scalars: dict[str, jax.Array], metrics: Metrics, clock: Clock) -> None:
+    def _log(self, step: int, scalars: dict[str, jax.Array], metrics: Metrics, clock: StepTimer) -> None:
         self._check(step, scalars)
         values = {name: float(value) for name, value in scalars.items()}
         speed, left = clock.read(step)
         metrics.write(step, {**values, "images_per_second": speed})
         epoch = step / self.steps_per_epoch
         speed_text = f"{speed:.0f}" if speed >= 10 else f"{speed:.2g}"
-        say(
+        log(
             f"step {step}/{self.total}  epoch {epoch:.2f}  loss {values['loss']:.4f}  {speed_text} images/s  ETA {left}"
         )
 

@@ -13,7 +13,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from ml_collections import ConfigDict
 
-from hexa_jax.core.console import Clock, say
+from hexa_jax.core.console import StepTimer, log
+from hexa_jax.core.errors import ConfigError
 from hexa_jax.data.source import DataError, Source
 from hexa_jax.evals.backbone import Backbone
 from hexa_jax.evals.knn import accuracy
@@ -23,7 +24,6 @@ from hexa_jax.evals.tasks.networks import networks, suffixed
 from hexa_jax.parallel import processes
 from hexa_jax.report.pictures import error_bars
 from hexa_jax.storage.workdir import Finished, write_json
-from hexa_jax.training.factory import ConfigError
 
 
 class Target(NamedTuple):
@@ -144,9 +144,9 @@ def transfer(config: ConfigDict, workdir: pathlib.Path) -> dict[str, Any]:
         _picture(config, found, target, report / f"{target.name}.png")
     write_json(workdir / "result.json", results)
     text = _markdown(config, found, targets, counts)
-    if processes.first():
+    if processes.is_main_process():
         (workdir / "transfer.md").write_text(text)
-    say(text)
+    log(text)
     return results
 
 
@@ -201,7 +201,7 @@ class _Judge:
         found: dict[str, float] = {}
         finished = Finished(self.folder / "readouts.json", [self.step, len(self.train), len(self.test)])
         every = readouts(self.config)
-        clock = Clock(1, len(every))
+        clock = StepTimer(1, len(every))
         for done, readout in enumerate(every, 1):
             draws = self.config.draws if readout.drawn else 1
             values = [
@@ -214,7 +214,7 @@ class _Judge:
                 found[f"{readout.key}_std"] = float(np.std(values, ddof=1)) if draws > 1 else 0.0
                 text = f" ± {found[f'{readout.key}_std']:.2f}"
             left = clock.read(done)[1]
-            say(f"{network}, {target}, {readout.title}: {found[readout.key]:.2f}{text} %   ETA {left}")
+            log(f"{network}, {target}, {readout.title}: {found[readout.key]:.2f}{text} %   ETA {left}")
         return found
 
     def _accuracy(self, readout: Readout, draw: int) -> float:
