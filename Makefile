@@ -6,7 +6,7 @@ export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.jax_cache
 export HEXA_DATA ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install dev quickstart test test-slow lint types bench soak audit notebooks clean
+.PHONY: help install dev quickstart test test-slow lint types bench soak audit notebooks docs clean
 
 help:  ## list the tasks
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 22
@@ -55,6 +55,9 @@ audit: .venv/.installed-dev  ## ask PyPI for known vulnerabilities of all that i
 
 notebooks: .venv/.installed-dev  ## write the notebooks from their sources
 	$(BIN)/jupytext --to ipynb notebooks/*.py
+
+docs: .venv/.installed-dev  ## build the documentation in build/site; a warning is an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
 
 clean:  ## remove runs and caches, keep .venv
 	rm -rf runs .jax_cache .pytest_cache .mypy_cache .ruff_cache
