@@ -1,6 +1,7 @@
-"""Spherical k-means: cluster unit vectors by cosine, in chunks, with one reduction across devices per iteration.
+"""Spherical k-means: cluster unit vectors by their cosine.
 
-Legend: N rows, D embedding, K clusters.
+Rows are visited in chunks, so that the [N, K] scores never exist at once; devices communicate once
+per iteration. Shapes: N rows, D dimensions, K clusters.
 """
 
 import functools
@@ -10,26 +11,34 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-PRECISION = jax.lax.Precision.HIGHEST  # by default accelerators round the factors to bfloat16 or TF32
-CHUNK_SCORES = 1 << 24  # at most this many of the N x K scores exist at once
+# By default accelerators round the factors of a product to bfloat16 or TF32.
+PRECISION = jax.lax.Precision.HIGHEST
+CHUNK_SCORES = 1 << 24  # scores that exist at once, at most
 
 
 class Clustering(NamedTuple):
-    """What k-means returns: centroids [K, D], assignments [N] int32, objective (scalar, mean cosine)."""
+    """Result of k-means.
+
+    Attributes:
+        centroids: float [K, D], unit norm.
+        assignments: int32 [N], -1 for rows left out.
+        objective: scalar, mean cosine of the rows to their centroids.
+    """
 
     centroids: jax.Array
     assignments: jax.Array
     objective: jax.Array
 
 
-def _normalise(x: jax.Array) -> jax.Array:
+def _normalize(x: jax.Array) -> jax.Array:
     return x / jnp.maximum(jnp.linalg.norm(x, axis=-1, keepdims=True), jnp.finfo(x.dtype).tiny)
 
 
 def _argmax_in_blocks(scores: jax.Array) -> jax.Array:
-    """Index of each row's first maximum, [rows, K] -> [rows]: the block that holds it, then its place in the block.
+    """Find each row's first maximum, [rows, K] -> [rows]: first its block, then its place there.
 
-    On a CPU, XLA's argmax takes more time than the product that makes the scores, and its max hardly any.
+    On a CPU, XLA's argmax takes more time than the product that makes the scores; its max takes
+    hardly any.
     """
     num = scores.shape[1]
     size = max(size for size in range(1, math.isqrt(num) + 1) if num % size == 0)
@@ -51,9 +60,10 @@ def _sum_by_matmul(x: jax.Array, label: jax.Array, num_clusters: int) -> jax.Arr
 
 
 def _sum_by_cluster(x: jax.Array, label: jax.Array, num_clusters: int) -> jax.Array:
-    """Sums of the rows of each cluster, [rows, F] and int32 [rows] -> [K, F]; rows with label -1 are left out.
+    """Sum the rows of each cluster, [rows, F] and int32 [rows] -> [K, F], without label -1.
 
-    Accelerators multiply faster than they scatter; on a CPU the product would double the time of an iteration.
+    Accelerators multiply faster than they scatter; on a CPU the product would double the time of
+    an iteration.
     """
 
     def by_scatter(x: jax.Array, label: jax.Array) -> jax.Array:
@@ -65,7 +75,7 @@ def _sum_by_cluster(x: jax.Array, label: jax.Array, num_clusters: int) -> jax.Ar
 
 
 def _chunks(x: jax.Array, num_clusters: int) -> tuple[int, int]:
-    """How many chunks, and rows in each; the last one may be padded."""
+    """Return the number of chunks and of rows in each; the last chunk may be padded."""
     rows = max(1, min(x.shape[0], CHUNK_SCORES // num_clusters))
     count = -(-x.shape[0] // rows)
     return count, -(-x.shape[0] // count)
@@ -81,21 +91,22 @@ def spherical_kmeans(
     init: jax.Array | None = None,
     axis_name: str | None = None,
 ) -> Clustering:
-    """Lloyd's algorithm on the unit sphere, as DeepCluster-v2 runs it (facebookresearch/swav main_deepclusterv2.py).
+    """Run Lloyd's algorithm on the unit sphere, as DeepCluster-v2 does.
 
-    `iterations` updates of the centroids and one last assignment. A cluster that gets no row keeps its centroid.
+    The rule of facebookresearch/swav, main_deepclusterv2.py: `iterations` updates of the
+    centroids, then one last assignment. A cluster without rows keeps its centroid.
 
     Args:
-        key: typed key; read only when `init` is None.
-        x: [N, D] unit vectors, float.
+        key: typed PRNG key, used only where `init` is None.
+        x: float [N, D], unit vectors.
         num_clusters: K.
         iterations: number of centroid updates.
-        mask: bool [N], False for rows to leave out; their assignment is -1.
-        init: [K, D] first centroids; None picks K distinct unmasked rows at random.
-        axis_name: mesh axis over which the rows are split when called inside shard_map; sums are reduced over it.
+        mask: bool [N], False for rows to leave out; None: all take part.
+        init: float [K, D], first centroids; None: K distinct rows at random.
+        axis_name: mesh axis over which the rows are split, inside shard_map.
 
     Returns:
-        Clustering; the objective is the mean cosine of the unmasked rows to their centroids (higher is better).
+        The clustering; a higher objective is better.
 
     Raises:
         ValueError: more clusters than rows, or `init` missing inside shard_map.
@@ -127,15 +138,15 @@ def spherical_kmeans(
     def update(_: int, centroids: jax.Array) -> jax.Array:
         def add(totals: jax.Array, chunk: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, None]:
             label, _ = assign(centroids, *chunk)
-            # The column of ones makes the same sum count the rows: counting separately doubles the time.
+            # A column of ones lets the same sum count the rows: counting apart doubles the time.
             counted = jnp.concatenate([chunk[0], jnp.ones((rows, 1), x.dtype)], axis=1)
             return totals + _sum_by_cluster(counted, label, num_clusters), None
 
         totals = jax.lax.scan(add, jnp.zeros((num_clusters, dim + 1), x.dtype), (x_chunks, mask_chunks))[0]
         totals = reduce(totals)
-        return jnp.where(totals[:, dim:] > 0, _normalise(totals[:, :dim]), centroids)
+        return jnp.where(totals[:, dim:] > 0, _normalize(totals[:, :dim]), centroids)
 
-    centroids = jax.lax.fori_loop(0, iterations, update, _normalise(init.astype(x.dtype)))
+    centroids = jax.lax.fori_loop(0, iterations, update, _normalize(init.astype(x.dtype)))
     labels, cosine = jax.lax.map(lambda chunk: assign(centroids, *chunk), (x_chunks, mask_chunks))
     objective = reduce(jnp.sum(cosine)) / jnp.maximum(reduce(jnp.sum(mask)), 1)
     return Clustering(centroids, labels.reshape(-1)[:num_rows], objective)
@@ -144,16 +155,16 @@ def spherical_kmeans(
 def distances_by_cluster(
     x: jax.Array, centroids: jax.Array, labels: jax.Array, *, axis_name: str | None = None
 ) -> tuple[jax.Array, jax.Array]:
-    """Sum of Euclidean distances of each cluster's members to its centroid, and their number.
+    """Sum the Euclidean distances of each cluster's members to its centroid, and count them.
 
     Args:
-        x: [N, D] rows.
-        centroids: [K, D].
+        x: float [N, D].
+        centroids: float [K, D].
         labels: int32 [N], the cluster of each row; -1 for rows to leave out.
-        axis_name: mesh axis over which the rows are split when called inside shard_map; sums are reduced over it.
+        axis_name: mesh axis over which the rows are split, inside shard_map.
 
     Returns:
-        (distances [K], counts [K]), both of x's type.
+        Distances [K] and counts [K], both of x's dtype.
     """
     num_clusters, dim = centroids.shape
     count, rows = _chunks(x, num_clusters)
@@ -163,7 +174,7 @@ def distances_by_cluster(
 
     def add(totals: jax.Array, chunk: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, None]:
         row, label = chunk
-        # From the difference, not from the cosine: near a centroid 2 - 2 cos has no digits left.
+        # Not from the cosine: near a centroid, 2 - 2 cos has no digits left.
         distance = jnp.linalg.norm(row - centroids[jnp.maximum(label, 0)], axis=1)
         counted = jnp.stack([distance, jnp.ones_like(distance)], axis=1)
         return totals + _sum_by_cluster(counted, label, num_clusters), None
