@@ -18,7 +18,7 @@ from hexa_jax.data.source import Source
 from hexa_jax.data.sources import make_source
 from hexa_jax.data.subset import Subset, spread
 from hexa_jax.methods import METHODS
-from hexa_jax.methods.base import LabelsFromOutputs, Method, Spec
+from hexa_jax.methods.base import LabelsBeforeStep, LabelsFromOutputs, Method, Spec
 from hexa_jax.models.heads import Network, ProjectionHead
 from hexa_jax.models.norm import ADVERSARIAL, CLEAN
 from hexa_jax.models.resnet import make_resnet
@@ -280,8 +280,10 @@ def _check_ranges(config: ConfigDict) -> None:
         raise ConfigError(f"config.data.crop_size={tuple(config.data.crop_size)} must be positive")
 
 
-def _warn(method: Method, layout: Layout) -> None:
+def _warn(method: Method, layout: Layout, spec: Spec) -> None:
     """Log settings that work, but hardly as they are meant."""
+    for line in method.warnings(spec):
+        logging.warning(line)
     if method.key_crops and layout.bn_group_size >= layout.shuffle_block:
         logging.warning(
             "shuffle-BN does nothing: keys are shuffled among shuffle_block=%d rows, which share their BatchNorm statistics "
@@ -349,12 +351,14 @@ def make_trainer(
             num_crops=tuple(resolution.count for resolution in resolutions),
             total_steps=config.epochs * steps_per_epoch,
             num_classes=num_classes,
+            # Methods of the other kind make labels from the clean outputs of all rows.
+            clean_share=1 - scheme.replaced if isinstance(method, LabelsBeforeStep) else 1.0,
         )
         method.check(spec)
         method = method.for_run(spec)
         layout.check()
         _check_views(scheme, method, layout)
-        _warn(method, layout)
+        _warn(method, layout, spec)
     except ConfigError:
         raise
     except ValueError as error:
