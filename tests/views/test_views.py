@@ -648,6 +648,25 @@ def test_deepcluster_says_what_replaced_images_lose(caplog):
     assert "50% of the images" in line and "no cluster" in line and "\n" not in line
 
 
+@pytest.mark.parametrize(
+    ("scheme", "settings", "expected"),
+    [
+        ("std+cmx", {}, []),
+        ("", {"views.cutmix.ramp_epochs": 5.0}, []),
+        ("std+cmx", {"views.adversarial.weight": 0.5, "views.cutmix.start_epoch": 2.5}, []),
+        ("std+cmx", {"views.cutmix.start_epoch": 3.0}, ["views.cutmix is never used: its start_epoch=3 is not before"]),
+        ("std", {"views.mixup.alpha": 0.2, "views.mixup.replace": 0.5}, ["so alpha=0.2, replace=0.5 changes nothing"]),
+        ("std", {"views.cutmix.alpha": 1.0}, ["views.cutmix is not used, so alpha=1.0 changes nothing: it needs +cmx"]),
+        ("", {"views.noise.start_epoch": 1.0}, ["it needs a weight above 0"]),
+    ],
+)
+def test_view_settings_that_change_nothing_are_told(scheme, settings, expected, caplog):
+    config = small_config("moco", scheme=scheme, precision="float32", **settings)  # 3 epochs
+    make_trainer(config, 70, jax.devices()[:1])
+    messages = [record.getMessage() for record in caplog.records]
+    assert len(messages) == len(expected) and all(part in line for part, line in zip(expected, messages, strict=True))
+
+
 def test_a_pass_has_a_loss_while_it_has_rows():
     settings = {"views.cutmix.replace": 1.0, "views.cutmix.start_epoch": 1.0, "views.noise.weight": 1.0}
     objective = make_trainer(small_config("moco", **settings, **{"views.adversarial.weight": 0.0}), 70).objective
