@@ -176,8 +176,9 @@ def get_config() -> ml_collections.ConfigDict:
     knn.temperature = 0.07
     knn.train_limit = 20_000  # examples in the bank; 0: all
     knn.test_limit = 5_000
-    knn.resize = 256  # short side
-    knn.crop = 224  # centre crop
+    # Short side and centre crop in pixels. Where the command line changes data.crop_size alone, they follow it.
+    knn.resize = 256
+    knn.crop = 224
     knn.pixels = True  # at the end raw pixels, too: minutes of a CPU for ten thousand images, the same for every run
 
     # Clean BatchNorm statistics, by which a network is evaluated: running, or reestimated (the mean over one pass of clean

@@ -9,6 +9,7 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from hexa_jax.core.errors import ConfigError
+from hexa_jax.evals.tasks.image_size import size_after_change
 from hexa_jax.parallel.processes import Placement
 from hexa_jax.storage.workdir import closest, flatten
 
@@ -54,6 +55,8 @@ def parse_command(argv: list[str]) -> Command:
     _check_tuples(known, flatten(values.config.to_dict()), overrides)
     if "data.source" in overrides and "data.eval_source" not in overrides:
         _leave_out_foreign_images(values.config.data, defaults.data)
+    if "data.crop_size" in overrides and not {"knn.resize", "knn.crop"} & set(overrides):
+        _resize_knn_images(values.config, defaults)
     place = Placement(values.coordinator, values.num_processes, values.process_id)
     return Command(values.config, values.workdir, values.extend, place)
 
@@ -136,6 +139,15 @@ def _leave_out_foreign_images(data: ConfigDict, recipe: ConfigDict) -> None:
     known = {_data_set(recipe.source), _data_set(recipe.eval_source)}
     if recipe.eval_source and _data_set(data.source) not in known:
         data.eval_source = ""
+
+
+def _resize_knn_images(config: ConfigDict, recipe: ConfigDict) -> None:
+    """Let the run's own kNN see images of a size that suits the given crops, not the recipe's."""
+    before, after = (max(c.data.crop_size, default=0) for c in (recipe, config))
+    # Crops that are no sizes, and configs of other tasks, are judged later.
+    if min(before, after) > 0 and "knn" in config:
+        knn = config.knn
+        knn.resize, knn.crop = size_after_change((knn.resize, knn.crop), before, after)
 
 
 def _data_set(source: str) -> str:

@@ -17,6 +17,8 @@ class Batch(NamedTuple):
         key_crops: [M, n, 1, S, S, 3] views for a target encoder, in the order of `key_index`; None if the method has none.
         key_index: int32, the example that each row of `key_crops` shows.
         key_row: int32, for each row, the row of `key_crops` that shows the same example.
+        clean: bool, False where `Method.update` gets another view's outputs for the clean ones; set
+            by the step, None where all outputs are clean.
     """
 
     index: jax.Array
@@ -27,3 +29,4 @@ class Batch(NamedTuple):
     key_crops: jax.Array | None = None
     key_index: jax.Array | None = None
     key_row: jax.Array | None = None
+    clean: jax.Array | None = None

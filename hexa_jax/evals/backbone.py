@@ -1,6 +1,7 @@
 """A frozen backbone: of a pre-training run, from a weights file, or with random weights."""
 
 import json
+import logging
 import pathlib
 import tempfile
 from collections.abc import Mapping
@@ -17,6 +18,7 @@ from hexa_jax.models.heads import Network
 from hexa_jax.models.norm import CLEAN, EVALUATION, NormMode, stats_collection
 from hexa_jax.models.resnet import make_resnet
 from hexa_jax.models.weights import WeightsError, architecture_of, from_torchvision, read_weights
+from hexa_jax.parallel import processes
 from hexa_jax.storage import gcs
 
 RANDOM = "random"
@@ -56,7 +58,8 @@ def load_backbone(checkpoint: str, **random: Any) -> Backbone:
     Args:
         checkpoint: workdir of a pre-training run (its newest intact checkpoint counts), a weights file in torchvision's names
             (`.safetensors`, `.npz`; `.pth` and the like with torch; published MoCo and SwAV checkpoints too), both local or in a
-            bucket, or "random".
+            bucket, or "random". Of an unfinished run, the statistics may be running ones where the
+            run's own evaluations use re-estimated ones; a warning says so.
         random: for "random" only: seed, and optionally backbone, stem and base_channels.
 
     Raises:
@@ -80,7 +83,16 @@ def load_backbone(checkpoint: str, **random: Any) -> Backbone:
     restored = Checkpoints(path / "checkpoints").restore_latest(like, partial=True)
     if restored is None:
         raise CheckpointError(f"checkpoint {checkpoint!r} has no checkpoint yet")
-    step, tree, _ = restored
+    step, tree, metadata = restored
+    # Finished runs of before this was saved have a result.
+    settled = metadata["reestimated"] == step if "reestimated" in metadata else gcs.exists(path / "result.json")
+    if config.get("eval_statistics") == "reestimated" and not settled and processes.is_main_process():
+        logging.warning(
+            "%s is unfinished at step %d: its BatchNorm statistics are running ones, not re-estimated as "
+            "config.eval_statistics says, so that accuracies differ from those the run itself measures",
+            checkpoint,
+            step,
+        )
     return Backbone(network, {"params": tree["params"]["network"], **tree["batch_stats"]}, step, config)
 
 

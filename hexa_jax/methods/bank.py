@@ -47,11 +47,19 @@ class Bank(NamedTuple):
         """PartitionSpecs of the leaves."""
         return cls(SPLIT, SPLIT, P())
 
-    def write(self, rows: jax.Array, batch: Batch) -> "Bank":
-        """The bank with a step's embeddings [M, n, A, D] at the next position; replaced images count as no example."""
+    def write(self, rows: jax.Array, batch: Batch, known: jax.Array | None = None) -> "Bank":
+        """Return the bank with the embeddings of a step at the next position.
+
+        Args:
+            rows: [M, n, A, D] embeddings.
+            batch: whose rows they are; unreadable images, which others replaced, count as none.
+            known: bool [M, n], False where an embedding is not the example's own: these rows count
+                as no example, too. None: all are.
+        """
+        valid = batch.valid if known is None else batch.valid & known
         # Axis 1 is the split one: moving it to the front before joining the two keeps every row on its device.
         join = lambda x: jnp.swapaxes(x, 0, 1).reshape(1, -1, *x.shape[2:])  # noqa: E731
-        index = join(jnp.where(batch.valid, batch.index, -1))
+        index = join(jnp.where(valid, batch.index, -1))
         write = jax.lax.dynamic_update_slice_in_dim
         return Bank(
             rows=write(self.rows, join(rows).astype(self.rows.dtype), self.position, axis=0),

@@ -54,6 +54,7 @@ class Spec(NamedTuple):
         num_crops: per resolution, without the crops of a target encoder.
         total_steps: of the run.
         num_classes: of the data set; None without labels.
+        clean_share: share of the rows of a step that have clean outputs, once all hard views count.
     """
 
     batch_size: int
@@ -63,6 +64,7 @@ class Spec(NamedTuple):
     num_crops: tuple[int, ...] = (2,)
     total_steps: int = 1
     num_classes: int | None = None
+    clean_share: float = 1.0
 
 
 class Method:
@@ -80,6 +82,10 @@ class Method:
 
     def check(self, spec: Spec) -> None:
         """Raises ValueError, one line, if the sizes do not fit together."""
+
+    def warnings(self, spec: Spec) -> list[str]:
+        """Return a line for each thing that works, but hardly as it is meant."""
+        return []
 
     def for_run(self, spec: Spec) -> "Method":
         """The method as a run of these sizes uses it; for schedules over the run, which may be extended later."""
@@ -161,7 +167,8 @@ class Method:
             state: before the step.
             params: all parameters, after the step.
             batch: leaves [M, n, ...].
-            outputs: clean outputs [M, n, V, D]; where a view replaced the clean one, that view's.
+            outputs: clean outputs [M, n, V, D]; where `batch.clean` is False, those of the view
+                that replaced the clean one.
             targets: what `targets` returned; None in the first pass.
             step: int32, optimizer steps taken before this one.
         """

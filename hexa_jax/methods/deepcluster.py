@@ -20,7 +20,8 @@ class DeepClusterState(NamedTuple):
     """Clusters and the bank they are computed from.
 
     Attributes:
-        assignments: int32 [H, num_examples], -1 for an example not seen in the last epoch.
+        assignments: int32 [H, num_examples], -1 for an example whose clean crops the last epoch did
+            not embed: it was in no batch, or a hard view replaced them.
         prototypes: [H, K, D] centroids, unit norm.
         objective: [H] mean cosine of the last k-means.
         bank: clean embeddings of the first A crops.
@@ -37,6 +38,9 @@ class DeepCluster(LabelsBeforeStep):
     """DeepCluster-v2 (facebookresearch/swav main_deepclusterv2.py).
 
     Prototypes are the centroids and get no gradient: in the reference they are frozen for longer than any run lasts.
+
+    The bank holds embeddings of clean crops only. An example whose clean crops a hard view replaces
+    (`views.*.replace`) has none in that epoch, hence no cluster and no loss in the next one.
 
     Attributes:
         num_clusters: K.
@@ -59,11 +63,25 @@ class DeepCluster(LabelsBeforeStep):
             raise ValueError(
                 f"deepcluster.assign_crops={self.assign_crops} is more than the {spec.num_crops[0]} large crops"
             )
-        seen = spec.batch_size * spec.steps_per_epoch
+        seen = round(spec.batch_size * spec.steps_per_epoch * spec.clean_share)
+        if not seen:
+            raise ValueError(
+                "deepcluster clusters the embeddings of clean crops, of which views.*.replace leave none: "
+                "replace fewer rows"
+            )
         if self.num_clusters > seen:
             raise ValueError(
-                f"deepcluster.num_clusters={self.num_clusters} is more than the {seen} images seen in an epoch: use fewer"
+                f"deepcluster.num_clusters={self.num_clusters} is more than the {seen} images seen clean in an epoch: "
+                "use fewer"
             )
+
+    def warnings(self, spec: Spec) -> list[str]:
+        if spec.clean_share == 1:
+            return []
+        return [
+            f"views.*.replace show {1 - spec.clean_share:.0%} of the images of an epoch without their clean crops: "
+            "deepcluster has no cluster for these images in the next epoch, and leaves them out of its loss"
+        ]
 
     def init(self, key: jax.Array, params: Any, spec: Spec) -> DeepClusterState:
         return DeepClusterState(
@@ -98,7 +116,8 @@ class DeepCluster(LabelsBeforeStep):
         step: jax.Array,
     ) -> DeepClusterState:
         """Write the step's clean embeddings into the bank; called with targets None by the first pass."""
-        return state._replace(bank=state.bank.write(outputs[:, :, : self.assign_crops], batch))
+        embeddings = outputs[:, :, : self.assign_crops]
+        return state._replace(bank=state.bank.write(embeddings, batch, batch.clean))
 
     def refresh(self, key: jax.Array, state: DeepClusterState) -> DeepClusterState:
         """Cluster the bank."""

@@ -51,7 +51,7 @@ class PCLState(NamedTuple):
         prototypes: per clustering [K_h, D] centroids, unit norm; zeros during warm-up.
         concentration: per clustering [K_h], their mean is the temperature.
         objective: [H] mean cosine of the last k-means.
-        bank: keys of the running epoch, one per example.
+        bank: keys of the running epoch, one per example; of key crops, which no view replaces.
         step: int32, optimizer steps taken.
     """
 

@@ -1,5 +1,6 @@
 """From a config to the objects of a run; every mistake that a config can hold is found here, before anything is compiled."""
 
+import dataclasses
 import logging
 import operator
 import os
@@ -18,7 +19,7 @@ from hexa_jax.data.source import Source
 from hexa_jax.data.sources import make_source
 from hexa_jax.data.subset import Subset, spread
 from hexa_jax.methods import METHODS
-from hexa_jax.methods.base import LabelsFromOutputs, Method, Spec
+from hexa_jax.methods.base import LabelsBeforeStep, LabelsFromOutputs, Method, Spec
 from hexa_jax.models.heads import Network, ProjectionHead
 from hexa_jax.models.norm import ADVERSARIAL, CLEAN
 from hexa_jax.models.resnet import make_resnet
@@ -280,8 +281,30 @@ def _check_ranges(config: ConfigDict) -> None:
         raise ConfigError(f"config.data.crop_size={tuple(config.data.crop_size)} must be positive")
 
 
-def _warn(method: Method, layout: Layout) -> None:
+def _view_warnings(config: ConfigDict, scheme: Scheme) -> list[str]:
+    """Return a line for each view whose settings change nothing."""
+    lines = []
+    for view in scheme.views:
+        if scheme.start_step(view) >= config.epochs * scheme.steps_per_epoch:
+            lines.append(
+                f"views.{view.name} is never used: its start_epoch={view.start_epoch:g} is not before the end of the run, "
+                f"epochs={config.epochs}"
+            )
+    used = {view.name for view in scheme.views}
+    for name in sorted(VIEWS.keys() - used):
+        defaults = {field.name: field.default for field in dataclasses.fields(VIEWS[name]) if field.name != "weight"}
+        block = config.views.get(name, {})
+        ignored = [f"{key}={block[key]}" for key in sorted(block) if key in defaults and block[key] != defaults[key]]
+        if ignored:
+            remedy = f"+{VIEWS[name].scheme_name} in config.scheme" if config.scheme else "a weight above 0"
+            lines.append(f"views.{name} is not used, so {', '.join(ignored)} changes nothing: it needs {remedy}")
+    return lines
+
+
+def _warn(config: ConfigDict, scheme: Scheme, method: Method, layout: Layout, spec: Spec) -> None:
     """Log settings that work, but hardly as they are meant."""
+    for line in (*_view_warnings(config, scheme), *method.warnings(spec)):
+        logging.warning(line)
     if method.key_crops and layout.bn_group_size >= layout.shuffle_block:
         logging.warning(
             "shuffle-BN does nothing: keys are shuffled among shuffle_block=%d rows, which share their BatchNorm statistics "
@@ -349,12 +372,14 @@ def make_trainer(
             num_crops=tuple(resolution.count for resolution in resolutions),
             total_steps=config.epochs * steps_per_epoch,
             num_classes=num_classes,
+            # Methods of the other kind make labels from the clean outputs of all rows.
+            clean_share=1 - scheme.replaced if isinstance(method, LabelsBeforeStep) else 1.0,
         )
         method.check(spec)
         method = method.for_run(spec)
         layout.check()
         _check_views(scheme, method, layout)
-        _warn(method, layout)
+        _warn(config, scheme, method, layout, spec)
     except ConfigError:
         raise
     except ValueError as error:

@@ -106,6 +106,7 @@ class _Run:
                 self._first_pass()
             with contextlib.closing(self.input.batches(self.steps_per_epoch + self.step)) as batches:
                 self._loop(batches)
+            self._settle_last_checkpoint()
             return self._finish()
         finally:
             self.stop.close()
@@ -117,6 +118,9 @@ class _Run:
     def _loop(self, batches: Iterator[Batch]) -> None:
         pending: tuple[int, dict] | None = None
         every = self.config.runtime.checkpoint_every or self.steps_per_epoch
+        epoch = self.step // self.steps_per_epoch
+        if self.metadata.pop("evaluate", None) == self.step and (due := self._due(epoch)):
+            self._evaluate(epoch, due)
         self.clock.start(self.step)
         while self.step < self.total:
             if self.step % self.steps_per_epoch == 0:
@@ -138,11 +142,12 @@ class _Run:
                 if pending:
                     self._report(*pending)  # also the check that what is saved is finite
                 pending = None
-                if self.step == self.total:
-                    self._settle_statistics()
                 self._save(last=stopping or self.step == self.total)
             if stopping and self.step < self.total:
-                raise Terminated(f"SIGTERM: saved step {self.step} in {self.workdir}; the same command resumes it")
+                raise self._terminated()
+
+    def _terminated(self) -> Terminated:
+        return Terminated(f"SIGTERM: saved step {self.step} in {self.workdir}; the same command resumes it")
 
     def _first_pass(self) -> None:
         """Fill the bank, save, and measure the untrained network."""
@@ -168,18 +173,44 @@ class _Run:
         log(f"random initialisation: kNN {results['knn_accuracy']:.1f} %")
 
     def _reestimated(self, num_batches: int) -> TrainState:
-        """The state with clean statistics that are the mean over so many batches of clean training crops."""
+        """Return the state with clean statistics that are the mean over so many batches of training crops.
+
+        Raises:
+            Terminated: SIGTERM arrived; nothing is saved, and the state is as it was.
+        """
         total: Any = None
-        for batch in itertools.islice(self.input.batches(0), num_batches):
-            moments = self.steps.moments(self.state, batch, self.input.resident)
-            total = moments if total is None else jax.tree.map(jnp.add, total, moments)
+        with contextlib.closing(self.input.batches(0)) as batches:
+            for batch in itertools.islice(batches, num_batches):
+                moments = self.steps.moments(self.state, batch, self.input.resident)
+                total = moments if total is None else jax.tree.map(jnp.add, total, moments)
+                if self.stop.reached():
+                    raise Terminated(f"SIGTERM before the first step, nothing to save yet: {self.workdir}")
         mean = jax.tree.map(lambda value: value / num_batches, total)
         return self.state._replace(batch_stats=self.state.batch_stats | {stats_collection(CLEAN): mean})
 
     def _settle_statistics(self) -> None:
-        """Give the state the statistics that it is evaluated by; training passes never read them."""
-        if self.config.eval_statistics == "reestimated":
+        """Give the state the statistics that it is evaluated by; training passes never read them.
+
+        Raises:
+            Terminated: SIGTERM arrived; the state is saved with the statistics that it had.
+        """
+        if self.config.eval_statistics != "reestimated":
+            return
+        try:
             self.state = self._reestimated(self.steps_per_epoch)
+        except Terminated:
+            # A pass over the data takes longer than a scheduler waits: the next start makes it.
+            self.metadata["evaluate"] = self.step
+            if self.checkpoints.steps()[-1:] != [self.step]:
+                self._save(last=True)
+            raise self._terminated() from None
+        self.metadata["reestimated"] = self.step
+
+    def _settle_last_checkpoint(self) -> None:
+        """Put the statistics that the run is evaluated by into its last checkpoint, unless they are there."""
+        if self.config.eval_statistics == "reestimated" and self.metadata.get("reestimated") != self.step:
+            self._settle_statistics()
+            self._save(last=True)
 
     def _probe_results(self, state: TrainState) -> dict[str, float]:
         assert self.probe is not None
@@ -242,7 +273,10 @@ class _Run:
             )
         if step % self.config.runtime.log_every and step != self.total:
             return
-        values = {name: float(value) for name, value in metrics.items()}
+        scored = {f"loss_{name}" for name in self.trainer.objective.scored_passes(step - 1)}
+        values = {
+            name: float(value) for name, value in metrics.items() if name in scored or not name.startswith("loss_")
+        }
         values["learning_rate"] = float(self.schedule(step - 1))
         values["epoch"] = step / self.steps_per_epoch
         values["unreadable_images"] = len(self.input.bad_images.seen)

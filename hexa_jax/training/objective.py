@@ -10,11 +10,12 @@ Legend: M microbatches, n rows of a microbatch on one device, N the same, V crop
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from hexa_jax.core.batch import Batch
 from hexa_jax.core.rngs import Purpose, Rngs, purpose_of
@@ -103,9 +104,8 @@ class Objective:
         def branch(views: Views) -> Callable[..., Gradients]:
             return lambda *arguments: self._complete(self._phase_gradients(views, *arguments))
 
-        number = sum((rngs.step >= start).astype(jnp.int32) for start, _ in later)
         branches = [branch(views) for _, views in self.scheme.phases]
-        return jax.lax.switch(number, branches, params, inputs, rngs, data)
+        return jax.lax.switch(self.scheme.phase(rngs.step), branches, params, inputs, rngs, data)
 
     def _complete(self, result: Gradients) -> Gradients:
         """Add zero losses and moments for passes that are not made, so that all branches return the same tree."""
@@ -285,6 +285,55 @@ class Objective:
                 rows[view.name] = RowShare(first, first + count, unit)
                 first += count
         return {CLEAN: RowShare(first, unit, unit)} | rows
+
+    def rows_of_passes(self, row: jax.Array, step: jax.Array) -> dict[str, jax.Array]:
+        """Return which rows the losses of each pass are of; none before its view starts.
+
+        Args:
+            row: int32, positions in the step's batch.
+            step: int32.
+
+        Returns:
+            Per pass, the clean one among them, a bool array like `row`.
+        """
+        unit, phases = self.layout.unit, self.scheme.phases
+        names = [CLEAN, *(view.name for view in self.scheme.views)]
+        masks = {name: np.zeros((len(phases), unit), bool) for name in names}
+        for number, (_, views) in enumerate(phases):
+            shares = {view.name: RowShare(0, 1, 1) for view in views} | self.rows_of(views)
+            for name, share in shares.items():
+                scale = unit // share.unit
+                masks[name][number, share.first * scale : share.stop * scale] = True
+        number = self.scheme.phase(step)
+        return {name: jnp.asarray(mask)[number][row % unit] for name, mask in masks.items()}
+
+    def clean_rows(self, row: jax.Array, step: jax.Array) -> jax.Array | None:
+        """Return which rows have clean outputs at step int32, bool like `row`; None: all."""
+        if not any(view.replace for view in self.scheme.views):
+            return None
+        return self.rows_of_passes(row, step)[CLEAN]
+
+    def mean_losses(self, losses: Mapping[str, jax.Array], inputs: Inputs, step: jax.Array) -> dict[str, jax.Array]:
+        """Return the mean loss of each pass over its own rows, 0 where it has none.
+
+        Args:
+            losses: per pass, as in `Gradients`.
+            inputs: of the whole step.
+            step: int32.
+        """
+        if not any(view.replace for view in self.scheme.views):
+            return dict(losses)
+        means = {}
+        for name, rows in self.rows_of_passes(inputs.batch.row, step).items():
+            share = jnp.sum(inputs.weight * rows)  # the weights of all rows sum to 1
+            means[name] = losses[name] / jnp.where(share > 0, share, 1)
+        return means
+
+    def scored_passes(self, step: int) -> set[str]:
+        """Return the names of the passes that have a loss at a step, the clean one among them."""
+        views = self.scheme.phases[int(self.scheme.phase(step))][1]
+        rows = {view.name for view in views}
+        return rows if self.rows_of(views)[CLEAN].empty else rows | {CLEAN}
 
     def preview(self, context: "StepContext") -> ViewPreview:
         """What a step learns from once all views count, to look at: PICTURES rows of images, all rows of outputs."""

@@ -63,6 +63,9 @@ class ObjectiveFromOutputs(Objective):
     def has_pass(self, name: str, step: jax.Array) -> bool | jax.Array:
         return name == CLEAN or super().has_pass(name, step)
 
+    def clean_rows(self, row: jax.Array, step: jax.Array) -> jax.Array | None:
+        return None  # labels are made from the clean outputs of all rows
+
     def _phase_gradients(
         self, views: Views, params: Any, inputs: Inputs, rngs: Rngs, data: jax.Array | None
     ) -> Gradients:

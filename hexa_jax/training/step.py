@@ -126,9 +126,17 @@ class Trainer:
             params=params,
             batch_stats=batch_stats,
             opt_state=opt_state,
-            method=method.update(state.method, params, batch, result.outputs, targets, state.step),
+            method=method.update(
+                state.method,
+                params,
+                batch._replace(clean=self.objective.clean_rows(batch.row, state.step)),
+                result.outputs,
+                targets,
+                state.step,
+            ),
         )
-        metrics = {f"loss_{view}": loss for view, loss in result.losses.items()}
+        means = self.objective.mean_losses(result.losses, inputs, state.step)
+        metrics = {f"loss_{name}": loss for name, loss in means.items()}
         metrics["loss"] = scheme.total_loss(result.losses, state.step)
         metrics["embedding_std"] = embedding_std(result.outputs)
         metrics["gradient_norm"] = optax.tree.norm(grads)

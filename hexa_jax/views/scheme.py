@@ -31,7 +31,7 @@ class Scheme:
     steps_per_epoch: int = 1
 
     def __post_init__(self) -> None:
-        if sum(view.replace for view in self.views) > 1 + 1e-9:
+        if self.replaced > 1 + 1e-9:
             raise ValueError("the shares views.*.replace add up to more than 1")
         if self.replaces_all and all(view.norm == ADVERSARIAL for view in self.views):
             raise ValueError(
@@ -82,6 +82,10 @@ class Scheme:
         starts = sorted({0} | {self.start_step(view) for view in self.views})
         return tuple((start, tuple(view for view in self.views if self.start_step(view) <= start)) for start in starts)
 
+    def phase(self, step: int | jax.Array) -> int | jax.Array:
+        """Return the number of the phase that step int32 lies in."""
+        return sum((step >= start) * 1 for start, _ in self.phases[1:])
+
     def active(self, view: HardView, step: jax.Array) -> bool | jax.Array:
         """Whether a view counts at step int32; a constant for a view that counts from the beginning."""
         start = self.start_step(view)
@@ -93,9 +97,14 @@ class Scheme:
         return True if not starts or min(starts) == 0 else step >= min(starts)
 
     @property
+    def replaced(self) -> float:
+        """Share of the rows on which views take the clean one's place, once all count."""
+        return sum(view.replace for view in self.views)
+
+    @property
     def replaces_all(self) -> bool:
         """Whether views take the clean one's place on all rows, once all count."""
-        return sum(view.replace for view in self.views) > 1 - 1e-9
+        return self.replaced > 1 - 1e-9
 
     def weights(self, step: jax.Array) -> dict[str, Number]:
         """Weight of each training pass at step int32, in order; the clean one has what replaced rows leave of 1."""

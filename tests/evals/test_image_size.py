@@ -8,6 +8,7 @@ from command_line import REPOSITORY, finished
 from configs import common
 from configs.eval import common as evaluation
 from hexa_jax import export, main
+from hexa_jax.cli.command import parse_command
 from hexa_jax.core.errors import ConfigError
 from hexa_jax.evals.backbone import random_backbone
 from hexa_jax.evals.tasks.image_size import trained_size, with_size
@@ -36,6 +37,26 @@ def run_config(crop_size=(224,), resize=256, crop=224):
 )
 def test_the_size_that_a_network_was_trained_at(run, size):
     assert trained_size(run) == size
+
+
+@pytest.mark.parametrize(
+    ("recipe", "words", "size"),
+    [
+        ("moco_v2", ["data.crop_size=(96,)"], (110, 96)),
+        ("moco_v2", ["data.crop_size=(160,)"], (256, 224)),  # SwAV tests at 224 pixels, too
+        ("cifar10_moco_v2", ["data.crop_size=(64,)"], (64, 64)),
+        ("moco_v2", ["data.crop_size=(96,)", "knn.crop=64"], (256, 64)),
+        ("moco_v2", ["data.crop_size=(96,)", "knn.resize=128"], (128, 224)),
+        ("moco_v2", ["batch_size=64"], (256, 224)),
+        ("swav:crops=6,batch=256", ["data.crop_size=(448,96)"], (717, 627)),
+        ("moco_v2", ["data.crop_size=(0,)"], (256, 224)),  # refused later
+    ],
+)
+def test_the_runs_own_knn_follows_crops_of_the_command_line(recipe, words, size):
+    name, _, arguments = recipe.partition(":")
+    config = f"--config={REPOSITORY}/configs/{name}.py:{arguments}"
+    knn = parse_command(["hexa", config, "--workdir=run", *(f"--config.{word}" for word in words)]).config.knn
+    assert (knn.resize, knn.crop) == size
 
 
 @pytest.mark.parametrize(

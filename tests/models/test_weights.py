@@ -561,7 +561,7 @@ def test_timm_folder(saved, tmp_path):
 # ---- load_backbone -----------------------------------------------------------------------------------------------------
 
 
-def make_run(workdir, **overrides):
+def make_run(workdir, metadata=None, **overrides):
     """The folder of a run with drawn weights, a head and an adversarial set; returns its state and config."""
     config = small_config("moco", **overrides)
     pixels = config.data.pixel_mean, config.data.pixel_std
@@ -576,7 +576,7 @@ def make_run(workdir, **overrides):
     (workdir / "config.json").write_text(config.to_json())
     checkpoints = Checkpoints(workdir / "checkpoints")
     for step in (3, 7):
-        checkpoints.save(step, state | {"step": np.int32(step)})
+        checkpoints.save(step, state | {"step": np.int32(step)}, metadata)
     checkpoints.close()
     return state, config
 
@@ -591,6 +591,26 @@ def test_backbone_of_a_run_has_its_clean_weights(tmp_path):
         "clean_batch_stats": {"backbone": state["batch_stats"]["clean_batch_stats"]["backbone"]},
     }
     assert_same_trees(jax.device_get(backbone.variables), expected)
+
+
+@pytest.mark.parametrize(
+    ("wanted", "metadata", "finished", "warned"),
+    [
+        ("reestimated", {}, False, True),
+        ("reestimated", {"reestimated": 3}, True, True),  # an evaluation on the way
+        ("reestimated", {"reestimated": 7}, False, False),
+        ("reestimated", {}, True, False),  # by an older version
+        ("running", {}, False, False),
+    ],
+)
+def test_running_statistics_in_place_of_reestimated_ones_are_told(tmp_path, caplog, wanted, metadata, finished, warned):
+    make_run(tmp_path / "run", metadata, eval_statistics=wanted)
+    if finished:
+        (tmp_path / "run" / "result.json").write_text("{}")
+    load_backbone(str(tmp_path / "run"))
+    messages = [record.getMessage() for record in caplog.records]
+    assert len(messages) == warned
+    assert all("unfinished at step 7" in line and "config.eval_statistics" in line for line in messages)
 
 
 @pytest.mark.parametrize(

@@ -606,21 +606,72 @@ def losses_without_each_row(run):
 @pytest.mark.parametrize("method", ["moco", "simclr"])
 @pytest.mark.parametrize("share", [0.25, 0.5])
 def test_replaced_rows_count_in_the_views_loss_and_the_others_in_the_clean_one(x64, method, share):
-    """What a row adds to the sum of a pass's losses is seen by leaving it out."""
+    """Each loss is the mean over its own rows; what a row adds is seen by leaving it out."""
     run = SmallRun(small_config(method, scheme="std+cmx", **{"views.cutmix.replace": share}))
     whole, without = losses_without_each_row(run)
-    added = {
-        name: np.array([32 * float(whole[name]) - 31 * float(part[name]) for part in without])
-        for name in ("loss_clean", "loss_cutmix")
-    }
-    present = {name: np.abs(values) > 1e-3 for name, values in added.items()}
-    if method == "moco":  # elsewhere a row is also a candidate of others
-        assert np.abs(added["loss_clean"][~present["loss_clean"]]).max() < 1e-4
-        for name, values in added.items():
-            assert values.sum() / 32 == pytest.approx(float(whole[name]), rel=1e-4)
-    np.testing.assert_array_equal(present["loss_cutmix"], ~present["loss_clean"])
-    assert present["loss_cutmix"].sum() == 32 * share
-    assert whole["loss"] == pytest.approx(float(whole["loss_clean"]) + float(whole["loss_cutmix"]), rel=FLOAT32)
+    replaced = np.arange(32) % 4 < 4 * share
+    for name, own in (("loss_clean", ~replaced), ("loss_cutmix", replaced)):
+        rows, mean, means = own.sum(), float(whole[name]), np.array([float(part[name]) for part in without])
+        added = rows * mean - (rows - 1) * means
+        if method == "moco":  # elsewhere a row is also a candidate of others
+            np.testing.assert_allclose(means[~own], mean, rtol=FLOAT32)
+            assert added[own].mean() == pytest.approx(mean, rel=1e-4)
+        assert np.abs(means[own] - mean).min() > 1e-6 * mean
+    expected = (1 - share) * float(whole["loss_clean"]) + share * float(whole["loss_cutmix"])
+    assert whole["loss"] == pytest.approx(expected, rel=FLOAT32)
+
+
+def test_the_bank_holds_clean_embeddings_only(x64):
+    """Rows 0 and 1 of every 4 are cut-mixed: their images have no cluster in the next epoch."""
+    run = SmallRun(small_config("deepcluster", scheme="std+cmx", **{"views.cutmix.replace": 0.5}))
+    run.train(0)
+    with jax.set_mesh(run.trainer.mesh):
+        batches, clean = run.batches(run.steps_per_epoch), set()
+        run.state, _ = run.steps.refresh(run.state, jnp.int32(0))
+        for _ in range(run.steps_per_epoch):
+            batch = next(batches)
+            clean |= set(np.ravel(batch.index)[np.arange(32) % 4 >= 2].tolist())
+            run.state, _ = run.steps.train(run.state, batch, None)
+        method = jax.device_get(run.steps.refresh(run.state, jnp.int32(1))[0].method)
+    written = method.bank.index.ravel()
+    assert len(clean) == 32 and set(written[written >= 0].tolist()) == clean
+    np.testing.assert_array_equal(np.flatnonzero((method.assignments >= 0).all(axis=0)), sorted(clean))
+    np.testing.assert_array_equal((method.assignments < 0).all(axis=0), ~np.isin(np.arange(70), list(clean)))
+
+
+def test_deepcluster_says_what_replaced_images_lose(caplog):
+    settings = {"scheme": "std+cmx", "views.cutmix.replace": 0.5}
+    with caplog.at_level("WARNING"):
+        make_trainer(small_config("deepcluster", **settings), 70, jax.devices()[:1])
+        make_trainer(small_config("pcl", **settings), 70, jax.devices()[:1])
+    (line,) = [record.getMessage() for record in caplog.records]
+    assert "50% of the images" in line and "no cluster" in line and "\n" not in line
+
+
+@pytest.mark.parametrize(
+    ("scheme", "settings", "expected"),
+    [
+        ("std+cmx", {}, []),
+        ("", {"views.cutmix.ramp_epochs": 5.0}, []),
+        ("std+cmx", {"views.adversarial.weight": 0.5, "views.cutmix.start_epoch": 2.5}, []),
+        ("std+cmx", {"views.cutmix.start_epoch": 3.0}, ["views.cutmix is never used: its start_epoch=3 is not before"]),
+        ("std", {"views.mixup.alpha": 0.2, "views.mixup.replace": 0.5}, ["so alpha=0.2, replace=0.5 changes nothing"]),
+        ("std", {"views.cutmix.alpha": 1.0}, ["views.cutmix is not used, so alpha=1.0 changes nothing: it needs +cmx"]),
+        ("", {"views.noise.start_epoch": 1.0}, ["it needs a weight above 0"]),
+    ],
+)
+def test_view_settings_that_change_nothing_are_told(scheme, settings, expected, caplog):
+    config = small_config("moco", scheme=scheme, precision="float32", **settings)  # 3 epochs
+    make_trainer(config, 70, jax.devices()[:1])
+    messages = [record.getMessage() for record in caplog.records]
+    assert len(messages) == len(expected) and all(part in line for part, line in zip(expected, messages, strict=True))
+
+
+def test_a_pass_has_a_loss_while_it_has_rows():
+    settings = {"views.cutmix.replace": 1.0, "views.cutmix.start_epoch": 1.0, "views.noise.weight": 1.0}
+    objective = make_trainer(small_config("moco", **settings, **{"views.adversarial.weight": 0.0}), 70).objective
+    assert [objective.scored_passes(step) for step in (0, 1)] == [{"clean", "noise"}] * 2
+    assert [objective.scored_passes(step) for step in (2, 9)] == [{"cutmix", "noise"}] * 2
 
 
 def test_a_view_that_replaces_all_rows_leaves_no_clean_pass(x64):
@@ -638,8 +689,8 @@ def test_a_view_that_replaces_all_rows_leaves_no_clean_pass(x64):
 
 
 def step_flops(**settings):
-    """Floating-point operations of the compiled step of DeepCluster."""
-    run = SmallRun(small_config("deepcluster", precision="float32", **settings))
+    """Floating-point operations of the compiled step of MoCo."""
+    run = SmallRun(small_config("moco", precision="float32", **settings))
     with jax.set_mesh(run.trainer.mesh):
         shapes = run.trainer.state_shapes(), run.trainer.batch_shapes(), None
         return run.steps.train.lower(*shapes).compile().cost_analysis()["flops"]
@@ -780,11 +831,15 @@ def test_replaced_rows_and_shared_boxes_are_the_same_on_any_layout(settings, lay
 
 
 def test_settings_that_would_not_do_what_they_say_are_refused():
-    def refused(message, **settings):
+    def refused(message, method="moco", **settings):
         with pytest.raises(ConfigError, match=message):
-            make_trainer(small_config("moco", **settings), 70, jax.devices()[:1])
+            make_trainer(small_config(method, **settings), 70, jax.devices()[:1])
 
     refused("no pass with the clean BatchNorm set", scheme="std+adv", **{"views.adversarial.replace": 1.0})
+    whole = {"scheme": "std+cmx", "views.cutmix.replace": 1.0}
+    refused("of which views.*.replace leave none", method="deepcluster", **whole)
+    half = {"views.cutmix.replace": 0.5, "deepcluster.num_clusters": 33}
+    refused("more than the 32 images seen clean", method="deepcluster", scheme="std+cmx", **half)
     refused("no control of an attack limited", scheme="std+noise", **{"views.max_increase": 0.1})
     refused("no random_start", **{"views.max_increase": 0.1, "views.random_start": True})
     refused("shows other crops", scheme="std+extra", **{"views.extra.target": "own_crop"})

@@ -32,6 +32,23 @@ def trained_size(run: ConfigDict | None) -> tuple[int, int]:
     return IMAGENET if largest <= IMAGENET[1] <= LARGER * largest else _with_margin(largest)
 
 
+def size_after_change(size: tuple[int, int], before: int, after: int) -> tuple[int, int]:
+    """Return the evaluation's image size for networks whose largest training crop has changed.
+
+    Args:
+        size: short side and centre crop in pixels that suited the crop before.
+        before: largest training crop, in pixels.
+        after: the same after the change.
+
+    Returns:
+        `size` where it still suits, else `size` in proportion to the crop.
+    """
+    resize, crop = size
+    if after <= crop <= LARGER * after:
+        return size
+    return max(round(resize * after / before), 1), max(round(crop * after / before), 1)
+
+
 def with_size(config: ConfigDict, run: ConfigDict | None) -> ConfigDict:
     """An evaluation's config with `data.resize` and `data.crop` filled in; says what it chose.
 
