@@ -33,6 +33,9 @@ def get_config() -> ml_collections.ConfigDict:
     model.stem = "imagenet"  # imagenet: 7x7 stride 2 and max-pool; cifar: 3x3 stride 1; small: 3x3 stride 2
     model.base_channels = 64  # channels of the stem; smaller for experiments on a CPU
     model.zero_init_residual = False
+    # Weights that the backbone starts from; heads stay random. Empty: random ones. A workdir of this program, a .safetensors,
+    # .npz or .pth file, timm:NAME, torchvision:NAME[:WEIGHTS] or hf:REPO[@REVISION]. A resumed run does not read them again.
+    model.init = ""
     model.head_hidden = 0  # width of the head's hidden layer; 0: as wide as the feature
     model.head_dim = 128
     model.head_batch_norm = False  # before each of the head's ReLUs

@@ -1,4 +1,4 @@
-"""A frozen backbone: of a pre-training run, from a weights file, or with random weights."""
+"""A frozen backbone: of a pre-training run, from a weights file or another library, or with random weights."""
 
 import json
 import logging
@@ -16,13 +16,13 @@ from hexa_jax.checkpoint.checkpointer import CheckpointError, Checkpoints
 from hexa_jax.core import console
 from hexa_jax.models.heads import Network
 from hexa_jax.models.norm import CLEAN, EVALUATION, NormMode, stats_collection
+from hexa_jax.models.pretrained import IMAGENET_MEAN, IMAGENET_STD, Pretrained, is_library_name, load_pretrained
 from hexa_jax.models.resnet import make_resnet
 from hexa_jax.models.weights import WeightsError, architecture_of, from_torchvision, read_weights
 from hexa_jax.parallel import processes
 from hexa_jax.storage import gcs
 
 RANDOM = "random"
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 class Backbone(NamedTuple):
@@ -33,12 +33,15 @@ class Backbone(NamedTuple):
         variables: parameters and clean statistics, "backbone" on top of each.
         step: of pre-training; 0 for random weights, -1 for weights from a file.
         config: of the pre-training run, None without one.
+        stem_known: whether the stem is what the weights were trained with; the arrays of others' files do not tell a
+            "small" one from a "cifar" one, and are taken for the latter.
     """
 
     network: Network
     variables: Any
     step: int
     config: ConfigDict | None
+    stem_known: bool = True
 
     @property
     def feature_dim(self) -> int:
@@ -58,8 +61,9 @@ def load_backbone(checkpoint: str, **random: Any) -> Backbone:
     Args:
         checkpoint: workdir of a pre-training run (its newest intact checkpoint counts), a weights file in torchvision's names
             (`.safetensors`, `.npz`; `.pth` and the like with torch; published MoCo and SwAV checkpoints too), both local or in a
-            bucket, or "random". Of an unfinished run, the statistics may be running ones where the
-            run's own evaluations use re-estimated ones; a warning says so.
+            bucket, the name of weights that another library has, as `load_pretrained` takes it, or
+            "random". Of an unfinished run, the statistics may be running ones where the run's own
+            evaluations use re-estimated ones; a warning says so.
         random: for "random" only: seed, and optionally backbone, stem and base_channels.
 
     Raises:
@@ -68,6 +72,8 @@ def load_backbone(checkpoint: str, **random: Any) -> Backbone:
     """
     if checkpoint == RANDOM:
         return random_backbone(**random)
+    if is_library_name(checkpoint):
+        return _from_arrays(load_pretrained(checkpoint), checkpoint)
     path = gcs.path_of(checkpoint)
     config = _config_of_run(checkpoint)
     if config is None:
@@ -102,7 +108,7 @@ def check_checkpoint(checkpoint: str) -> None:
     Raises:
         CheckpointError: neither a file nor a pre-training run is there, or a run that saved nothing yet.
     """
-    if checkpoint == RANDOM or _config_of_run(checkpoint) is None:
+    if checkpoint == RANDOM or is_library_name(checkpoint) or _config_of_run(checkpoint) is None:
         return
     if not Checkpoints(gcs.path_of(checkpoint) / "checkpoints").steps():
         raise CheckpointError(f"checkpoint {checkpoint!r} has no checkpoint yet")
@@ -162,20 +168,25 @@ def _from_file(path: Any) -> Backbone:
             list(gcs.copies(str(path.parent), pathlib.Path(folder), {path.name: path.stat().length}))
             return _from_file(pathlib.Path(folder) / path.name)
     arrays = read_weights(str(path))
-    try:
-        architecture = architecture_of(arrays)
-    except WeightsError as error:
-        raise WeightsError(f"{path}: {error}") from None
     metadata = _metadata(path)
     # Only what `hexa_jax.export` wrote beside the weights tells a small stem from a cifar one.
-    stem = "small" if architecture.stem == "cifar" and metadata.get("stem") == "small" else architecture.stem
-    resnet = make_resnet(f"resnet{architecture.depth}", architecture.base_channels, stem=stem)
-    network = Network(resnet, None, *_pixel_statistics(metadata), normalize=False)
+    found = Pretrained(arrays, *_pixel_statistics(metadata))
+    return _from_arrays(found, str(path), metadata.get("stem"))
+
+
+def _from_arrays(found: Pretrained, name: str, stem: str | None = None) -> Backbone:
+    """A backbone of arrays by name, which tell its architecture; `stem` is what their file says of it."""
     try:
-        variables = from_torchvision(arrays, _shapes(network))
+        architecture = architecture_of(found.arrays)
+        if architecture.stem == "cifar" and stem == "small":
+            architecture = architecture._replace(stem=stem)
+        resnet = make_resnet(f"resnet{architecture.depth}", architecture.base_channels, stem=architecture.stem)
+        network = Network(resnet, None, found.mean, found.std, normalize=False)  # type: ignore[arg-type]
+        variables = from_torchvision(found.arrays, _shapes(network))
     except WeightsError as error:
-        raise WeightsError(f"{path}: {error}") from None
-    return Backbone(network, jax.tree.map(jnp.asarray, variables), -1, None)
+        raise WeightsError(f"{name}: {error}") from None
+    known = architecture.stem == "imagenet" or stem is not None
+    return Backbone(network, jax.tree.map(jnp.asarray, variables), -1, None, known)
 
 
 def _metadata(path: pathlib.Path) -> dict[str, str]:

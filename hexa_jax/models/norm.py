@@ -69,6 +69,27 @@ def follow_clean(tree: Any) -> Any:
     return jax.tree.map(copied, tree, is_leaf=has_both)
 
 
+def fill_both_sets(variables: Mapping[str, Any], backbone: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a network's variables with another backbone's weights: each set's are the clean ones of it.
+
+    Args:
+        variables: {"params": {"backbone": ..., ...}, "clean_batch_stats": ..., and the adversarial set's if there is one}.
+        backbone: {"params": {"backbone": ...}, "clean_batch_stats": {"backbone": ...}} of the same architecture, clean
+            leaves alone.
+    """
+
+    def filled(own: Any, given: Any) -> Any:
+        if not isinstance(own, Mapping):
+            return jnp.asarray(given, own.dtype)
+        return {name: filled(node, given[name.removeprefix(f"{ADVERSARIAL}_")]) for name, node in own.items()}
+
+    result = {}
+    for collection, own in variables.items():
+        given = backbone["params" if collection == "params" else stats_collection(CLEAN)]
+        result[collection] = {**own, "backbone": filled(own["backbone"], given["backbone"])}
+    return result
+
+
 class BatchNorm(nn.Module):
     """Normalises [N, ..., C] and returns the same shape in `dtype`; moments are computed in float32 or wider.
 

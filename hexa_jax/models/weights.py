@@ -4,6 +4,7 @@ Everything here is NumPy: trees of `Backbone.variables` on one side, dicts of na
 the one that travels. Legend of shapes: torch kernels are [O, I, H, W], ours [H, W, I, O].
 """
 
+import hashlib
 import re
 import zipfile
 import zlib
@@ -67,6 +68,32 @@ def from_torchvision(arrays: Mapping[str, np.ndarray], like: Mapping[str, Any]) 
     Raises:
         WeightsError: names are missing or left over, or a shape differs; the message lists the first of them.
     """
+    found, problems = _matched(arrays, like)
+    if problems:
+        more = f"; and {len(problems) - 3} more" if len(problems) > 3 else ""
+        raise WeightsError(f"the weights are of another architecture: {'; '.join(problems[:3])}{more}")
+    return _tree(found)
+
+
+def first_difference(arrays: Mapping[str, np.ndarray], like: Mapping[str, Any]) -> str:
+    """Return what keeps the arrays from filling a backbone like this, such as "layer1.0.conv3 is missing"; "" if they do.
+
+    Arguments as in `from_torchvision`.
+    """
+    _, problems = _matched(arrays, like)
+    if not problems:
+        return ""
+    name, what = problems[0].split(" ", 1)
+    layer = name.rpartition(".")[0]
+    others = strip_prefix(arrays) if what == "is missing" else [_torchvision_name(path) for path, _ in _leaves(like)]
+    whole = what in ("is missing", "is left over") and not any(other.startswith(f"{layer}.") for other in others)
+    return f"{layer if whole else name} {what}"
+
+
+def _matched(
+    arrays: Mapping[str, np.ndarray], like: Mapping[str, Any]
+) -> tuple[dict[tuple[str, ...], np.ndarray], list[str]]:
+    """Values by our paths, and what does not fit."""
     stripped = strip_prefix(arrays)
     wanted = {_torchvision_name(path): (path, leaf) for path, leaf in _leaves(like)}
     left = [name for name in stripped if name not in wanted and not IGNORED.search(name)]
@@ -79,14 +106,13 @@ def from_torchvision(arrays: Mapping[str, np.ndarray], like: Mapping[str, Any]) 
             if value.shape != leaf.shape:
                 problems.append(f"{name} has shape {stripped[name].shape}, not {_to_torch_shape(leaf.shape)}")
             found[path] = value.astype(np.float32)
-    if problems:
-        more = f"; and {len(problems) - 3} more" if len(problems) > 3 else ""
-        raise WeightsError(f"the weights are of another architecture: {'; '.join(problems[:3])}{more}")
-    return _tree(found)
+    return found, problems
 
 
 def strip_prefix(arrays: Mapping[str, np.ndarray]) -> Arrays:
-    """The arrays behind the prefix that uncovers `conv1.weight`, by torchvision's names."""
+    """The arrays behind the prefix that uncovers `conv1.weight`, by torchvision's names; Hugging Face's are translated."""
+    if any(name.endswith("embedder.embedder.convolution.weight") for name in arrays):
+        arrays = from_huggingface(arrays)
     for prefix in ("", *PREFIXES):
         if f"{prefix}conv1.weight" in arrays:
             return {name.removeprefix(prefix): value for name, value in arrays.items() if name.startswith(prefix)}
@@ -165,6 +191,38 @@ def _huggingface_name(name: str) -> str:
     return f"encoder.stages.{int(stage) - 1}.layers.{block}.shortcut.{kind}.{rest}"
 
 
+def from_huggingface(arrays: Mapping[str, np.ndarray]) -> Arrays:
+    """Return torchvision's names for those of `transformers`' ResNets, behind any prefix; others stay as they are."""
+    return {_torchvision_from_huggingface(name): value for name, value in arrays.items()}
+
+
+def _torchvision_from_huggingface(name: str) -> str:
+    kinds = {"convolution": "conv", "normalization": "bn"}
+    if match := re.fullmatch(r"(?:.*\.)?embedder\.embedder\.(convolution|normalization)\.(\w+)", name):
+        return f"{kinds[match[1]]}1.{match[2]}"
+    place = r"(?:.*\.)?encoder\.stages\.(\d)\.layers\.(\d+)\."
+    if match := re.fullmatch(rf"{place}layer\.(\d)\.(convolution|normalization)\.(\w+)", name):
+        stage, block, layer, kind, rest = match.groups()
+        return f"layer{int(stage) + 1}.{block}.{kinds[kind]}{int(layer) + 1}.{rest}"
+    if match := re.fullmatch(rf"{place}shortcut\.(convolution|normalization)\.(\w+)", name):
+        stage, block, kind, rest = match.groups()
+        return f"layer{int(stage) + 1}.{block}.downsample.{'01'[kind == 'normalization']}.{rest}"
+    return name
+
+
+def fingerprint(arrays: Mapping[str, np.ndarray]) -> str:
+    """Return the SHA-256, in hexadecimal, of a backbone's float32 arrays and their names, sorted by name.
+
+    The same weights have the same one in whatever file they lie: BatchNorm's counters, heads and prefixes do not count.
+    """
+    digest = hashlib.sha256()
+    for name, value in sorted(strip_prefix(arrays).items()):
+        if not IGNORED.search(name):
+            digest.update(f"{name} {list(value.shape)}\n".encode())
+            digest.update(np.ascontiguousarray(value, "<f4").tobytes())
+    return digest.hexdigest()
+
+
 def _detectron2_name(name: str) -> str:
     name = re.sub(r"layer(\d)\.", lambda match: f"res{int(match[1]) + 1}.", name)
     name = name.replace("downsample.0.", "shortcut.").replace("downsample.1.", "shortcut.norm.")
@@ -240,7 +298,7 @@ def read_weights(path: str, load_torch: Callable[[str], Mapping[str, Any]] | Non
             raise WeightsError(f"{path} cannot be read: {_one_line(error)}") from None
     if not path.endswith((".pth", ".pt", ".tar", ".bin")):
         raise WeightsError(f"{path} is no weights file: use .safetensors, .npz, .pth, .pt, .tar or .bin")
-    return _flat((load_torch or _load_torch)(path), path)
+    return flat_arrays((load_torch or _load_torch)(path), path)
 
 
 def _load_torch(path: str) -> Mapping[str, Any]:
@@ -258,8 +316,8 @@ def _load_torch(path: str) -> Mapping[str, Any]:
         raise WeightsError(f"{path} cannot be read as weights alone (weights_only): {reason}") from None
 
 
-def _flat(loaded: Any, path: str) -> Arrays:
-    """The state dict inside a checkpoint, as NumPy."""
+def flat_arrays(loaded: Any, path: str) -> Arrays:
+    """The state dict inside a checkpoint, as NumPy; `path` is for messages."""
     for key in ("state_dict", "model", "teacher", "model_state_dict"):
         if isinstance(loaded, Mapping) and isinstance(loaded.get(key), Mapping):
             loaded = loaded[key]

@@ -13,9 +13,15 @@ from ml_collections import ConfigDict
 from hexa_jax.data.decode import decode, resize_center_crop
 from hexa_jax.data.source import Source
 from hexa_jax.data.subset import spread
+from hexa_jax.storage.workdir import INIT_RECORD
 from hexa_jax.views.preview import ViewPreview
 
-ROWS = [("raw pixels", "pixels_"), ("random initialisation", "random_"), ("pre-trained", "")]
+ROWS = [
+    ("raw pixels", "pixels_"),
+    ("random initialisation", "random_"),
+    ("initial weights", "initial_"),
+    ("pre-trained", ""),
+]
 COLUMNS = [("kNN", "knn_accuracy"), ("linear probe", "linear_accuracy")]
 
 
@@ -27,6 +33,8 @@ def table(results: dict[str, Any]) -> str:
     lines = [f"{'accuracy in %':24}" + "".join(f"{title:>14}" for title, _ in columns)]
     for title, prefix in ROWS:
         cells = [results.get(prefix + name) for _, name in columns]
+        if prefix == "initial_" and all(cell is None for cell in cells):  # the run started from random weights
+            continue
         lines.append(f"{title:24}" + "".join("             -" if c is None else f"{c:14.1f}" for c in cells))
     return "\n".join(lines)
 
@@ -65,9 +73,19 @@ def write_report(workdir: pathlib.Path, config: ConfigDict, run: Pictured, resul
     page.write_text(
         f"<!doctype html><meta charset=utf-8><title>{html.escape(workdir.name)}</title>"
         f"<body style='font-family:sans-serif;max-width:1000px;margin:auto'><h1>{html.escape(workdir.name)}</h1>"
-        f"<pre>{html.escape(table(results))}</pre>{figures}<h2>Config</h2><pre>{settings}</pre>"
+        f"{_started_from(workdir)}<pre>{html.escape(table(results))}</pre>{figures}<h2>Config</h2><pre>{settings}</pre>"
     )
     return page
+
+
+def _started_from(workdir: pathlib.Path) -> str:
+    """A line about the weights that the run started from; nothing where they were random."""
+    if not (workdir / INIT_RECORD).is_file():
+        return ""
+    record = json.loads((workdir / INIT_RECORD).read_text())
+    step = f", step {record['step']}" if record["step"] is not None else ""
+    name = html.escape(f"{record['name']} ({record['architecture']}{step})")
+    return f"<p>Started from {name}, SHA-256 <code>{record['sha256']}</code></p>"
 
 
 def _curves(metrics: pathlib.Path, path: pathlib.Path) -> None:

@@ -22,10 +22,12 @@ logging.getLogger("tensorboardX").setLevel(logging.ERROR)
 
 
 LOCK = ".lock"
+# What a run's weights started from, where they were not random: name, hash, architecture.
+INIT_RECORD = "init.json"
 # Besides `runtime`: settings that only say when to give up, and change no number of a run.
 FREE = {"data.max_bad_fraction"}
 # Settings that older runs did not know, with the value that stands for what those runs did.
-ADDED = {"data.labels": "auto"}
+ADDED = {"data.labels": "auto", "model.init": ""}
 
 
 class WorkdirError(ValueError):
@@ -184,7 +186,8 @@ def _start_over(workdir: pathlib.Path, reason: str) -> None:
     logging.warning("%s; it made no step: starting over", reason)
     for name in ("checkpoints", "tensorboard"):
         shutil.rmtree(workdir / name, ignore_errors=True)
-    (workdir / "metrics.jsonl").unlink(missing_ok=True)
+    for name in ("metrics.jsonl", INIT_RECORD):
+        (workdir / name).unlink(missing_ok=True)
 
 
 def _check_same(workdir: pathlib.Path, before: dict, now: dict, extend: bool) -> None:

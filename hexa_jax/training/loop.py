@@ -25,6 +25,7 @@ from hexa_jax.parallel import processes
 from hexa_jax.report import page
 from hexa_jax.storage.workdir import Metrics, write_json
 from hexa_jax.training.factory import make_schedule, make_trainer, open_training_source
+from hexa_jax.training.initial_weights import InitialWeights, read_initial_weights, record_initial_weights
 from hexa_jax.training.input import TrainingData
 from hexa_jax.training.memory import compile_ahead
 from hexa_jax.training.online_probe import Probe, make_probe
@@ -33,6 +34,7 @@ from hexa_jax.views.preview import ViewPreview
 
 COLLAPSED = 0.02  # embedding_std below this: all embeddings are nearly the same
 STARVED = 0.3  # share of the time spent on waiting for input above which the terminal is told
+INITIAL = "initial_"  # what the accuracies of the weights that a run started from are called by
 CALIBRATION_STEPS = 50  # forward passes that give a random network its BatchNorm statistics
 
 
@@ -75,7 +77,10 @@ class _Run:
         runtime = config.runtime
         keep_every = runtime.keep_every * self.steps_per_epoch or None
         self.checkpoints = Checkpoints(workdir / "checkpoints", keep_last=runtime.keep_last, keep_every=keep_every)
-        if self.checkpoints.steps()[-1:] != [self.total]:  # a finished run takes no step
+        saved = self.checkpoints.steps()
+        # Read before anything is compiled; a run that saved something needs them no more.
+        self.initial = None if saved else self._read_initial()
+        if saved[-1:] != [self.total]:  # a finished run takes no step
             self.steps = compile_ahead(config, trainer, self.steps, source)
         self.state, self.step, self.metadata = self._restore()
         self.input = TrainingData.open(config, source, trainer)
@@ -85,10 +90,19 @@ class _Run:
         self.stop = PreemptionGuard()
         self.schedule: Callable = make_schedule(config, self.steps_per_epoch)
 
+    def _read_initial(self) -> InitialWeights | None:
+        shapes = self.trainer.state_shapes()
+        variables = {"params": shapes.params["network"], **shapes.batch_stats}
+        return read_initial_weights(self.config, self.trainer.objective.network, variables)
+
     def _restore(self) -> tuple[TrainState, int, dict]:
         restored = self.checkpoints.restore_latest(self.trainer.state_shapes())
         if restored is None:
-            return self.steps.init(np.uint32(self.config.seed)), 0, {"first_pass": False}
+            if self.initial is None:
+                return self.steps.init(np.uint32(self.config.seed)), 0, {"first_pass": False}
+            record_initial_weights(self.workdir, self.initial)
+            log("starting from {name}: {architecture}, SHA-256 {sha256:.12}".format(**self.initial.record))
+            return self.steps.init(np.uint32(self.config.seed), self.initial.variables), 0, {"first_pass": False}
         step, state, metadata = restored
         if not all(np.isfinite(np.asarray(leaf)).all() for leaf in jax.tree.leaves(state.params)):
             raise Diverged(
@@ -150,43 +164,76 @@ class _Run:
         return Terminated(f"SIGTERM: saved step {self.step} in {self.workdir}; the same command resumes it")
 
     def _first_pass(self) -> None:
-        """Fill the bank, save, and measure the untrained network."""
+        """Measure the weights that the run starts from, fill the bank, save, and measure a random network."""
         needed = self.trainer.objective.method.needs_first_pass
+        measured = bool(self.config.knn.every_epochs and self.probe)
+        if self.initial and measured:
+            self._measure_initial()
         if needed:
             log(f"first pass: {self.steps_per_epoch} forward steps fill the bank")
             for batch in itertools.islice(self.input.batches(0), self.steps_per_epoch):
                 self.state = self.steps.observe(self.state, batch, self.input.resident)
                 if self.stop.reached():
                     raise Terminated(f"SIGTERM during the first pass, nothing to save yet: {self.workdir}")
-        if self.config.knn.every_epochs and self.probe:
+        if measured:
             self._measure_random(calibrated=needed)
         self.metadata["first_pass"] = True
         if needed:
             self._save(last=False)
 
+    def _measure_initial(self) -> None:
+        results = self._probe_results(self.state)  # by the statistics that came with the weights
+        self.metadata |= {f"{INITIAL}{name}": value for name, value in results.items()}
+        self.metrics.write(0, results)
+        log(f"initial weights: kNN {results['knn_accuracy']:.1f} %")
+
     def _measure_random(self, calibrated: bool) -> None:
-        # Running statistics of a fresh network are made up.
-        state = self.state if calibrated else self._reestimated(min(CALIBRATION_STEPS, self.steps_per_epoch))
+        state = self.state
+        if self.initial:
+            state, calibrated = self._random_network(), False
+        if not calibrated:  # running statistics of a fresh network are made up
+            state = self._reestimated(min(CALIBRATION_STEPS, self.steps_per_epoch), state)
         results = self._probe_results(state)
         self.metadata |= {f"random_{name}": value for name, value in results.items()}
-        self.metrics.write(0, results)
+        if not self.initial:
+            self.metrics.write(0, results)
         log(f"random initialisation: kNN {results['knn_accuracy']:.1f} %")
 
-    def _reestimated(self, num_batches: int) -> TrainState:
-        """Return the state with clean statistics that are the mean over so many batches of training crops.
+    def _random_network(self) -> TrainState:
+        """Return the state with the network that the run's seed would have drawn.
+
+        No second bank or queue is made.
+        """
+
+        def network(seed: jax.Array) -> tuple[Any, Any]:
+            state = self.trainer.init_state(seed)
+            return state.params, state.batch_stats
+
+        sharding = self.trainer.state_sharding()
+        drawn = jax.jit(network, out_shardings=(sharding.params, sharding.batch_stats))
+        params, batch_stats = drawn(np.uint32(self.config.seed))
+        return self.state._replace(params=params, batch_stats=batch_stats)
+
+    def _reestimated(self, num_batches: int, state: TrainState | None = None) -> TrainState:
+        """Return a state with clean statistics that are the mean over batches of training crops.
+
+        Args:
+            num_batches: number of batches.
+            state: None: the run's own.
 
         Raises:
             Terminated: SIGTERM arrived; nothing is saved, and the state is as it was.
         """
+        state = self.state if state is None else state
         total: Any = None
         with contextlib.closing(self.input.batches(0)) as batches:
             for batch in itertools.islice(batches, num_batches):
-                moments = self.steps.moments(self.state, batch, self.input.resident)
+                moments = self.steps.moments(state, batch, self.input.resident)
                 total = moments if total is None else jax.tree.map(jnp.add, total, moments)
                 if self.stop.reached():
                     raise Terminated(f"SIGTERM before the first step, nothing to save yet: {self.workdir}")
         mean = jax.tree.map(lambda value: value / num_batches, total)
-        return self.state._replace(batch_stats=self.state.batch_stats | {stats_collection(CLEAN): mean})
+        return state._replace(batch_stats=state.batch_stats | {stats_collection(CLEAN): mean})
 
     def _settle_statistics(self) -> None:
         """Give the state the statistics that it is evaluated by; training passes never read them.
@@ -303,7 +350,7 @@ class _Run:
     def _finish(self) -> dict[str, Any]:
         self.checkpoints.wait()
         results: dict[str, Any] = {"step": self.step, "epochs": self.config.epochs}
-        results |= {name: value for name, value in self.metadata.items() if name.startswith("random_")}
+        results |= {name: value for name, value in self.metadata.items() if name.startswith(("random_", INITIAL))}
         if self.probe:
             accuracies = self._probe_results(self.state)
             self.metrics.write(self.step, {"epoch": self.config.epochs, **accuracies})

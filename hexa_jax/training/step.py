@@ -19,7 +19,16 @@ from jax.sharding import PartitionSpec as P
 from hexa_jax.core.batch import Batch
 from hexa_jax.core.rngs import Purpose, Rngs, purpose_key
 from hexa_jax.methods.base import Encode, Spec, Targets
-from hexa_jax.models.norm import ADVERSARIAL, CLEAN, EVALUATION, average_moments, blend, follow_clean, stats_collection
+from hexa_jax.models.norm import (
+    ADVERSARIAL,
+    CLEAN,
+    EVALUATION,
+    average_moments,
+    blend,
+    fill_both_sets,
+    follow_clean,
+    stats_collection,
+)
 from hexa_jax.parallel.mesh import ROWS
 from hexa_jax.training.objective import Gradients, Inputs, Objective
 from hexa_jax.views.preview import ViewPreview
@@ -56,12 +65,20 @@ class Trainer:
     mesh: Mesh
     dtype: Any = jnp.float32  # of the parameters
 
-    def init_state(self, seed: jax.Array) -> TrainState:
-        """A fresh state; the seed, a uint32 scalar, decides every number in it."""
+    def init_state(self, seed: jax.Array, backbone: Any = None) -> TrainState:
+        """A fresh state; the seed, a uint32 scalar, decides every random number in it.
+
+        Args:
+            seed: uint32 scalar.
+            backbone: weights to start from, as `fill_both_sets` takes them, float32; None: random ones. What a method
+                derives from the network, such as a key encoder, is derived from them.
+        """
         seed = jnp.asarray(seed, jnp.uint32)
         network_key, method_key = jax.random.split(purpose_key(seed, Purpose.INIT))
         crops = (jnp.zeros((1, 1, 32, 32, 3)),)  # parameters do not depend on the image size
         variables = self.objective.network.init(network_key, crops, EVALUATION)
+        if backbone is not None:
+            variables = fill_both_sets(variables, backbone)
         variables = jax.tree.map(lambda x: x.astype(self.dtype), variables)
         own = self.objective.method.init_params(jax.random.fold_in(method_key, 1), self.spec)
         own = jax.tree.map(lambda x: x.astype(self.dtype), own)
@@ -291,7 +308,7 @@ class Trainer:
 
 
 class CompiledSteps(NamedTuple):
-    """Compiled functions of a run: init(seed); refresh(state, epoch); all others take (state, batch, data)."""
+    """Compiled functions of a run: init(seed[, backbone]); refresh(state, epoch); others take (state, batch, data)."""
 
     init: Any
     train: Any
