@@ -25,6 +25,7 @@ LEVELS = {
     "prepare": 5,
     "evals": 5,  # the mathematics of evaluations
     "report": 5,
+    "explore": 6,
     "training": 6,
     "evals.tasks": 7,  # the evaluations that a config can name
     "export": 8,

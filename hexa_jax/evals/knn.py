@@ -46,17 +46,19 @@ def nearest(
     rows = max(min(BANK_ROWS, -(-len(bank) // mesh.size)), neighbours)  # of a chunk
     chunks = -(-len(bank) // (rows * mesh.size))
     padded = np.zeros((mesh.size * chunks * rows, bank.shape[1]), np.float32)
-    padded[: len(bank)] = _unit(bank)
+    for first in range(0, len(bank), BANK_ROWS):
+        # In parts: the bank may be half of the memory, and a whole copy of it would not fit.
+        padded[first : first + BANK_ROWS][: len(bank) - first] = _unit(bank[first : first + BANK_ROWS])
     split = jax.device_put(padded.reshape(mesh.size * chunks, rows, -1), NamedSharding(mesh, P("data")))
     search = functools.partial(_search(mesh, neighbours), split, np.int32(len(bank)))
-    queries, own = _unit(queries), np.full(len(queries), -1) if own is None else own
+    own = np.full(len(queries), -1) if own is None else own
     found = []
     with jax.set_mesh(mesh):  # that of a training run, inside which this may be called, has more devices
         for first in range(0, len(queries), QUERIES):
             chunk = slice(first, first + QUERIES)
             missing = QUERIES - len(queries[chunk])
             excluded = np.pad(own[chunk], (0, missing), constant_values=-1).astype(np.int32)
-            result = search(np.pad(queries[chunk], ((0, missing), (0, 0))), excluded)
+            result = search(np.pad(_unit(queries[chunk]), ((0, missing), (0, 0))), excluded)
             found.append([np.asarray(leaf)[: QUERIES - missing] for leaf in result])
     similarity, position = (np.concatenate(leaves) for leaves in zip(*found, strict=True))
     return similarity, position.astype(np.int64)
