@@ -428,14 +428,14 @@ def _is_nhwc(one: Instruction) -> bool:
 
 
 def _moves_activation(computation: Computation, one: Instruction) -> bool:
-    """Whether an instruction writes a large map in another layout, fused or not."""
+    """Whether an instruction, fused or not, makes other numbers of a large map neighbors in memory."""
     if one.opcode not in ("copy", "transpose") or len(one.arrays) != 1 or one.bytes < ACTIVATION_BYTES:
         return False
-    before, after = computation.operand(one, 0).arrays[0], one.arrays[0]
-    if one.opcode == "copy":
-        return before.layout != after.layout
-    order = [int(axis) for axis in one.attribute("dimensions").split(",") if axis]
-    return len(after.dims) >= 4 and _order_in_memory(before) != [order[axis] for axis in _order_in_memory(after)]
+    before, after = _order_in_memory(computation.operand(one, 0).arrays[0]), _order_in_memory(one.arrays[0])
+    if one.opcode == "transpose":
+        order = [int(axis) for axis in one.attribute("dimensions").split(",") if axis]
+        after = [order[axis] for axis in after]
+    return len(one.arrays[0].dims) >= 4 and before[-1:] != after[-1:]
 
 
 def _order_in_memory(array: Array) -> list[int]:
