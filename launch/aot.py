@@ -1,16 +1,19 @@
-"""Compiles a run for TPUs that are not there, and says whether it fits, what travels between chips, and what bounds it.
+"""Compile a run for TPUs or GPUs that are not there; say whether it fits, what travels, and what bounds it.
 
-python -m launch.aot --config=configs/hexa_moco.py --topology=v5e:4x4 [--config.key=value ...]
---topology      KIND:SHAPE, such as v5e:16x16, v4:2x2x2 or v5p:2x2x1; shapes are in chips
+python -m launch.aot --config=configs/hexa_moco.py --topology=h100:8 [--config.key=value ...]
+--topology      GPUs: KIND:N of one host, or KIND:HOSTSxN, such as h100:8 or h200:2x8; a100, h100, h200 or b200.
+                TPUs: KIND:SHAPE in chips, such as v5e:16x16, v4:2x2x2 or v5p:2x2x1
 --programs      comma-separated: train, augment (what of it makes crops), init, refresh (k-means; methods with clusters),
                 features (evaluation); all by default
 --num_examples  of the data set; ImageNet's 1,281,167 by default
 --rows          JSON file that keeps the results; what it holds is not compiled again (docs/scaling.json by default)
 --hlo=FOLDER    keep the compiled programs' HLO there, to look into: one file a program
---table=FILE    write all rows as a Markdown table and compile nothing
+--table=FILE    write all rows as Markdown tables and compile nothing
+--kernels       with GPUs: print the tables of kernels as Markdown as well
 
-Nothing but a CPU is needed, and libtpu (pip install libtpu): the compiler is the real one, what it says of cycles is an
-estimate. A step of a ResNet-50 takes 4 to 10 minutes to compile on two cores.
+The compilers are the real ones and need no accelerator. For TPUs `pip install libtpu`: its estimate of cycles is shown. For GPUs
+`pip install -e '.[aot-gpu]'`: bytes and FLOPs of each kernel are counted from the program. A step of a ResNet-50 takes 2 to 10
+minutes to compile on two cores.
 """
 
 import argparse
@@ -19,6 +22,7 @@ import importlib.util
 import json
 import os
 import pathlib
+import re
 import sys
 import time
 from typing import Any
@@ -29,28 +33,54 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import topologies
 
+import hexa_jax
 from hexa_jax.cli.command import parse_command
 from hexa_jax.core.errors import ConfigError
 from hexa_jax.evals.features import make_extractor
 from hexa_jax.methods.base import Method
 from hexa_jax.storage.workdir import write_json
+from hexa_jax.training import memory
 from hexa_jax.training.factory import make_trainer
 from hexa_jax.training.step import Trainer
-from launch.program import CHIPS, Chip, describe, microbatches_that_fit, too_large
+from launch.gpu_topology import Gpu, TopologyError, gpu_devices, plugin_version, read_gpus
+from launch.program import CHIPS, Chip, describe, describe_on_gpu, microbatches_that_fit, too_large
+from launch.tables import GIB, kernel_table, lines_of, markdown
 
 IMAGENET = 1_281_167
 PROGRAMS = ("train", "augment", "init", "refresh", "features")
 EVALUATION_ROWS = 256  # images a chip
-GIB = 2**30
+PACKAGE = str(pathlib.Path(hexa_jax.__file__).parent)
+Device = Chip | Gpu
 
 
 class AotError(ValueError):
     """A mistake in the command; one line."""
 
 
-def devices_of(topology: str) -> list[jax.Device]:
-    """One device per chip of a topology KIND:SHAPE; AotError if there is none."""
+def known_devices() -> dict[str, Device]:
+    """Return what is known of each kind of chip and GPU."""
+    return CHIPS | read_gpus()
+
+
+def devices_of(topology: str, device: Device) -> list[jax.Device]:
+    """Return one device per chip or GPU of a topology KIND:SHAPE.
+
+    Raises:
+        AotError: there is no such topology, or no compiler for it.
+    """
     kind, _, shape = topology.partition(":")
+    if isinstance(device, Gpu):
+        if not re.fullmatch(r"([1-9]\d*x)?[1-9]\d*", shape):
+            raise AotError(
+                f"--topology={topology}: GPUs are {kind}:N of one host or {kind}:HOSTSxN, such as {kind}:2x8"
+            )
+        hosts, _, gpus = shape.rpartition("x")
+        try:
+            return gpu_devices(device, int(hosts or 1), int(gpus))
+        except TopologyError as error:
+            raise AotError(f"--topology={topology}: {error}") from None
+    if importlib.util.find_spec("libtpu") is None:
+        raise AotError("the TPU compiler is missing: pip install libtpu")
     settings: dict[str, Any] = {"chip_config_name": "megacore"} if kind == "v4" else {}
     try:
         sides = [int(side) for side in shape.split("x")] + [1]
@@ -61,8 +91,8 @@ def devices_of(topology: str) -> list[jax.Device]:
         raise AotError(f"--topology={topology}: {str(error).splitlines()[0][:200]}") from None
 
 
-def compile_program(trainer: Trainer, program: str, hlo: pathlib.Path | None = None) -> dict[str, Any]:
-    """Numbers of one program, whether it fits or not; its HLO goes to the file `hlo`."""
+def compile_program(trainer: Trainer, program: str, device: Device, hlo: pathlib.Path | None = None) -> dict[str, Any]:
+    """Return the numbers of one program, whether it fits or not; its HLO goes to the file `hlo`."""
     begin = time.monotonic()
     with jax.set_mesh(trainer.mesh):
         steps, state = trainer.compile(), trainer.state_shapes()
@@ -82,7 +112,9 @@ def compile_program(trainer: Trainer, program: str, hlo: pathlib.Path | None = N
             if hlo is not None:
                 hlo.parent.mkdir(parents=True, exist_ok=True)
                 hlo.write_text(compiled.as_text())
-            found: dict[str, Any] | None = describe(compiled)
+            found: dict[str, Any] | None = (
+                describe_on_gpu(compiled, device, PACKAGE) if isinstance(device, Gpu) else describe(compiled)
+            )
         except jax.errors.JaxRuntimeError as error:
             found = too_large(str(error))
             if found is None:
@@ -91,9 +123,11 @@ def compile_program(trainer: Trainer, program: str, hlo: pathlib.Path | None = N
     return found | {"compile_seconds": round(time.monotonic() - begin, 1)}
 
 
-def advice(trainer: Trainer, row: dict[str, Any], chip: Chip) -> str:
-    """Whether a train step fits, and what to change if it does not."""
-    peak, limit = row["peak_bytes"], row.get("limit_bytes", chip.memory)
+def advice(trainer: Trainer, row: dict[str, Any], device: Device) -> str:
+    """Return whether a train step fits, and what to change if it does not."""
+    peak, limit = row["peak_bytes"], row.get("limit_bytes", device.memory)
+    if isinstance(device, Gpu):
+        return _advice_for_gpu(trainer, row, device)
     if row["fits"]:
         return f"fits: {peak / GIB:.1f} of {limit / GIB:.0f} GiB a chip"
     layout = trainer.objective.layout
@@ -105,6 +139,24 @@ def advice(trainer: Trainer, row: dict[str, Any], chip: Chip) -> str:
     return f"does not fit: {peak / GIB:.1f} of {limit / GIB:.1f} GiB a chip; {hint}"
 
 
+def _advice_for_gpu(trainer: Trainer, row: dict[str, Any], gpu: Gpu) -> str:
+    peak, limit = row["peak_bytes"], row["limit_bytes"]
+    amount = f"{peak / GIB:.1f} of the {limit / GIB:.1f} GiB that jax takes of a GPU's {gpu.memory / GIB:.1f}"
+    if row["fits"]:
+        return f"fits: {amount}"
+    parameters = jax.tree.leaves(trainer.state_shapes().params)
+    gradients = 2 * sum(leaf.size * leaf.dtype.itemsize for leaf in parameters)
+    need = memory.Need(peak - row["temporary_bytes"], row["temporary_bytes"])
+    found = memory.microbatches_that_fit(trainer.objective.layout, need, gradients, limit)
+    if found is None:
+        return f"does not fit: {amount}; use more GPUs"
+    layout, same = found
+    settings = f"--config.runtime.microbatches={layout.microbatches}"
+    if not same:
+        settings += f" --config.bn_group_size={layout.bn_group_size} --config.cutmix_block={layout.cutmix_block}"
+    return f"does not fit: {amount}; {settings} should"
+
+
 def _share(leaf: jax.ShapeDtypeStruct) -> int:
     """Elements of a leaf on one chip."""
     assert leaf.sharding is not None
@@ -112,49 +164,22 @@ def _share(leaf: jax.ShapeDtypeStruct) -> int:
     return int(jnp.prod(jnp.array(shard, jnp.float32))) if shard else 1
 
 
-def bound(row: dict[str, Any], chip: Chip) -> dict[str, float]:
-    """Milliseconds that arithmetic, memory traffic and the compiler's cycles would take."""
-    if not row["fits"]:
+def bound(row: dict[str, Any], device: Device) -> dict[str, float]:
+    """Return the milliseconds that arithmetic, memory traffic and the compiler's cycles would take on a TPU."""
+    if isinstance(device, Gpu) or not row["fits"]:
         return {}
     times = {
-        "flops_ms": row["flops"] / chip.flops,
-        "memory_ms": row["bytes_accessed"] / chip.bandwidth,
-        "cycles_ms": row["estimated_cycles"] / chip.clock,
+        "flops_ms": row["flops"] / device.flops,
+        "memory_ms": row["bytes_accessed"] / device.bandwidth,
+        "cycles_ms": row["estimated_cycles"] / device.clock,
     }
     return {name: round(1000 * seconds, 3) for name, seconds in times.items()}
 
 
-def markdown(rows: dict[str, dict[str, Any]]) -> str:
-    """A table of all rows."""
-    head = [
-        "config",
-        "chips",
-        "program",
-        "peak GiB",
-        "TFLOP",
-        "GB",
-        "Mcycles",
-        "ms: FLOP / memory / cycles",
-        "between chips",
-    ]
-    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
-    for row in rows.values():
-        cells = [f"{row['config']} {' '.join(row['overrides'])}".strip(), row["topology"], row["program"]]
-        if row["fits"]:
-            travel = ", ".join(
-                f"{entry['count']} {kind} ({entry['bytes'] / 1e6:.1f} MB)" for kind, entry in row["collectives"].items()
-            )
-            cells += [
-                f"{row['peak_bytes'] / GIB:.1f}",
-                f"{row['flops'] / 1e12:.2f}",
-                f"{row['bytes_accessed'] / 1e9:.1f}",
-            ]
-            cells += [f"{row['estimated_cycles'] / 1e6:.1f}"]
-            cells += [f"{row['flops_ms']:.1f} / {row['memory_ms']:.1f} / {row['cycles_ms']:.1f}", travel or "nothing"]
-        else:
-            cells += [f"{row['peak_bytes'] / GIB:.1f}: {row['advice']}", "", "", "", "", ""]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
+def versions_of(device: Device) -> str:
+    """Return the versions of jax and of the compiler; TopologyError if there is none for GPUs."""
+    compiler = plugin_version() if isinstance(device, Gpu) else f"libtpu {importlib.metadata.version('libtpu')}"
+    return f"jax {jax.__version__}, {compiler}"
 
 
 def main(argv: list[str]) -> int:
@@ -166,57 +191,44 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--rows", type=pathlib.Path, default=pathlib.Path("docs/scaling.json"))
     parser.add_argument("--hlo", type=pathlib.Path)
     parser.add_argument("--table", type=pathlib.Path)
+    parser.add_argument("--kernels", action="store_true")
     options, settings = parser.parse_known_args(argv[1:])
     rows: dict[str, dict[str, Any]] = json.loads(options.rows.read_text()) if options.rows.is_file() else {}
     if options.table:
         options.table.write_text(markdown(rows))
         return 0
     try:
-        chip = CHIPS.get(options.topology.partition(":")[0])
+        device = known_devices().get(options.topology.partition(":")[0])
         unknown = set(options.programs.split(",")) - set(PROGRAMS)
-        if chip is None or unknown:
+        if device is None or unknown:
             raise AotError(f"--topology={options.topology} or --programs={options.programs} is not known; see --help")
-        if importlib.util.find_spec("libtpu") is None:
-            raise AotError("the TPU compiler is missing: pip install libtpu")
         config = parse_command([argv[0], *settings, "--workdir=unused"]).config
-        trainer = make_trainer(config, options.num_examples, devices_of(options.topology), num_classes=1000)
+        devices = devices_of(options.topology, device)
+        trainer = make_trainer(config, options.num_examples, devices, num_classes=1000)
     except (AotError, ConfigError) as error:
         print(f"aot: {error}", file=sys.stderr)
         return 2
     named = next(word for word in settings if word.startswith("--config=")).partition("=")[2]
     overrides = sorted(word.removeprefix("--config.") for word in settings if word.startswith("--config."))
-    fits = True
+    versions, fits = versions_of(device), True
     for program in options.programs.split(","):
         if program == "refresh" and type(trainer.objective.method).refresh is Method.refresh:  # nothing to do
             continue
-        versions = f"jax {jax.__version__}, libtpu {importlib.metadata.version('libtpu')}"
         key = f"{named} {' '.join(overrides)} {options.topology} {options.num_examples} {program} {versions}"
         if key not in rows:
-            row = compile_program(trainer, program, options.hlo and options.hlo / f"{program}.hlo")
+            print(f"aot: compiling {program}, which takes minutes", file=sys.stderr)
+            row = compile_program(trainer, program, device, options.hlo and options.hlo / f"{program}.hlo")
             row |= {"config": pathlib.PurePath(named).stem, "overrides": overrides, "topology": options.topology}
-            row |= {"program": program, "versions": versions} | bound(row, chip)
-            row["advice"] = advice(trainer, row, chip) if program == "train" else ""
+            row |= {"program": program, "versions": versions} | bound(row, device)
+            row["advice"] = advice(trainer, row, device) if program == "train" else ""
             latest = json.loads(options.rows.read_text()) if options.rows.is_file() else {}  # another may have written
             rows = latest | {key: row}
             write_json(options.rows, rows)
         fits &= rows[key]["fits"]
-        _show(program, rows[key])
+        print("\n".join(lines_of(rows[key])))
+        if options.kernels and "by_kind" in rows[key]:
+            print("\n" + kernel_table(rows[key]))
     return 0 if fits else 1
-
-
-def _show(program: str, row: dict[str, Any]) -> None:
-    print(f"{program}: {row['advice'] or ('fits' if row['fits'] else 'does not fit')}")
-    if not row["fits"]:
-        return
-    print(f"  peak {row['peak_bytes'] / GIB:.2f} GiB a chip, of which arguments {row['argument_bytes'] / GIB:.2f}")
-    print(
-        f"  {row['flops'] / 1e12:.3f} TFLOP, {row['bytes_accessed'] / 1e9:.2f} GB, {row['estimated_cycles'] / 1e6:.2f} Mcycles"
-    )
-    print(
-        f"  at least {row['flops_ms']} ms of arithmetic, {row['memory_ms']} ms of memory; estimated {row['cycles_ms']} ms"
-    )
-    for kind, entry in row["collectives"].items():
-        print(f"  {entry['count']} x {kind}, {entry['bytes'] / 1e6:.3f} MB")
 
 
 if __name__ == "__main__":

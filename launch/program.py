@@ -1,4 +1,4 @@
-"""What a compiled program says of itself: memory, collectives, arithmetic, and the compiler's own estimate of its cycles."""
+"""What a compiled program says of itself: memory, collectives, arithmetic, a TPU's cycles, a GPU's kernels."""
 
 import dataclasses
 import math
@@ -6,7 +6,11 @@ import re
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2, "f32": 4, "s32": 4, "u32": 4, "f64": 8}
+from hexa_jax.training.memory import needed
+from launch import kernels
+from launch.gpu_topology import Gpu
+from launch.hlo import BYTES, parse
+
 COLLECTIVE = re.compile(r"= (.+?) (all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter)(?:-start)?\(")
 SHAPE = re.compile(r"(\w+)\[([\d,]*)\]")
 HEADER = re.compile(r"(ENTRY )?%?([\w.\-]+) \(.*\{$")
@@ -18,6 +22,7 @@ CALLED = re.compile(
     r"(?:to_apply|called_computations=\{|branch_computations=\{|true_computation|false_computation)=?%?([\w.\-]+)"
 )
 FULL = re.compile(r"Used ([\d.]+)([KMGT]) of ([\d.]+)([KMGT]) hbm", re.IGNORECASE)
+JAX_SHARE = 0.75  # of a GPU's memory, which jax takes unless XLA_PYTHON_CLIENT_MEM_FRACTION says otherwise
 UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
@@ -122,6 +127,34 @@ def describe(compiled: Any) -> dict[str, Any]:
         "bytes_accessed": float(costs.get("bytes accessed", 0)),
         "estimated_cycles": estimated_cycles(hlo),
         "collectives": summed(collectives(hlo)),
+    }
+
+
+def describe_on_gpu(compiled: Any, gpu: Gpu, package: str) -> dict[str, Any]:
+    """Return the numbers of a program compiled for GPUs, per GPU.
+
+    Args:
+        compiled: by jax.
+        gpu: what it is compiled for.
+        package: the folder whose lines are ours.
+
+    Returns:
+        "fits" (in the share of the memory that jax takes by itself), "peak_bytes", "argument_bytes", "temporary_bytes",
+        "limit_bytes", "collectives", "warnings", and what `kernels.summary` returns. The scratch memory of convolutions is
+        not among the bytes: their algorithms are chosen on the GPU.
+    """
+    text, need, memory = compiled.as_text(), needed(compiled, "gpu"), compiled.memory_analysis()
+    program = parse(text)
+    limit = int(JAX_SHARE * gpu.memory)
+    return {
+        "fits": need.total <= limit,
+        "peak_bytes": need.total,
+        "limit_bytes": limit,
+        "argument_bytes": int(memory.argument_size_in_bytes),
+        "temporary_bytes": need.temporaries,
+        "collectives": summed(collectives(text)),
+        "warnings": kernels.warnings_of(program, package),
+        **kernels.summary(kernels.kernels_of(program, package), gpu.peaks),
     }
 
 

@@ -1,4 +1,4 @@
-"""The max-pool of the ResNet stem, whose gradient on a CPU is not left to XLA's select-and-scatter."""
+"""The max-pool of the ResNet stem, whose gradient is left to XLA's select-and-scatter on TPUs alone."""
 
 import itertools
 
@@ -6,48 +6,93 @@ import jax
 import jax.numpy as jnp
 
 SIZE, STRIDE, PADDING = 3, 2, 1
+PLACES = list(itertools.product(range(SIZE), range(SIZE)))
 
 
 @jax.custom_vjp
 def max_pool(x: jax.Array) -> jax.Array:
-    """Maxima of 3x3 windows at every other pixel, [N, H, W, C] -> [N, ceil(H / 2), ceil(W / 2), C]; the border is -inf.
+    """Return maxima of 3x3 windows at every other pixel, the border being -inf.
 
-    Of equal maxima the first has the gradient, in the order of rows. On a CPU the gradient is added up from the nine places of
-    a window: many times faster there than the select-and-scatter that XLA makes of it.
+    Of equal maxima the first has the gradient, in the order of rows. XLA's own gradient is a select-and-scatter, which TPUs have
+    an operation for; elsewhere the gradient is added up from the nine places of a window. On a CPU that is many times faster. On
+    a GPU XLA would write four int32 maps and add into the result with atomics; here it is one map of bytes, found with the maxima.
+
+    Args:
+        x: [N, H, W, C].
+
+    Returns:
+        [N, ceil(H / 2), ceil(W / 2), C].
     """
     window, strides = (1, SIZE, SIZE, 1), (1, STRIDE, STRIDE, 1)
     padding = ((0, 0), (PADDING, PADDING), (PADDING, PADDING), (0, 0))
     return jax.lax.reduce_window(x, -jnp.inf, jax.lax.max, window, strides, padding)
 
 
-def _forward(x: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+Saved = tuple[jax.Array, jax.Array, jax.Array]  # x, y, and the place of each maximum, found in either pass
+
+
+def _forward(x: jax.Array) -> tuple[jax.Array, Saved]:
+    y, places = jax.lax.platform_dependent(x, cpu=_maxima, tpu=_maxima, default=_maxima_and_places)
+    return y, (x, y, places)
+
+
+def _backward(saved: Saved, dy: jax.Array) -> tuple[jax.Array]:
+    branches = {"cpu": _gradient_by_place, "tpu": _gradient_by_scattering, "default": _gradient_by_known_place}
+    return (jax.lax.platform_dependent(*saved, dy, **branches),)
+
+
+# What a platform does in both passes; XLA drops what its backward pass does not use of (x, y, places).
+
+
+def _maxima(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     y = max_pool.fun(x)
-    return y, (x, y)
+    return y, jnp.zeros(y.shape, jnp.uint8)
 
 
-def _backward(saved: tuple[jax.Array, jax.Array], dy: jax.Array) -> tuple[jax.Array]:
-    return (jax.lax.platform_dependent(*saved, dy, cpu=_by_place, default=_by_scattering),)
+def _maxima_and_places(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Maxima, and the place of the first of them, uint8, in one pass over x."""
+    y, *others = _windows(x)
+    places = jnp.zeros(y.shape, jnp.uint8)
+    for number, seen in enumerate(others, start=1):
+        places = jnp.where(seen > y, jnp.uint8(number), places)
+        y = jnp.maximum(y, seen)
+    return y, places
 
 
-def _by_scattering(x: jax.Array, y: jax.Array, dy: jax.Array) -> jax.Array:
-    del y
+def _gradient_by_scattering(x: jax.Array, y: jax.Array, places: jax.Array, dy: jax.Array) -> jax.Array:
+    del y, places
     return jax.vjp(max_pool.fun, x)[1](dy)[0]
 
 
-def _by_place(x: jax.Array, y: jax.Array, dy: jax.Array) -> jax.Array:
+def _gradient_by_place(x: jax.Array, y: jax.Array, places: jax.Array, dy: jax.Array) -> jax.Array:
+    del places
+    found = jnp.full(y.shape, len(PLACES), jnp.uint8)
+    for number, seen in reversed(list(enumerate(_windows(x)))):
+        found = jnp.where(seen == y, jnp.uint8(number), found)
+    # Behind a barrier, else they are found again for each place.
+    return _from_places(jax.lax.optimization_barrier(found), dy, x.shape)
+
+
+def _gradient_by_known_place(x: jax.Array, y: jax.Array, places: jax.Array, dy: jax.Array) -> jax.Array:
+    del y
+    return _from_places(places, dy, x.shape)
+
+
+def _windows(x: jax.Array) -> list[jax.Array]:
+    """The nine places of all windows, in the order of rows: [N, ceil(H / 2), ceil(W / 2), C] each."""
     padded = jnp.pad(x, ((0, 0), (PADDING, PADDING), (PADDING, PADDING), (0, 0)), constant_values=-jnp.inf)
-    ends = [STRIDE * (count - 1) + 1 for count in y.shape[1:3]]
-    places = list(itertools.product(range(SIZE), range(SIZE)))
-    first = jnp.full(y.shape, len(places), jnp.uint8)
-    for number, (i, j) in reversed(list(enumerate(places))):
-        seen = padded[:, i : i + ends[0] : STRIDE, j : j + ends[1] : STRIDE]
-        first = jnp.where(seen == y, jnp.uint8(number), first)
-    first = jax.lax.optimization_barrier(first)  # else it is found again for each place
+    ends = [STRIDE * (-(-side // STRIDE) - 1) + 1 for side in x.shape[1:3]]
+    return [padded[:, i : i + ends[0] : STRIDE, j : j + ends[1] : STRIDE] for i, j in PLACES]
+
+
+def _from_places(places: jax.Array, dy: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """The gradient of x, of `shape`, from the places of maxima."""
 
     def at(i: int, j: int) -> jax.Array:
         """dy where the maximum is at place (i, j) of its window, by pairs of rows and of columns."""
         shifts = ((i // 2, 1 - i // 2), (j // 2, 1 - j // 2))
-        return jnp.pad(jnp.where(first == places.index((i, j)), dy, jnp.zeros([], dy.dtype)), ((0, 0), *shifts, (0, 0)))
+        here = places == PLACES.index((i, j))
+        return jnp.pad(jnp.where(here, dy, jnp.zeros([], dy.dtype)), ((0, 0), *shifts, (0, 0)))
 
     # Even rows are the first of one window and the last of the window above, odd ones in the middle; columns, too.
     kinds = ((0, 2), (1,))
@@ -55,7 +100,7 @@ def _by_place(x: jax.Array, y: jax.Array, dy: jax.Array) -> jax.Array:
     num, pairs_down, pairs_across, channels = parts[0].shape
     dx = jnp.stack(parts, axis=3).reshape(num, pairs_down, pairs_across, 2, 2, channels).transpose(0, 1, 3, 2, 4, 5)
     dx = dx.reshape(num, 2 * pairs_down, 2 * pairs_across, channels)
-    return dx[:, PADDING : PADDING + x.shape[1], PADDING : PADDING + x.shape[2]]
+    return dx[:, PADDING : PADDING + shape[1], PADDING : PADDING + shape[2]]
 
 
 max_pool.defvjp(_forward, _backward)

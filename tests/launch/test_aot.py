@@ -1,0 +1,111 @@
+"""The command that compiles for devices that are not there: its mistakes, facts and tables; with -m slow, a real program."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+import types
+
+import pytest
+from command_line import REPOSITORY
+
+from launch import aot, gpu_topology, tables
+from launch.gpu_topology import TopologyError, gpu_devices, read_gpus, target_config
+from launch.kernels import Kernel, Peaks, summary
+
+H100 = read_gpus()["h100"]
+
+
+def test_facts_of_gpus():
+    gpus = read_gpus()
+    assert set(gpus) == {"a100", "h100", "h200", "b200"} and not set(gpus) & set(aot.CHIPS)
+    assert all({"spec", "flops_source", "name"} <= set(gpu.description) for gpu in gpus.values())
+    assert [gpus[kind].memory // 10**9 for kind in ("a100", "h100", "h200", "b200")] == [85, 84, 151, 191]
+    assert H100.peaks == Peaks(3352320000000, {"bf16": 989.4e12, "f16": 989.4e12, "f32": 494.7e12}, 66.9e12)
+    text = target_config(gpus["b200"])
+    assert "cuda_compute_capability { major: 10 minor: 0 }" in text and "core_count: 148" in text
+    assert text.count("{") == text.count("}")
+
+
+@pytest.mark.parametrize(
+    ("topology", "message"),
+    [
+        ("h100:0", "GPUs are h100:N of one host or h100:HOSTSxN"),
+        ("h100:2x", "GPUs are h100:N of one host"),
+        ("h100", "GPUs are h100:N of one host"),
+        ("p100:8", "--topology=p100:8 or --programs=train is not known"),
+    ],
+)
+def test_mistakes_are_one_line(capsys, topology, message):
+    words = ["aot", "--config=configs/tiny.py", f"--topology={topology}", "--programs=train"]
+    assert aot.main(words) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("aot: ") and message in error and error.count("\n") == 1
+
+
+def test_without_the_compiler(monkeypatch):
+    monkeypatch.setattr(gpu_topology, "PLUGINS", ("no-such-plugin",))
+    with pytest.raises(TopologyError, match=r"the GPU compiler is missing: pip install -e '.\[aot-gpu\]'"):
+        gpu_devices(H100, 1, 1)
+
+
+def test_when_private_names_of_jax_are_gone(monkeypatch):
+    monkeypatch.setattr(gpu_topology, "PLUGINS", ("jax",))
+    monkeypatch.setitem(sys.modules, "jax._src.lib", types.SimpleNamespace(xla_client=types.SimpleNamespace()))
+    with pytest.raises(TopologyError, match=r"names that were private to jax .* are gone .*: pip install") as error:
+        gpu_devices(H100, 1, 1)
+    assert "\n" not in str(error.value)
+
+
+def test_tables_of_a_row():
+    kernels = [
+        Kernel(
+            "conv",
+            "convolution forward",
+            1,
+            3 * 10**9,
+            10**9,
+            5e12,
+            "bf16",
+            0,
+            "bf16[8]",
+            "models/resnet.py:31",
+            "conv1",
+        ),
+        Kernel("norm", "reduction", 2, 10**9, 0, 0.0, "", 1e9, "f32[4]", "models/norm.py:9", "backward: bn1/mul"),
+    ]
+    row = summary(kernels, H100.peaks) | {"peak_bytes": 2**30, "argument_bytes": 0, "fits": True, "advice": "fits: all"}
+    row |= {"config": "moco", "overrides": ["a=1"], "topology": "h100:8", "program": "train"}
+    row |= {"collectives": {"all-reduce f32": {"count": 3, "bytes": 2 * 10**6}}, "warnings": ["2 sorts: a.py:1"]}
+    shown = tables.lines_of(row)
+    assert shown[0] == "train: fits: all" and "peak 1.00 GiB a GPU" in shown[1]
+    assert "5.002 TFLOP, 6.00 GB in 3 kernels, of which 0 move" in shown[2]
+    assert shown[-2:] == ["  slow: 2 sorts: a.py:1", "  3 x all-reduce f32, 2.000 MB"]
+    cells = [cell.strip() for cell in tables.markdown({"key": row}).splitlines()[2].strip("|").split("|")]
+    assert cells[:4] == ["moco a=1", "h100:8", "train", "1.0"] and cells[4:8] == ["5.00", "6.0", "4.0", "3 (0)"]
+    # By memory 6 GB at 3.35 TB/s; the convolution is bound by its arithmetic, 5 TFLOP at 989.
+    assert cells[8] == f"{5.0535 + 0.0299:.1f} / {6000 / 3352.32:.1f} / {5.0535 + 2000 / 3352.32:.1f}"
+    assert cells[9:] == ["3 all-reduce f32 (2.0 MB)", "2 sorts"]
+    assert "| 2.00 | 2 | reduction | `models/norm.py:9` | backward: bn1/mul | `f32[4]` |" in tables.kernel_table(row)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("jax_cuda12_plugin") is None, reason="needs the extra aot-gpu")
+def test_a_step_compiled_for_gpus(tmp_path):
+    """HEXA_MoCo on two H100 in bfloat16: nothing slow by pattern, gradients reduced once in float32, no images on the way."""
+    words = ["--config=configs/hexa_moco.py", "--config.batch_size=64", "--config.shuffle_block=64"]
+    words += ["--topology=h100:2", "--programs=train", f"--rows={tmp_path}/rows.json", f"--hlo={tmp_path}"]
+    command = [sys.executable, "-W", "ignore", "-m", "launch.aot", *words]
+    done = subprocess.run(command, cwd=REPOSITORY, env=os.environ | {"PYTHONPATH": str(REPOSITORY)}, timeout=3000)
+    assert done.returncode == 0
+    (row,) = json.loads((tmp_path / "rows.json").read_text()).values()
+    assert row["fits"] and row["warnings"] == []
+    assert {"convolution forward", "convolution filter gradient", "convolution input gradient"} <= set(row["by_kind"])
+    assert "scatter" not in row["by_kind"] and "sort" not in row["by_kind"]
+    parameters = 28_000_000  # about, with the head
+    gradients = row["collectives"]["all-reduce f32"]
+    assert 4 * parameters * 0.9 < gradients["bytes"] < 4 * parameters * 1.1, gradients
+    moved = sum(entry["bytes"] for name, entry in row["collectives"].items() if name != "all-reduce f32")
+    images = 32 * 224 * 224 * 3  # bytes on a device
+    assert moved < images / 10, row["collectives"]
