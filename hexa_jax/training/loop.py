@@ -22,6 +22,7 @@ from hexa_jax.core.preemption import Diverged, PreemptionGuard, Terminated
 from hexa_jax.data.source import Source
 from hexa_jax.models.norm import CLEAN, stats_collection
 from hexa_jax.parallel import processes
+from hexa_jax.parallel.hardware import accelerator_warning, devices_in_words
 from hexa_jax.report import page
 from hexa_jax.storage.workdir import Metrics, write_json
 from hexa_jax.training.factory import make_schedule, make_trainer, open_training_source
@@ -46,6 +47,8 @@ def pretrain(config: ConfigDict, workdir: pathlib.Path) -> dict[str, Any]:
     source = open_training_source(config)
     trainer = make_trainer(config, len(source), num_classes=source.num_classes)
     _warn_of_queue(config, len(source))
+    if processes.first() and (unused := accelerator_warning()):
+        logging.warning(unused)
     with jax.set_mesh(trainer.mesh):
         return _Run(config, workdir, source, trainer).run()
 
@@ -100,7 +103,8 @@ class _Run:
 
     def run(self) -> dict[str, Any]:
         millions = parameter_overview.count_parameters(self.state.params) / 1e6
-        log(f"{len(self.input.source)} images, {millions:.1f} million parameters, {self.trainer.mesh.size} devices")
+        devices = devices_in_words(list(self.trainer.mesh.devices.flat))
+        log(f"{len(self.input.source)} images, {millions:.1f} million parameters, {devices}")
         try:
             if not self.metadata["first_pass"]:
                 self._first_pass()
