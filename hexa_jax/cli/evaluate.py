@@ -18,7 +18,7 @@ import sys
 
 from hexa_jax import main as command
 from hexa_jax.cli.words import Mistake, only_settings, parser, source_of
-from hexa_jax.core.console import say
+from hexa_jax.core.console import log
 from hexa_jax.core.recipes import RecipeError, recipe_file
 
 
@@ -65,7 +65,7 @@ def evaluation(argv: list[str]) -> list[str]:
         words.append(f"--config.data.eval_source={source_of([known.held_out])}")
     elif name == "knn" and (known.data or not _has_held_out(known.checkpoint)):
         words.append("--config.leave_one_out=True")  # settings of the user come later, and win
-    say(f"results go to {workdir}")
+    log(f"results go to {workdir}")
     return words + settings
 
 

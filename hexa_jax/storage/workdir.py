@@ -25,7 +25,7 @@ LOCK = ".lock"
 # Besides `runtime`: settings that only say when to give up, and change no number of a run.
 FREE = {"data.max_bad_fraction"}
 # Settings that older runs did not know, with the value that stands for what those runs did.
-ADDED = {"data.labels": "auto"}
+ADDED = {"data.labels": "auto", "knn.source": ""}
 
 
 class WorkdirError(ValueError):

@@ -26,8 +26,8 @@ from hexa_jax.parallel.hardware import accelerator_warning, devices_in_words
 from hexa_jax.report import page
 from hexa_jax.storage.workdir import Metrics, write_json
 from hexa_jax.training.factory import make_schedule, make_trainer, open_training_source
+from hexa_jax.training.fit_memory import compile_to_fit
 from hexa_jax.training.input import TrainingData
-from hexa_jax.training.memory import compile_ahead
 from hexa_jax.training.online_probe import Probe, make_probe
 from hexa_jax.training.step import CompiledSteps, Trainer, TrainState
 from hexa_jax.views.preview import ViewPreview
@@ -71,18 +71,20 @@ class _Run:
     """One start of the loop; what it holds besides the state can be rebuilt from the config."""
 
     def __init__(self, config: ConfigDict, workdir: pathlib.Path, source: Source, trainer: Trainer):
-        self.config, self.workdir, self.trainer = config, workdir, trainer
-        self.steps: CompiledSteps = trainer.compile()
+        self.config, self.workdir = config, workdir
         self.steps_per_epoch = trainer.spec.steps_per_epoch
         self.total = config.epochs * self.steps_per_epoch
         runtime = config.runtime
         keep_every = runtime.keep_every * self.steps_per_epoch or None
         self.checkpoints = Checkpoints(workdir / "checkpoints", keep_last=runtime.keep_last, keep_every=keep_every)
-        if self.checkpoints.steps()[-1:] != [self.total]:  # a finished run takes no step
-            self.steps = compile_ahead(config, trainer, self.steps, source)
+        self.trainer: Trainer = trainer
+        if self.checkpoints.steps()[-1:] == [self.total]:  # a finished run takes no step
+            self.steps: CompiledSteps = trainer.compile()
+        else:
+            self.trainer, self.steps = compile_to_fit(config, trainer, source)
         self.state, self.step, self.metadata = self._restore()
-        self.input = TrainingData.open(config, source, trainer)
-        self.probe: Probe | None = make_probe(config, source, trainer)
+        self.input = TrainingData.open(config, source, self.trainer)
+        self.probe: Probe | None = make_probe(config, source, self.trainer)
         self.metrics = Metrics(workdir, runtime.writer, self.step)
         self.clock = StepTimer(config.batch_size, self.total)
         self.stop = PreemptionGuard()
