@@ -54,7 +54,10 @@ def main(argv: list[str] | None = None) -> int:
     if name not in COMMANDS:
         near = difflib.get_close_matches(name, COMMANDS, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
-        print(f"hexa: unknown command {name!r}{hint} (hexa --help lists the commands)", file=sys.stderr)
+        print(
+            f"hexa: unknown command {name!r}{hint} (hexa --help lists the commands)",
+            file=sys.stderr,
+        )
         return 2
     _keep_compiled_programs()
     return importlib.import_module(COMMANDS[name].module).main(rest)

@@ -22,8 +22,9 @@ FEW_IMAGES = 10_000  # below which learning from scratch promises little
 MULTIPLICATIONS = {"resnet10": 0.89e9, "resnet18": 1.81e9, "resnet34": 3.66e9, "resnet50": 4.09e9, "resnet101": 7.8e9}
 STEM = {"imagenet": 1.0, "small": 4.0, "cifar": 16.0}  # how many times as many
 # Share of the speed of a large matrix product that a training step reaches. CPU: measured with
-# ResNet-18 of 32 channels on crops of 64 and 96 pixels (0.34 to 0.37), and 0.12 with 16 channels. Accelerators wait for memory most of the time: a guess from published speeds of
-# ResNet-50, which may be wrong by a factor of three.
+# ResNet-18 of 32 channels on crops of 64 and 96 pixels (0.34 to 0.37), and 0.12 with 16 channels.
+# Accelerators wait for memory most of the time: a guess from published speeds of ResNet-50, which
+# may be wrong by a factor of three.
 EFFICIENCY = {"cpu": 0.35, "gpu": 0.06, "tpu": 0.2}
 # Bytes that a training pass keeps for a crop of 224 pixels in bfloat16, twice that in float32.
 ACTIVATIONS = {"resnet10": 25e6, "resnet18": 30e6, "resnet34": 45e6, "resnet50": 110e6, "resnet101": 170e6}
@@ -116,7 +117,9 @@ def choose_recipe(data: DataFacts, device: DeviceFacts, wishes: Wishes) -> Recip
         return Recipe(SMALL_ACCELERATOR, f"images of {data.short_side} pixels are small for crops of 224")
     if device.memory and device.memory < PAPER_MEMORY:
         return Recipe(SMALL_ACCELERATOR, f"{device.memory / 1e9:.0f} GB are little for a ResNet-50 at 224 pixels")
-    return Recipe(PAPER, "the paper's network and crops, without hard examples; hexa_dcluster has them, in 2.7 times the time")
+    return Recipe(
+        PAPER, "the paper's network and crops, without hard examples; hexa_dcluster has them, in 2.7 times the time"
+    )
 
 
 def choose(
@@ -223,9 +226,9 @@ class _Chooser:
             for key in ("optimizer.learning_rate", "optimizer.final_learning_rate"):
                 if self.recipe[key]:
                     self.set(key, float(f"{self.recipe[key] * batch / before:.4g}"), "in proportion to the batch")
-        if self.now["bn_group_size"] == before or batch % self.now["bn_group_size"]:
-            if self.now["bn_group_size"] != batch:
-                self.set("bn_group_size", batch, "the whole batch shares BatchNorm statistics")
+        group = self.now["bn_group_size"]
+        if group != batch and (group == before or batch % group):
+            self.set("bn_group_size", batch, "the whole batch shares BatchNorm statistics")
         blocks = {"cutmix_block": mixes(self.now), "shuffle_block": self.now["method"] in ("moco", "pcl")}
         for key, used in blocks.items():
             if used and batch % self.now[key]:
@@ -265,7 +268,9 @@ class _Chooser:
         backbone, _, width = self.now["model.backbone"].partition("w")
         per_crop = ACTIVATIONS.get(backbone, 110e6) * int(width or 1)
         per_crop *= self.now["model.base_channels"] / 64 * STEM[self.now["model.stem"]]
-        crops = sum(n * (s / 224) ** 2 for n, s in zip(self.now["data.num_crops"], self.now["data.crop_size"], strict=True))
+        crops = sum(
+            n * (s / 224) ** 2 for n, s in zip(self.now["data.num_crops"], self.now["data.crop_size"], strict=True)
+        )
         return per_crop * crops * (1 if self.now["precision"] == "bfloat16" else 2)
 
     def _workers(self) -> None:
@@ -285,11 +290,15 @@ class _Chooser:
         elif own and self.device.platform == "cpu":
             fitting = int(self._epochs_in_budget(max(self.now["data.crop_size"])))
             epochs = min(max(fitting, FEWEST_EPOCHS), MOST_EPOCHS)
-            few = f"fewer than {FEWEST_EPOCHS} epochs teach nothing: an accelerator, or --config.data.limit=N, is faster"
+            few = (
+                f"fewer than {FEWEST_EPOCHS} epochs teach nothing: an accelerator, or --config.data.limit=N, is faster"
+            )
             self.set("epochs", epochs, few if fitting < FEWEST_EPOCHS else f"about {CPU_BUDGET // 60} minutes")
         elif own:
             # As many steps as 200 epochs of 100,000 images, in at most 800 epochs.
-            epochs = 200 if self.data.images >= 100_000 else min(800, math.ceil(200 * math.sqrt(1e5 / self.data.images)))
+            epochs = (
+                200 if self.data.images >= 100_000 else min(800, math.ceil(200 * math.sqrt(1e5 / self.data.images)))
+            )
             self.set("epochs", epochs, "the paper's" if epochs == 200 else "more than the paper's 200: fewer images")
 
 

@@ -18,7 +18,10 @@ def main(argv: list[str]) -> int:
         print(f"{__doc__}\n{export.__doc__}")
         return 0
     if not argv or argv[0].startswith("-"):
-        print("hexa export: W is missing: a workdir or a weights file; see hexa export --help", file=sys.stderr)
+        print(
+            "hexa export: W is missing: a workdir or a weights file; see hexa export --help",
+            file=sys.stderr,
+        )
         return 2
     return export.main([f"--checkpoint={argv[0]}", *argv[1:]])
 

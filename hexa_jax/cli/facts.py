@@ -5,6 +5,7 @@ import os
 import pathlib
 import re
 import time
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +18,10 @@ from hexa_jax.data.subset import spread
 from hexa_jax.parallel.mesh import make_mesh
 from hexa_jax.training.memory import available
 
-SAMPLE, SAMPLE_SECONDS = 64, 5.0  # images that are read to find out what they are like, and for how long
+SAMPLE, SAMPLE_SECONDS = (
+    64,
+    5.0,
+)  # images that are read to find out what they are like, and for how long
 PRODUCT = {"cpu": 1024, "gpu": 8192, "tpu": 8192}  # side of the matrices whose product is timed
 REPEATS = 4
 
@@ -31,7 +35,9 @@ def data_facts(source: Source) -> tuple[DataFacts, list[str]]:
     Raises:
         DataError: none of them can be read.
     """
-    sides, seconds, problems = [], [], []
+    sides: list[int] = []
+    seconds: list[float] = []
+    problems: list[str] = []
     end = time.monotonic() + SAMPLE_SECONDS
     for index in np.random.default_rng(0).permutation(spread(len(source), SAMPLE)):
         if time.monotonic() > end and len(sides) >= 3:
@@ -93,7 +99,7 @@ def _product_flops(device: jax.Device, platform: str) -> float:
     return 2 * side**3 / fastest
 
 
-def network_of_weights(name: str) -> dict[str, object]:
+def network_of_weights(name: str) -> dict[str, Any]:
     """Return the settings of the network that given weights are of, as far as a glance tells.
 
     Args:
@@ -119,4 +125,8 @@ def network_of_weights(name: str) -> dict[str, object]:
     from hexa_jax.evals.backbone import load_backbone
 
     backbone = load_backbone(name).network.backbone
-    return {"backbone": f"resnet{backbone.depth}", "base_channels": backbone.base_channels, "stem": backbone.stem}
+    return {
+        "backbone": f"resnet{backbone.depth}",
+        "base_channels": backbone.base_channels,
+        "stem": backbone.stem,
+    }

@@ -29,7 +29,16 @@ from typing import Any, NamedTuple
 from ml_collections import ConfigDict
 
 from hexa_jax import main as command
-from hexa_jax.cli.choices import FEW_IMAGES, Choice, DataFacts, DeviceFacts, Estimate, Wishes, choose, choose_recipe
+from hexa_jax.cli.choices import (
+    FEW_IMAGES,
+    Choice,
+    DataFacts,
+    DeviceFacts,
+    Estimate,
+    Wishes,
+    choose,
+    choose_recipe,
+)
 from hexa_jax.cli.command import parse_command
 from hexa_jax.cli.facts import data_facts, device_facts, network_of_weights
 from hexa_jax.cli.guard import guarded
@@ -121,7 +130,10 @@ def _fixed(options: Any, source: str, settings: list[str]) -> list[str]:
     if options.epochs is not None:
         words.append(f"--config.epochs={options.epochs}")
     if options.labelled:
-        words += ["--config.data.labels=none", f"--config.knn.source={source_of([options.labelled])}"]
+        words += [
+            "--config.data.labels=none",
+            f"--config.knn.source={source_of([options.labelled])}",
+        ]
     return words + settings
 
 

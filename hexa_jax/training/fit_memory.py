@@ -12,10 +12,10 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from hexa_jax.core.console import log
+from hexa_jax.core.errors import ConfigError
 from hexa_jax.data.source import Source
 from hexa_jax.parallel import processes
 from hexa_jax.parallel.mesh import Layout
-from hexa_jax.core.errors import ConfigError
 from hexa_jax.training.memory import (
     SMALLER,
     Need,

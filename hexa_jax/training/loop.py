@@ -47,7 +47,7 @@ def pretrain(config: ConfigDict, workdir: pathlib.Path) -> dict[str, Any]:
     source = open_training_source(config)
     trainer = make_trainer(config, len(source), num_classes=source.num_classes)
     _warn_of_queue(config, len(source))
-    if processes.first() and (unused := accelerator_warning()):
+    if processes.is_main_process() and (unused := accelerator_warning()):
         logging.warning(unused)
     with jax.set_mesh(trainer.mesh):
         return _Run(config, workdir, source, trainer).run()

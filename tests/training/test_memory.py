@@ -223,7 +223,7 @@ def test_memory_that_runs_out_is_one_line(fail, processes, tmp_path, capsys, mon
     monkeypatch.setattr("hexa_jax.parallel.processes.first", lambda: True)
     assert main.main(words(tmp_path / "run")) == 1
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("hexa_jax: out of memory: use --config.runtime.microbatches=N (0 finds N before the first step), or a smaller ")
+    assert line.startswith("hexa_jax: out of memory: use --config.runtime.microbatches=N (0 finds N before ")
     assert "--config.batch_size or --config.data.crop_size (" in line
 
 
