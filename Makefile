@@ -1,5 +1,11 @@
 # Every task of the project. A fresh Debian or Ubuntu needs Python 3.11 or newer with venv, and make.
 PYTHON ?= python3
+# What jax is installed for: cpu, cuda12, cuda13 or tpu. Without it, `make install` and `make quickstart` ask the NVIDIA driver.
+ifneq ($(filter install quickstart,$(MAKECMDGOALS)),)
+DRIVER := $(shell nvidia-smi --query-gpu=driver_version --format=csv,noheader 2>/dev/null | sed -n 's/^\([0-9]*\)\..*/\1/p;q')
+endif
+ACCELERATOR ?= $(if $(DRIVER),$(if $(shell test $(DRIVER) -ge 580 && echo yes),cuda13,cuda12),cpu)
+$(if $(filter-out cpu cuda12 cuda13 tpu,$(ACCELERATOR)),$(error ACCELERATOR=$(ACCELERATOR) is not known: use one of cpu, cuda12, cuda13, tpu))
 BIN := .venv/bin
 export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.jax_cache
 # Finds the real image packs for tests where somebody has them; tests that need them are skipped elsewhere.
@@ -17,15 +23,23 @@ help:  ## list the tasks
 	$(BIN)/pip install --quiet -e .
 	@touch $@
 
+.venv/.installed-cpu: .venv/.installed
+	@touch $@
+
+.venv/.installed-cuda12 .venv/.installed-cuda13 .venv/.installed-tpu: .venv/.installed-%: .venv/.installed
+	@echo "installing jax for $* (ACCELERATOR=cpu leaves it out)"
+	$(BIN)/pip install --quiet -e '.[$*]'
+	@touch $@
+
 .venv/.installed-dev: .venv/.installed
 	$(BIN)/pip install --quiet -e '.[dev]'
 	@touch $@
 
-install: .venv/.installed  ## make .venv and install the package
+install: .venv/.installed-$(ACCELERATOR)  ## make .venv and install the package; ACCELERATOR=cuda13, cuda12, tpu or cpu
 
 dev: .venv/.installed-dev  ## install what the checks need, too
 
-quickstart: .venv/.installed  ## pre-train HEXA_DCluster on generated images, evaluate, write a report: minutes on a CPU
+quickstart: .venv/.installed-$(ACCELERATOR)  ## pre-train HEXA_DCluster on generated images, evaluate, write a report: minutes on a CPU
 	$(BIN)/python -m hexa_jax.main --config=configs/quickstart.py --workdir=runs/quickstart
 
 test: .venv/.installed-dev  ## the whole suite

@@ -15,7 +15,7 @@ sum, which LARS does not mind; BatchNorm's moments are those of both crops toget
 bilinearly.
 """
 
-from configs import common
+from hexa_jax.configs import common
 
 # Epochs: learning rate per 256 images, weight decay, target momentum.
 PRESETS = {100: (0.45, 1e-6, 0.99), 300: (0.3, 1e-6, 0.99), 1000: (0.2, 1.5e-6, 0.996)}

@@ -13,7 +13,7 @@ The benchmark has a learning rate of 0.24, weight decay 5e-4 and half of BYOL's 
 twice that decay are the same steps.
 """
 
-from configs import common
+from hexa_jax.configs import common
 
 
 def get_config(text=None):

@@ -9,7 +9,7 @@ Expected:  no published number; runs on parts of the data are in docs/results.md
            with a head, clusters and batch for a small data set.
 """
 
-from configs import common
+from hexa_jax.configs import common
 
 
 def get_config(text=None):

@@ -7,7 +7,7 @@ Time:      not measured on an accelerator.
 Expected:  no published number; runs on parts of the data with a narrow network are in docs/results.md.
 """
 
-from configs import cifar10_deepcluster_v2, common
+from hexa_jax.configs import cifar10_deepcluster_v2, common
 
 
 def get_config(text=None):

@@ -15,7 +15,7 @@ twice as many queries a step, the demo has 85.3 after 200 epochs, and the benchm
 and 84.7 to 85.0 (B = 512, lr 0.24, queue 8192): these are other recipes.
 """
 
-from configs import common
+from hexa_jax.configs import common
 
 
 def get_config(text=None):

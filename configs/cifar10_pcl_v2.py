@@ -11,7 +11,7 @@ The numbers are configs/cifar10_moco_v2.py's; ours are the clusters, one for eac
 their temperature, which is MoCo's here.
 """
 
-from configs import cifar10_moco_v2
+from hexa_jax.configs import cifar10_moco_v2
 
 
 def get_config(text=None):

@@ -8,7 +8,7 @@ Time:      not measured on an accelerator.
 Expected:  no number; nothing measured here yet. SGD 0.1, x0.2 at 30, 60 and 80 % of the epochs, weight decay 5e-4 (ours).
 """
 
-from configs import common
+from hexa_jax.configs import common
 
 
 def get_config(text=None):

@@ -10,7 +10,7 @@ Expected:  kNN 84.8 after 200 epochs, 87.9 after 800 in the benchmark of lightly
            strength 0.5, crops from 8 %. Nothing measured here yet.
 """
 
-from configs import common
+from hexa_jax.configs import common
 
 
 def get_config(text=None):

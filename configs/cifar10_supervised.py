@@ -9,7 +9,7 @@ Expected:  no number; nothing measured here yet. SGD 0.1 at B = 128, x0.2 at 30,
            schedule of Zagoruyko and Komodakis (2016); crops from 20 % instead of shifts by up to 4 pixels are ours.
 """
 
-from configs import common
+from hexa_jax.configs import common
 
 
 def get_config(text=None):

@@ -11,7 +11,7 @@ Expected:  kNN 84.2 after 200 epochs, 88.4 after 800 in the benchmark of lightly
            here yet.
 """
 
-from configs import common
+from hexa_jax.configs import common
 
 
 def get_config(text=None):

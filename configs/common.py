@@ -175,6 +175,9 @@ def get_config() -> ml_collections.ConfigDict:
 
     config.knn = knn = ml_collections.ConfigDict()
     knn.every_epochs = 10  # kNN accuracy before, on the way and at the end, when there are labels; 0: at the end only
+    # Labeled examples to measure accuracy with in place of the training images: a folder with a folder of images per class, or
+    # another source. Without a data.eval_source each of them is judged by the others.
+    knn.source = ""
     knn.neighbours = 20
     knn.temperature = 0.07
     knn.train_limit = 20_000  # examples in the bank; 0: all
@@ -198,7 +201,9 @@ def get_config() -> ml_collections.ConfigDict:
 
     config.runtime = runtime = ml_collections.ConfigDict()
     runtime.num_devices = 0  # 0: all
-    runtime.microbatches = 1  # sequential parts of a step: less memory, the same result
+    # Sequential parts of a step: less memory, the same result. 0: the smallest number that fits the device, found out by
+    # compiling; another number in another start changes results by roundings.
+    runtime.microbatches = 1
     runtime.check_memory = True  # before the first step, whether it fits the devices; False: try it all the same
     runtime.workers = 0  # input worker processes; 0: threads of this process
     runtime.threads = 2  # of this process, when workers is 0

@@ -14,7 +14,7 @@ Numbers: scripts and main_deepclusterv2.py of facebookresearch/swav: crops and s
 It has no script for DeepCluster-v2 at B = 256: lr 0.6 to 0.0006 without warm-up is its recipe for SwAV there.
 """
 
-from configs import common
+from hexa_jax.configs import common
 
 
 def get_config(text=None):

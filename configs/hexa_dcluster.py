@@ -9,7 +9,7 @@ Time:      about 2.7 times the plain method's with the auxiliary attack, 2 times
 Expected:  68.1 ImageNet linear top-1 after 200 epochs (the paper, Table 1).
 """
 
-from configs import common, deepcluster_v2
+from hexa_jax.configs import common, deepcluster_v2
 
 
 def get_config(text=None):

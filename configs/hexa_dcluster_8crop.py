@@ -9,7 +9,7 @@ Expected:  74.0 ImageNet linear top-1 after 200 epochs, 75.5 after 800 (the pape
 Numbers: the reference's 800-epoch script (see configs/deepcluster_v2.py); the paper gives crops, batch, epochs and alphas.
 """
 
-from configs import common, deepcluster_v2
+from hexa_jax.configs import common, deepcluster_v2
 
 
 def get_config(text=None):

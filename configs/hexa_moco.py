@@ -11,7 +11,7 @@ Key momentum 0.99 is Algorithm 1's; MoCo-v2 itself has 0.999, so compare with a 
     --config=configs/moco_v2.py --config.moco.momentum=0.99
 """
 
-from configs import common, moco_v2
+from hexa_jax.configs import common, moco_v2
 
 
 def get_config(text=None):

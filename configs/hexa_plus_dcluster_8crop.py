@@ -8,7 +8,7 @@ Expected:  VOC07 SVM 88.8 mAP after 200 epochs, 88.2 after 800; ImageNet with 1 
            and 3).
 """
 
-from configs import hexa_dcluster_8crop
+from hexa_jax.configs import hexa_dcluster_8crop
 
 
 def get_config(text=None):

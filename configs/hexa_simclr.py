@@ -7,7 +7,7 @@ Time:      not measured.
 Expected:  no published number: the paper has no HEXA on SimCLR.
 """
 
-from configs import common, simclr
+from hexa_jax.configs import common, simclr
 
 
 def get_config(text=None):

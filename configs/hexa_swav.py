@@ -7,7 +7,7 @@ Time:      not measured.
 Expected:  no published number: the paper has no HEXA on SwAV.
 """
 
-from configs import common, swav
+from hexa_jax.configs import common, swav
 
 
 def get_config(text=None):

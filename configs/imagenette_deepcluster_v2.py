@@ -9,7 +9,7 @@ Expected:  no published number; nothing measured here yet. Ours: configs/deepclu
            data set.
 """
 
-from configs import common
+from hexa_jax.configs import common
 
 
 def get_config(text=None):

@@ -10,7 +10,7 @@ Expected:  below the kNN 78.6 after 200 epochs and 87.4 after 800 of lightly-ai/
            worth 2.7 points after 200 epochs in MoCo's CIFAR-10 demo, and its head is 2048 wide. Nothing measured here yet.
 """
 
-from configs import common
+from hexa_jax.configs import common
 
 
 def get_config(text=None):

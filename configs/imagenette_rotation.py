@@ -8,7 +8,7 @@ Time:      not measured.
 Expected:  no number; nothing measured here yet. Optimiser as in configs/cifar10_rotation.py.
 """
 
-from configs import common
+from hexa_jax.configs import common
 
 
 def get_config(text=None):

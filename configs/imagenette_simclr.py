@@ -9,7 +9,7 @@ Expected:  kNN 83.5 after 200 epochs, 88.9 after 800 in the benchmark of lightly
            B = 256, SGD 0.06, weight decay 5e-4, temperature 0.5, colour strength 0.5. Nothing measured here yet.
 """
 
-from configs import common
+from hexa_jax.configs import common
 
 
 def get_config(text=None):

@@ -10,7 +10,7 @@ Expected:  kNN 86.1 after 200 epochs, 90.2 after 800 in the benchmark of lightly
            yet.
 """
 
-from configs import common
+from hexa_jax.configs import common
 
 
 def get_config(text=None):

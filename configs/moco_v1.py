@@ -11,7 +11,7 @@ from 20 %, grayscale 0.2, jitter of strength 0.4 in all four on every image, no 
 grayscale, which the reference draws first.
 """
 
-from configs import common
+from hexa_jax.configs import common
 
 
 def get_config(text=None):

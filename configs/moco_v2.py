@@ -9,7 +9,7 @@ Expected:  67.5 +- 0.1 ImageNet linear top-1 after 200 epochs (the reference's R
 All numbers but the precision are the reference's (facebookresearch/moco main_moco.py, with --mlp --moco-t 0.2 --aug-plus --cos).
 """
 
-from configs import common
+from hexa_jax.configs import common
 
 
 def get_config(text=None):

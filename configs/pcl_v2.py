@@ -11,7 +11,7 @@ All numbers but the precision are the reference's (salesforce/PCL main_pcl.py, w
 What is clustered, and how, differs: hexa_jax/methods/pcl.py says in what.
 """
 
-from configs import common
+from hexa_jax.configs import common
 
 
 def get_config(text=None):

@@ -10,7 +10,7 @@ The augmentation removes what shapes vary in besides the shape: any hue becomes 
 BatchNorm, so that it shares the clean pass's backward.
 """
 
-from configs import common
+from hexa_jax.configs import common
 
 
 def get_config(text=None):

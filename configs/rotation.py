@@ -12,7 +12,7 @@ decay 1e-4, crop and flip only. Ours: every image in all four orientations (as G
 decay also on BatchNorm.
 """
 
-from configs import common
+from hexa_jax.configs import common
 
 
 def get_config(text=None):

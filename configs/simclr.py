@@ -13,7 +13,7 @@ strength 1, residual branches that start at zero, pixels in [0, 1] without norma
 in the SimCLR paper (the reference's current code has two, each followed by BatchNorm), and crops are resized bilinearly.
 """
 
-from configs import common
+from hexa_jax.configs import common
 
 
 def get_config(text=None):

@@ -15,7 +15,7 @@ keep a bias, which it takes away again; BatchNorm's moments are those of both cr
 forward pass.
 """
 
-from configs import common
+from hexa_jax.configs import common
 
 
 def get_config(text=None):

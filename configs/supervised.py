@@ -12,7 +12,7 @@ Numbers: Goyal et al.: SGD 0.1 per 256 images, x0.1 at epochs 30, 60 and 80 of 9
 start at zero, crop and flip only. Ours: weight decay also on BatchNorm, no warm-up for large batches.
 """
 
-from configs import common
+from hexa_jax.configs import common
 
 
 def get_config(text=None):

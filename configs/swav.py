@@ -12,7 +12,7 @@ for 313 steps. B = 256: lr 0.6 to 0.0006, no warm-up, queue of 3840 from epoch 1
 BatchNorm over the whole batch. Sinkhorn 3 iterations at epsilon 0.05, 3000 prototypes, temperature 0.1, weight decay 1e-6.
 """
 
-from configs import common
+from hexa_jax.configs import common
 
 
 def get_config(text=None):

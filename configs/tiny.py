@@ -7,7 +7,7 @@ Time:      about half a minute, most of it compiling.
 Expected:  nothing: it is far too small to learn.
 """
 
-from configs import common
+from hexa_jax.configs import common
 
 
 def get_config(text=None):

@@ -2,6 +2,8 @@
 
 from typing import Any
 
+__version__ = "0.1.0"
+
 
 def load(checkpoint: str) -> tuple[Any, Any]:
     """A pre-trained backbone in one line: `apply, variables = hexa_jax.load("runs/hexa_moco")`.

@@ -231,7 +231,7 @@ def test_data(mistake, tmp_path):
         ("moco", {"runtime.num_devices": 3}, "batch_size=16 is not divisible by 3 devices x 1 microbatches: use "),
         ("moco", {"runtime.microbatches": 3}, "batch_size=16 is not divisible by 1 devices x 3 microbatches: use "),
         ("moco", {"runtime.microbatches": 4}, "bn_group_size=8 does not fit 4 rows a device and microbatch"),
-        ("moco", {"runtime.microbatches": 0}, "runtime.microbatches must be at least 1, not 0"),
+        ("moco", {"runtime.microbatches": -1}, "runtime.microbatches must be at least 1, not -1"),
         ("moco", {"bn_group_size": 6}, "bn_group_size=6 does not fit 16 rows a device and microbatch"),
         ("moco", {"cutmix_block": 6}, "cutmix_block=6 does not divide the 16 rows a device and microbatch: use 4 or 8"),
         ("moco", {"shuffle_block": 5}, "shuffle_block=5 does not divide batch_size=16: use 4 or 8"),

@@ -31,8 +31,10 @@ LEVELS = {
     "export": 8,
     "detection": 8,
     "experiments": 8,
-    "cli": 9,
+    "cli.command": 9,
     "main": 10,
+    "cli": 11,
+    "__main__": 12,
 }
 PURE = (
     "methods",

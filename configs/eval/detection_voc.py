@@ -16,8 +16,8 @@ epochs); warm-up, sizes of images and the other recipe: detectron2's configs/Pas
 
 import ml_collections
 
-from configs import common
-from configs.eval import common as evaluation
+from hexa_jax.configs import common
+from hexa_jax.configs.eval import common as evaluation
 
 
 def get_config(text=None):

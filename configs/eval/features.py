@@ -8,8 +8,8 @@ Time:      that of one forward pass.
 Expected:  features.npz in the workdir, with features float32 [N, F], labels int32 [N] (-1: none) and names.
 """
 
-from configs import common
-from configs.eval import common as evaluation
+from hexa_jax.configs import common
+from hexa_jax.configs.eval import common as evaluation
 
 
 def get_config(text=None):

@@ -11,8 +11,8 @@ Numbers: the paper's Appendix C: Adamax, 20 epochs, batch 256, x0.1 at epochs 7 
 does not say how images are augmented: none here, as in its linear probe of the same data (Appendix B).
 """
 
-from configs import common
-from configs.eval import common as evaluation
+from hexa_jax.configs import common
+from hexa_jax.configs.eval import common as evaluation
 
 
 def get_config(text=None):

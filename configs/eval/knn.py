@@ -8,8 +8,8 @@ Expected:  docs/results.md has figures measured here.
 Cosine similarity, votes weighted by exp(similarity / temperature), as in InstDisc and its followers.
 """
 
-from configs import common
-from configs.eval import common as evaluation
+from hexa_jax.configs import common
+from hexa_jax.configs.eval import common as evaluation
 
 
 def get_config(text=None):

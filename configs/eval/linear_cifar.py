@@ -11,8 +11,8 @@ Expected:  after 200 epochs of pre-training on ImageNet, CIFAR-10 / CIFAR-100 (t
 Numbers: the paper's Appendix B: Adamax, 20 epochs, batch 256, learning rates 0.1, 0.01 and 0.001, x0.1 at epochs 7 and 14.
 """
 
-from configs import common
-from configs.eval import common as evaluation
+from hexa_jax.configs import common
+from hexa_jax.configs.eval import common as evaluation
 
 
 def get_config(text=None):

@@ -13,8 +13,8 @@ in a long run. The data are those of the pre-training run unless data.source and
 
 import ml_collections
 
-from configs import common
-from configs.eval import common as evaluation
+from hexa_jax.configs import common
+from hexa_jax.configs.eval import common as evaluation
 
 
 def get_config(text=None):

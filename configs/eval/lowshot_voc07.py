@@ -10,8 +10,8 @@ Expected:  56.9 / 67.3 / 76.4 / 81.1 / 84.0 mAP at k = 2 / 4 / 8 / 16 / 32 for H
 Numbers: as configs/eval/svm_voc07.py; k from both protocols, five draws.
 """
 
-from configs import common
-from configs.eval import common as evaluation
+from hexa_jax.configs import common
+from hexa_jax.configs.eval import common as evaluation
 
 
 def get_config(text=None):

@@ -16,8 +16,8 @@ parameters in hexa_jax/evals/corruptions.py; they change the crop that the netwo
 
 import ml_collections
 
-from configs import common
-from configs.eval import common as evaluation
+from hexa_jax.configs import common
+from hexa_jax.configs.eval import common as evaluation
 
 
 def get_config(text=None):

@@ -14,8 +14,8 @@ the network and 0.1 (10 %) or 1 (1 %) for the classifier; 0.1 for all labels is 
 training mode over the whole batch, as eval_semisup.py of facebookresearch/swav.
 """
 
-from configs import common
-from configs.eval import common as evaluation
+from hexa_jax.configs import common
+from hexa_jax.configs.eval import common as evaluation
 
 
 def get_config(text=None):

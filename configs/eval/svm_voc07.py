@@ -13,8 +13,8 @@ facebookresearch/fair_self_supervision_benchmark (goyal: 2 x 2 features, 8192 of
 square). MoCo-v2 after 200 epochs: 85.4 with pcl (PCL's README), 84.0 with goyal (mmselfsup).
 """
 
-from configs import common
-from configs.eval import common as evaluation
+from hexa_jax.configs import common
+from hexa_jax.configs.eval import common as evaluation
 
 
 def get_config(text=None):

@@ -11,8 +11,8 @@ and deviation of all training features, which needs no label. Rngs of few images
 among the two, the two among the four, and so on. Settings are fixed beforehand; nothing is chosen on test images.
 """
 
-from configs import common
-from configs.eval import common as evaluation
+from hexa_jax.configs import common
+from hexa_jax.configs.eval import common as evaluation
 
 
 def get_config(text=None):

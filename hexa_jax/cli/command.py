@@ -9,6 +9,7 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from hexa_jax.core.errors import ConfigError
+from hexa_jax.core.recipes import RecipeError, recipe_file
 from hexa_jax.evals.tasks.image_size import size_after_change
 from hexa_jax.parallel.processes import Placement
 from hexa_jax.storage.workdir import closest, flatten
@@ -31,6 +32,7 @@ def parse_command(argv: list[str]) -> Command:
     Raises:
         ConfigError: no config or workdir, unknown flag or config key, value of a wrong type, config file that fails.
     """
+    argv = _with_recipe_file(argv)
     defaults = _load_config(argv)
     known = flatten(defaults.to_dict())
     overrides = [match[1] for match in (re.match(r"--?(?:no)?config\.([^=]+)", a) for a in argv[1:]) if match]
@@ -45,7 +47,9 @@ def parse_command(argv: list[str]) -> Command:
     try:
         rest = values(argv)
     except flags.UnrecognizedFlagError as error:
-        raise ConfigError(f"unknown flag --{error.flagname}{closest(error.flagname, list(values))}") from None
+        raise ConfigError(
+            f"unknown flag --{error.flagname}{_meant(error.flagname, list(values), list(known))}"
+        ) from None
     except (flags.Error, TypeError, ValueError) as error:
         raise ConfigError(_one_line(error)) from None
     if len(rest) > 1:
@@ -59,6 +63,31 @@ def parse_command(argv: list[str]) -> Command:
         _resize_knn_images(values.config, defaults)
     place = Placement(values.coordinator, values.num_processes, values.process_id)
     return Command(values.config, values.workdir, values.extend, place)
+
+
+def _with_recipe_file(argv: list[str]) -> list[str]:
+    """Return the words with the file of a recipe in place of its name."""
+    replaced = list(argv)
+    for position, word in enumerate(argv):
+        match = re.fullmatch(r"(--?config)(?:=(.+))?", word)
+        if not match:
+            continue
+        try:
+            if match[2] is not None:
+                replaced[position] = f"{match[1]}={recipe_file(match[2])}"
+            elif position + 1 < len(argv):
+                replaced[position + 1] = recipe_file(argv[position + 1])
+        except RecipeError as error:
+            raise ConfigError(str(error)) from None
+    return replaced
+
+
+def _meant(name: str, flag_names: list[str], keys: list[str]) -> str:
+    """Return a hint for an unknown flag: the setting of that name, or else the nearest flag."""
+    settings = [key for key in keys if name in (key, key.rpartition(".")[2])]
+    if settings:
+        return f"; did you mean {' or '.join(f'--config.{key}' for key in settings[:3])}?"
+    return closest(name, flag_names)
 
 
 def _flags(argv: list[str]) -> flags.FlagValues:

@@ -5,17 +5,19 @@ from typing import NoReturn
 
 
 class Parser(argparse.ArgumentParser):
-    """Of `python -m MODULE`: words in full, and help is left to the module's docstring.
+    """Of `python -m MODULE` or `hexa COMMAND`: words in full, and help is left to the module's docstring.
 
     Args:
-        module: in messages, such as hexa_jax.export.
+        module: in messages, such as hexa_jax.export; one of hexa_jax.cli is called as `hexa` calls it.
         mistake: what is raised.
     """
 
     def __init__(self, module: str, mistake: type[Exception]):
         super().__init__(add_help=False, allow_abbrev=False)
-        self._module, self._mistake = module, mistake
+        command = module.removeprefix("hexa_jax.cli.")
+        self._program = f"hexa {command}" if command != module else f"python -m {module}"
+        self._mistake = mistake
 
     def error(self, message: str) -> NoReturn:
         """Raises the mistake."""
-        raise self._mistake(f"{message}; see python -m {self._module} --help")
+        raise self._mistake(f"{message}; see {self._program} --help")

@@ -10,10 +10,11 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from hexa_jax.core import recipes
 from hexa_jax.core.console import log
 from hexa_jax.storage.gcs import is_remote
 
-ROOT = pathlib.Path(__file__).resolve().parents[2]  # where configs/ is
+ROOT = pathlib.Path(__file__).resolve().parents[2]  # where this package is
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,7 +22,7 @@ class Stage:
     """One command of a cell.
 
     Attributes:
-        config: file in configs/, with its arguments.
+        config: file of a recipe, with its arguments.
         settings: overrides by dotted key.
         folder: workdir, relative to the cell's.
         checkpoint: folder of an earlier stage whose weights this one uses, relative to the cell's, or what is not a relative path
@@ -35,7 +36,7 @@ class Stage:
 
     def command(self, cell: pathlib.Path, extra: Sequence[str]) -> list[str]:
         """Words of the command; `extra` come last and win."""
-        words = [f"--config={ROOT / 'configs' / self.config}", f"--workdir={cell / self.folder}"]
+        words = [f"--config={recipes.FOLDER / self.config}", f"--workdir={cell / self.folder}"]
         words += [f"--config.{name}={value}" for name, value in self.settings.items()]
         if self.checkpoint is not None:
             given = self.checkpoint == "random" or is_remote(self.checkpoint)
@@ -137,7 +138,7 @@ def _run(workdir: pathlib.Path, cell: Cell, extra: Sequence[str]) -> str:
 def _environment() -> dict[str, str]:
     """Environment of a cell: it finds this very package and its configs from whatever folder the user works in.
 
-    PYTHONSAFEPATH keeps that folder itself, which may well have a `configs` of its own, out of Python's search path.
+    PYTHONSAFEPATH keeps that folder itself, which may well have modules of the same names, out of Python's search path.
     """
     paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     return {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "PYTHONSAFEPATH": "1"}

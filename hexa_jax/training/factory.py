@@ -39,8 +39,8 @@ PRECISIONS = {
 }
 
 
-def open_source(config: ConfigDict, spec: str) -> Source:
-    """The source that `spec` names, with the config's sizes for generated data."""
+def open_source(config: ConfigDict, spec: str, labels: str = "") -> Source:
+    """The source that `spec` names, with the config's sizes for generated data; `labels` in place of `data.labels`."""
     kind, _, path = spec.partition(":")
     if kind in ("folder", "arrays") and config.runtime.data_dir and not is_remote(path):
         spec = f"{kind}:{os.path.join(config.runtime.data_dir, path)}"
@@ -50,7 +50,7 @@ def open_source(config: ConfigDict, spec: str) -> Source:
         num_examples=config.data.shapes_count,
         data_dir=config.runtime.data_dir or None,
         data_cache=config.runtime.data_cache,
-        labels=config.data.get("labels", "auto"),  # runs of before it was there
+        labels=labels or config.data.get("labels", "auto"),  # runs of before it was there
     )
     if note := getattr(source, "labels_note", ""):
         log(note)
@@ -355,7 +355,7 @@ def make_trainer(
     scheme = make_scheme(config, steps_per_epoch)
     layout = Layout(
         batch_size=config.batch_size,
-        microbatches=config.runtime.microbatches,
+        microbatches=config.runtime.microbatches or 1,  # 0: `fit_memory` replaces it
         num_devices=len(devices),
         bn_group_size=config.bn_group_size,
         cutmix_block=config.cutmix_block if scheme.mixes or any(v.replace for v in scheme.views) else 0,

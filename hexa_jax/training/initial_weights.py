@@ -102,7 +102,10 @@ def _check_architecture(
 
 def _warn_of_pixels(name: str, found: Network, wanted: Network) -> None:
     pairs = [(found.pixel_mean, wanted.pixel_mean), (found.pixel_std, wanted.pixel_std)]
-    if any(np.abs(np.subtract(theirs, ours)).max() > SAME_PIXELS for theirs, ours in pairs) and processes.first():
+    if (
+        any(np.abs(np.subtract(theirs, ours)).max() > SAME_PIXELS for theirs, ours in pairs)
+        and processes.is_main_process()
+    ):
         logging.warning(
             "%s was trained on pixels with mean %s and standard deviation %s, this run has %s and %s: "
             "set config.data.pixel_mean and pixel_std to the former",
@@ -117,7 +120,7 @@ def _warn_of_pixels(name: str, found: Network, wanted: Network) -> None:
 
 def _check_processes(name: str, digest: str) -> None:
     """Several processes that start from different weights would never notice."""
-    if processes.alone():
+    if processes.is_single_process():
         return
     mine = np.frombuffer(bytes.fromhex(digest), np.uint8)
     if not (multihost_utils.process_allgather(mine) == mine).all():

@@ -22,12 +22,13 @@ from hexa_jax.core.preemption import Diverged, PreemptionGuard, Terminated
 from hexa_jax.data.source import Source
 from hexa_jax.models.norm import CLEAN, stats_collection
 from hexa_jax.parallel import processes
+from hexa_jax.parallel.hardware import accelerator_warning, devices_in_words
 from hexa_jax.report import page
 from hexa_jax.storage.workdir import Metrics, write_json
 from hexa_jax.training.factory import make_schedule, make_trainer, open_training_source
+from hexa_jax.training.fit_memory import compile_to_fit
 from hexa_jax.training.initial_weights import InitialWeights, read_initial_weights, record_initial_weights
 from hexa_jax.training.input import TrainingData
-from hexa_jax.training.memory import compile_ahead
 from hexa_jax.training.online_probe import Probe, make_probe
 from hexa_jax.training.step import CompiledSteps, Trainer, TrainState
 from hexa_jax.views.preview import ViewPreview
@@ -48,6 +49,8 @@ def pretrain(config: ConfigDict, workdir: pathlib.Path) -> dict[str, Any]:
     source = open_training_source(config)
     trainer = make_trainer(config, len(source), num_classes=source.num_classes)
     _warn_of_queue(config, len(source))
+    if processes.is_main_process() and (unused := accelerator_warning()):
+        logging.warning(unused)
     with jax.set_mesh(trainer.mesh):
         return _Run(config, workdir, source, trainer).run()
 
@@ -70,8 +73,7 @@ class _Run:
     """One start of the loop; what it holds besides the state can be rebuilt from the config."""
 
     def __init__(self, config: ConfigDict, workdir: pathlib.Path, source: Source, trainer: Trainer):
-        self.config, self.workdir, self.trainer = config, workdir, trainer
-        self.steps: CompiledSteps = trainer.compile()
+        self.config, self.workdir = config, workdir
         self.steps_per_epoch = trainer.spec.steps_per_epoch
         self.total = config.epochs * self.steps_per_epoch
         runtime = config.runtime
@@ -79,21 +81,24 @@ class _Run:
         self.checkpoints = Checkpoints(workdir / "checkpoints", keep_last=runtime.keep_last, keep_every=keep_every)
         saved = self.checkpoints.steps()
         # Read before anything is compiled; a run that saved something needs them no more.
-        self.initial = None if saved else self._read_initial()
-        if saved[-1:] != [self.total]:  # a finished run takes no step
-            self.steps = compile_ahead(config, trainer, self.steps, source)
+        self.initial = None if saved else self._read_initial(trainer)
+        self.trainer: Trainer = trainer
+        if saved[-1:] == [self.total]:  # a finished run takes no step
+            self.steps: CompiledSteps = trainer.compile()
+        else:
+            self.trainer, self.steps = compile_to_fit(config, trainer, source)
         self.state, self.step, self.metadata = self._restore()
-        self.input = TrainingData.open(config, source, trainer)
-        self.probe: Probe | None = make_probe(config, source, trainer)
+        self.input = TrainingData.open(config, source, self.trainer)
+        self.probe: Probe | None = make_probe(config, source, self.trainer)
         self.metrics = Metrics(workdir, runtime.writer, self.step)
         self.clock = StepTimer(config.batch_size, self.total)
         self.stop = PreemptionGuard()
         self.schedule: Callable = make_schedule(config, self.steps_per_epoch)
 
-    def _read_initial(self) -> InitialWeights | None:
-        shapes = self.trainer.state_shapes()
+    def _read_initial(self, trainer: Trainer) -> InitialWeights | None:
+        shapes = trainer.state_shapes()
         variables = {"params": shapes.params["network"], **shapes.batch_stats}
-        return read_initial_weights(self.config, self.trainer.objective.network, variables)
+        return read_initial_weights(self.config, trainer.objective.network, variables)
 
     def _restore(self) -> tuple[TrainState, int, dict]:
         restored = self.checkpoints.restore_latest(self.trainer.state_shapes())
@@ -114,7 +119,8 @@ class _Run:
 
     def run(self) -> dict[str, Any]:
         millions = parameter_overview.count_parameters(self.state.params) / 1e6
-        log(f"{len(self.input.source)} images, {millions:.1f} million parameters, {self.trainer.mesh.size} devices")
+        devices = devices_in_words(list(self.trainer.mesh.devices.flat))
+        log(f"{len(self.input.source)} images, {millions:.1f} million parameters, {devices}")
         try:
             if not self.metadata["first_pass"]:
                 self._first_pass()

@@ -67,41 +67,59 @@ def compile_ahead(config: ConfigDict, trainer: Trainer, steps: CompiledSteps, so
         ConfigError: it does not fit; one line with settings that would.
         DataError: the one image cannot be read.
     """
-    mesh, data = trainer.mesh, None
-    device = mesh.local_devices[0]
-    if config.data.on_device:
-        failures = tolerated(config.data.max_bad_fraction, len(source))
-        image, _, _ = read_or_replace(source, 0, failures)
-        whole = NamedSharding(mesh, PartitionSpec())
-        data = jax.ShapeDtypeStruct((len(source), *image.shape), np.uint8, sharding=whole)
-    what = _described(config)
+    mesh, layout = trainer.mesh, trainer.objective.layout
+    what, device = described(config, layout), mesh.local_devices[0]
     patience = "; takes minutes on a CPU" if device.platform == "cpu" else ""
     log(f"compiling the training step: {what}{patience}")
-    state, batch = trainer.state_shapes(), trainer.batch_shapes(config.data.on_device)
     try:
-        compiled = steps.train.lower(state, batch, data).compile()
+        compiled = lowered(config, trainer, steps, source).compile()
     except jax.errors.JaxRuntimeError as error:
         # The compilers of accelerators refuse a program that is larger than their memory.
         if not is_out_of_memory(error):
             raise
         raise ConfigError(
             f"a training step of {what} does not fit the memory of {device.device_kind}: use "
-            f"--config.runtime.microbatches=N, or {SMALLER} ({_first_line(error)})"
+            f"--config.runtime.microbatches=N, or {SMALLER} ({first_line(error)})"
         ) from None
     if config.runtime.check_memory:
         need, room = needed(compiled, device.platform), available(mesh)
         # All processes stop, or none does: the others would wait for one that has stopped.
         short = processes.largest(np.array([room is not None and need.total > room], np.int32))
         if short[0]:
-            parameters = jax.tree.leaves(state.params)
-            gradients = 2 * sum(leaf.size * leaf.dtype.itemsize for leaf in parameters)
-            remedy = _remedy(trainer.objective.layout, need, gradients, room or need.total)
-            raise ConfigError(
-                f"a training step of {what} needs {in_words(need.total)} and there are "
-                f"{_place(mesh, room)}: {remedy}; "
-                "--config.runtime.check_memory=False tries it all the same"
-            )
+            raise too_large(config, trainer, need, room)
     return steps._replace(train=compiled)
+
+
+def lowered(config: ConfigDict, trainer: Trainer, steps: CompiledSteps, source: Source) -> jax.stages.Lowered:
+    """Lower the training step from its shapes; reads one image where all are to live on the device.
+
+    Raises:
+        DataError: that image cannot be read.
+    """
+    data = None
+    if config.data.on_device:
+        failures = tolerated(config.data.max_bad_fraction, len(source))
+        image, _, _ = read_or_replace(source, 0, failures)
+        whole = NamedSharding(trainer.mesh, PartitionSpec())
+        data = jax.ShapeDtypeStruct((len(source), *image.shape), np.uint8, sharding=whole)
+    return steps.train.lower(trainer.state_shapes(), trainer.batch_shapes(config.data.on_device), data)
+
+
+def too_large(config: ConfigDict, trainer: Trainer, need: Need, room: int | None) -> ConfigError:
+    """Return the error about a step that needs more memory than there is, with settings that would do."""
+    layout = trainer.objective.layout
+    remedy = _remedy(layout, need, gradient_bytes(trainer), room or need.total)
+    return ConfigError(
+        f"a training step of {described(config, layout)} needs {in_words(need.total)} and there are "
+        f"{place(trainer.mesh, room)}: {remedy}; "
+        "--config.runtime.check_memory=False tries it all the same"
+    )
+
+
+def gradient_bytes(trainer: Trainer) -> int:
+    """Return the bytes of two sets of gradients: their sum, and the one that is added to it."""
+    leaves = jax.tree.leaves(trainer.state_shapes().params)
+    return 2 * sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
 
 
 def needed(compiled: Any, platform: str) -> Need:
@@ -263,12 +281,13 @@ def is_out_of_memory(error: BaseException) -> bool:
 def out_of_memory(error: BaseException, config: ConfigDict) -> str:
     """One line about memory that ran out in a task, with the settings that need less."""
     if config.task == "pretrain":
-        settings = f"--config.runtime.microbatches=N, or {SMALLER}"
+        found = " (0 finds N before the first step)" if config.runtime.microbatches else " above what 0 found"
+        settings = f"--config.runtime.microbatches=N{found}, or {SMALLER}"
     else:
         names = ("batch_size", "runtime.batch_size", "data.crop")
         known = [f"--config.{name}" for name in names if _has(config, name)]
         settings = f"a smaller {' or '.join(known)}"
-    return f"out of memory: use {settings} ({_first_line(error)})"
+    return f"out of memory: use {settings} ({first_line(error)})"
 
 
 def in_words(size: float) -> str:
@@ -286,21 +305,21 @@ def _has(config: ConfigDict, name: str) -> bool:
     return True
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
     lines = str(error).strip().splitlines()
     return lines[0][:200] if lines else type(error).__name__
 
 
-def _described(config: ConfigDict) -> str:
+def described(config: ConfigDict, layout: Layout) -> str:
     """The size of a step in words: "ResNet-50, 224 pixels, 256 images"."""
     pixels = " and ".join(str(size) for size in config.data.crop_size)
     name = config.model.backbone.replace("resnet", "ResNet-")
-    parts = config.runtime.microbatches
+    parts = layout.microbatches
     split = f" in {parts} microbatches" if parts > 1 else ""
     return f"{name}, {pixels} pixels, {config.batch_size} images{split}"
 
 
-def _place(mesh: Mesh, room: int | None) -> str:
+def place(mesh: Mesh, room: int | None) -> str:
     """How much memory there is, and where."""
     device, count = mesh.local_devices[0], len(mesh.local_devices)
     amount = "less" if room is None else in_words(room)

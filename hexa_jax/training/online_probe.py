@@ -79,14 +79,18 @@ class Probe:
 
 
 def make_probe(config: ConfigDict, source: Source, trainer: Trainer) -> Probe | None:
-    """A probe of the run's data, or None when it has no labels.
+    """A probe of the run's data, or of `knn.source`; None when there are no labels.
 
     Raises:
-        DataError: the held-out source has no labels while the training source does.
+        DataError: a source that is to be labelled has no labels.
     """
-    if source.num_classes is None:
-        return None
     knn = config.knn
+    if knn.source:
+        source = open_source(config, knn.source, labels="folders")
+    if source.num_classes is None:
+        if knn.source:
+            raise DataError(f"knn.source={knn.source} has no labels to measure accuracy with")
+        return None
     # In random order: without held-out examples the first of the bank are the queries, and folders are sorted by class.
     order = np.random.default_rng(0).permutation(spread(len(source), knn.train_limit))
     bank = EvalImages(source, order, knn.resize, knn.crop)

@@ -220,10 +220,10 @@ def too_large_for_numpy(*_):
 def test_memory_that_runs_out_is_one_line(fail, processes, tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(main.TASKS, "pretrain", fail)
     monkeypatch.setattr(jax, "process_count", lambda: processes)
-    monkeypatch.setattr(processes, "first", lambda: True)
+    monkeypatch.setattr("hexa_jax.parallel.processes.first", lambda: True)
     assert main.main(words(tmp_path / "run")) == 1
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("hexa_jax: out of memory: use --config.runtime.microbatches=N, or a smaller ")
+    assert line.startswith("hexa_jax: out of memory: use --config.runtime.microbatches=N (0 finds N before ")
     assert "--config.batch_size or --config.data.crop_size (" in line
 
 
