@@ -1,4 +1,4 @@
-"""How a run ends early: by a signal, which saves first, or because its numbers are no longer numbers."""
+"""How a run ends early: SIGTERM, which saves first, or numbers that are not finite."""
 
 import signal
 from typing import Any
@@ -8,17 +8,17 @@ from jax.experimental import multihost_utils
 
 
 class Diverged(RuntimeError):
-    """The loss is not finite; the message says at which step, where the last good checkpoint is, and what to try."""
+    """A loss or norm is not finite; the message names step, last good checkpoint and remedies."""
 
 
 class Terminated(Exception):
-    """SIGTERM arrived and the state is on disk."""
+    """SIGTERM arrived, and the state is saved."""
 
 
 class PreemptionGuard:
-    """Turns SIGTERM into a wish that a loop grants when its state is whole.
+    """Records SIGTERM so that a loop can save and stop at a step boundary.
 
-    With several processes, jax itself listens for the signal, tells the others, and lets all of them stop at the same step.
+    With several processes, jax listens for the signal and names one step at which all stop.
     """
 
     def __init__(self) -> None:
@@ -30,13 +30,13 @@ class PreemptionGuard:
         self._wanted = True
 
     def reached(self) -> bool:
-        """Whether to save and stop now. Called once a step, by all processes; all get the same answer."""
+        """Return whether to save and stop now; all processes call it once a step and agree."""
         self._asked += 1
         if not self._alone:
             self._wanted = self._wanted or multihost_utils.reached_preemption_sync_point(self._asked)
         return self._wanted
 
     def close(self) -> None:
-        """Give the signal back to whoever had it."""
+        """Restore the previous handler of the signal."""
         if self._alone:
             signal.signal(signal.SIGTERM, self._previous)

@@ -1,4 +1,7 @@
-"""Devices, and how a batch is laid out on them: [M microbatches, rows, ...], rows split over the one mesh axis "data"."""
+"""The device mesh, and how a batch [M microbatches, rows, ...] lies on it.
+
+Rows are split over the one mesh axis, "data".
+"""
 
 import dataclasses
 import math
@@ -14,22 +17,23 @@ ROWS = P(None, "data")
 
 
 def make_mesh(devices: list[jax.Device] | None = None) -> Mesh:
-    """A one-axis mesh over the given devices, by default all of them on all hosts."""
+    """Return a mesh with one axis over the given devices; None: all devices of all hosts."""
     devices = jax.devices() if devices is None else devices
     return jax.make_mesh((len(devices),), ("data",), (AxisType.Auto,), devices=devices)
 
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """Row arithmetic of a step, checked once at the start.
+    """How the rows of a step are divided, checked once at the start.
 
     Attributes:
         batch_size: B, examples of a step on all devices.
         microbatches: M, sequential parts of a step.
         num_devices: devices of the mesh.
         bn_group_size: consecutive rows that share BatchNorm statistics.
-        cutmix_block: consecutive rows among which partners are drawn; 0 where no view mixes or replaces rows.
-        shuffle_block: consecutive rows among which MoCo's keys are shuffled; 0 for methods without keys.
+        cutmix_block: consecutive rows among which partners are drawn; 0 if no view mixes or
+            replaces rows.
+        shuffle_block: consecutive rows among which MoCo's keys are shuffled; 0 without keys.
     """
 
     batch_size: int
@@ -41,16 +45,23 @@ class Layout:
 
     @property
     def rows(self) -> int:
-        """Rows of one microbatch on one device."""
+        """Number of rows of one microbatch on one device."""
         return self.batch_size // (self.microbatches * self.num_devices)
 
     @property
     def unit(self) -> int:
-        """Consecutive rows of which views may replace a share: whole in each BatchNorm group and block of partners."""
+        """Number of consecutive rows of which a view may replace a share.
+
+        It divides each BatchNorm group and each block of partners.
+        """
         return math.gcd(self.bn_group_size, self.cutmix_block)
 
     def check(self) -> None:
-        """Raises ValueError, one line with numbers that work, if rows cannot be laid out."""
+        """Check that the sizes fit each other.
+
+        Raises:
+            ValueError: they do not; one line with numbers that would.
+        """
         if self.microbatches < 1:
             raise ValueError(f"runtime.microbatches must be at least 1, not {self.microbatches}")
         if self.batch_size % (self.microbatches * self.num_devices):
@@ -79,12 +90,12 @@ class Layout:
             )
 
     def _group_fits(self, size: int) -> bool:
-        """Whether whole BatchNorm groups of this size fill a device, or whole devices a group."""
+        """Return whether whole BatchNorm groups fill a device, or whole devices a group."""
         micro = self.batch_size // self.microbatches
         return size > 0 and micro % size == 0 and (self.rows % size == 0 or size % self.rows == 0)
 
     def _batch_sizes(self) -> list[int]:
-        """Batch sizes that the devices share equally; of these, the ones that suit groups and blocks too, if any do."""
+        """Return batch sizes that divide evenly, preferring those that suit groups and blocks."""
         parts = self.microbatches * self.num_devices
         sizes = range(parts, 4 * self.batch_size + 2 * parts, parts)
 
@@ -98,7 +109,7 @@ class Layout:
         return [size for size in sizes if suits(size)] or list(sizes)
 
     def norm_mode(self, branch: str) -> NormMode:
-        """How a training pass normalises on each device: whole local groups, or one group over several devices."""
+        """Return how a training pass normalizes: in whole local groups, or across devices."""
         if self.rows % self.bn_group_size == 0:
             return NormMode(branch, groups=self.rows // self.bn_group_size)
         span = self.bn_group_size // self.rows
@@ -113,12 +124,12 @@ def _nearest(wanted: int, sizes: list[int]) -> str:
 
 
 def row_sharding(mesh: Mesh) -> NamedSharding:
-    """Sharding of a batch's leaves [M, n, ...]."""
+    """Return the sharding of a batch's leaves [M, n, ...]."""
     return NamedSharding(mesh, ROWS)
 
 
 def local_rows(mesh: Mesh, layout: Layout) -> np.ndarray:
-    """int [M, local] numbers of the rows that this process must build, in the order that `place` expects."""
+    """Return the numbers int [M, local] of the rows that this process reads, for `shard_batch`."""
     shape = (layout.microbatches, layout.batch_size // layout.microbatches)
     columns: set[int] = set()
     for slices in row_sharding(mesh).addressable_devices_indices_map(shape).values():

@@ -1,8 +1,8 @@
-"""The processes of a run: how they find each other, what they tell each other, and what only the first of them does.
+"""The processes of a run: how they connect, and what they tell each other.
 
-All processes of a run execute the same program on the same values; each reads and places its own rows of every batch. Files
-of the workdir are written by the first process and read by all, so the workdir must be on storage that all of them see: a shared
-file system, or a bucket (storage/workdir_sync.py).
+All processes execute the same program on the same values; each reads its own rows of every batch
+and puts them on its devices. The first process writes the files of the workdir and all read them, so
+the workdir is on storage that all see: a shared file system, or a bucket (storage/workdir_sync.py).
 """
 
 import os
@@ -24,7 +24,13 @@ class DistributedError(ValueError):
 
 
 class Placement(NamedTuple):
-    """Where a process stands: address host:port of the first process, how many there are, its number; None: not said."""
+    """The place of a process in a run; None: not given.
+
+    Attributes:
+        coordinator: address HOST:PORT of the first process.
+        num_processes: number of processes.
+        process_id: number of this process, from 0.
+    """
 
     coordinator: str | None = None
     num_processes: int | None = None
@@ -32,13 +38,14 @@ class Placement(NamedTuple):
 
 
 def initialize(given: Placement, environment: Mapping[str, str] = os.environ) -> None:
-    """Connect to the other processes, if there are any. Call it before anything touches a device.
+    """Connect to the other processes, if there are any, before anything touches a device.
 
-    What the flags do not say is taken from JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID, and then from the
-    launcher: srun, Open MPI's mpirun, GKE and Cloud TPU pods are recognised.
+    What the flags do not give comes from JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and
+    JAX_PROCESS_ID, then from the launcher: srun, Open MPI's mpirun, GKE and Cloud TPU pods are
+    recognized.
 
     Raises:
-        DistributedError: half of what is needed is said, or the others do not answer.
+        DistributedError: a part of the placement is missing, or the others do not answer.
     """
     place = _complete(given, environment)
     launched = launcher(environment)
@@ -57,16 +64,18 @@ def initialize(given: Placement, environment: Mapping[str, str] = os.environ) ->
         )
     except (RuntimeError, ValueError, TypeError) as error:
         if launched == TPU_VM and place == Placement() and isinstance(error, ValueError):
-            return  # a TPU without the cloud's metadata, as in Colab: jax finds no others, so there are none
+            # A TPU without the cloud's metadata, as in Colab: jax finds no other processes.
+            return
         raise DistributedError(
             f"cannot join the other processes at {place.coordinator or launched}: {_line(error)}"
         ) from None
 
 
 def _complete(given: Placement, environment: Mapping[str, str]) -> Placement:
-    """Flags, then variables."""
+    """Fill what the flags leave open from environment variables, and check the result."""
     coordinator, count, number = (environment.get(name) or None for name in VARIABLES)
-    if launcher(environment) == "Open MPI":  # jax knows Open MPI 4 alone; both set these
+    # jax recognizes Open MPI 4 only; version 5 sets these variables, too.
+    if launcher(environment) == "Open MPI":
         count = count or environment["OMPI_COMM_WORLD_SIZE"]
         number = number or environment["OMPI_COMM_WORLD_RANK"]
     values = []
@@ -86,7 +95,10 @@ def _complete(given: Placement, environment: Mapping[str, str]) -> Placement:
 
 
 def launcher(environment: Mapping[str, str]) -> str | None:
-    """What started this process together with others, by the variables and devices it left; None: nothing known."""
+    """Name what started this process together with others, or None if nothing did.
+
+    Launchers are told by the environment variables and devices that they leave.
+    """
     if int(environment.get("SLURM_STEP_NUM_TASKS", "1")) > 1 and "SLURM_PROCID" in environment:
         return "SLURM"
     if int(environment.get("OMPI_COMM_WORLD_SIZE", "1")) > 1:
@@ -100,35 +112,35 @@ def launcher(environment: Mapping[str, str]) -> str | None:
 
 
 def is_main_process() -> bool:
-    """Whether this process writes the files.
+    """Return whether this process writes the files.
 
-    Like `alone`, it opens no device in a process that `join` left alone: one that only starts other processes must leave the
-    accelerator to them.
+    Neither this nor `is_single_process` opens a device in a process that is not distributed: a
+    parent that only starts others must leave the accelerator to them.
     """
     return not jax.distributed.is_initialized() or jax.process_index() == 0
 
 
 def is_single_process() -> bool:
-    """Whether the run consists of this process."""
+    """Return whether this process is the whole run."""
     return not jax.distributed.is_initialized() or jax.process_count() == 1
 
 
 def gather(tree: Any) -> Any:
-    """Leaves as whole NumPy arrays, on every process; all processes call it."""
+    """Return a tree of whole NumPy arrays on every process; all processes must call it."""
     if jax.process_count() == 1:
         return jax.tree.map(np.asarray, tree)
     return multihost_utils.process_allgather(tree, tiled=True)
 
 
 def largest(values: np.ndarray) -> np.ndarray:
-    """Element by element the largest of all processes' values, on every process; all processes call it."""
+    """Return the element-wise maximum over processes; all processes must call it."""
     if jax.process_count() == 1:
         return values
     return np.max(multihost_utils.process_allgather(values), axis=0)
 
 
 def broadcast_from_main(value: int) -> int:
-    """The first process's value, on all of them; all processes call it."""
+    """Return the first process's value on every process; all processes must call it."""
     if jax.process_count() == 1:
         return value
     return int(multihost_utils.broadcast_one_to_all(np.int32(value)))
