@@ -10,9 +10,10 @@ Expected:  ImageNet linear top-1 (the paper): 72.5 after 300 epochs, 74.3 after 
 Numbers: the paper and google-deepmind/deepmind-research, byol/. For 1000 epochs: lr 0.2 per 256 images, weight decay
 1.5e-6, target momentum 0.996; for 300: 0.3, 1e-6, 0.99; for 100: 0.45, 1e-6, 0.99. LARS (trust 0.001; BatchNorm and biases
 neither decayed nor adapted), 10 epochs of warm-up, a cosine per step, projector and predictor 4096 -> 256, BatchNorm over
-all devices, crops from 8 %, blur 1.0 and 0.1, solarization 0 and 0.2. Ours: the loss is the mean over both crops, not their
-sum, which LARS does not mind; BatchNorm's moments are those of both crops together; heads end with a bias; crops are resized
-bilinearly.
+all devices, crops from 8 %, blur 1.0 and 0.1, solarization 0 and 0.2. Ours: the loss is the mean over both crops, half of the
+reference's sum: LARS takes the factor out of the steps of weights, against which weight decay then counts twice, but the
+steps of BatchNorm parameters and biases, which it does not adapt, are half as long. BatchNorm's moments are those of both
+crops together; heads end with a bias; crops are resized bilinearly.
 """
 
 from hexa_jax.configs import common

@@ -19,6 +19,6 @@ def get_config(text=None):
     config.batch_size = 128
     config.data.min_scale = (0.2,)
     config.optimizer.schedule, config.optimizer.decay = "steps", 0.2
-    config.optimizer.milestones = tuple(choice.epochs * share // 10 for share in (3, 6, 8))
+    config.optimizer.milestones = common.milestones(choice.epochs, 30, 60, 80)
     config.epochs, config.scheme = choice.epochs, choice.scheme
     return config

@@ -248,14 +248,17 @@ def arguments(text: str | None, **defaults: Any) -> Any:
     return types.SimpleNamespace(**values)
 
 
-def milestones(epochs: int, *percents: int) -> tuple[float, ...]:
-    """Epochs at which so many per cent of a run are over, for `optimizer.milestones`.
+def milestones(epochs: int, *parts: int, of: int = 100) -> tuple[float, ...]:
+    """Return the epochs at which so many parts of a run are over, for `optimizer.milestones`.
 
     They may lie inside an epoch: rounded down, those of a run of one epoch would all lie before its first step.
+
+    Args:
+        epochs: of the run.
+        parts: per cent of it, or epochs of a run of `of` epochs.
+        of: how many parts the whole run has.
     """
-    return tuple(
-        epochs * percent // 100 if epochs * percent % 100 == 0 else epochs * percent / 100 for percent in percents
-    )
+    return tuple(epochs * part // of if epochs * part % of == 0 else epochs * part / of for part in parts)
 
 
 # Crops of the reference scripts: count, side, smallest and largest share of the image's area, per resolution.

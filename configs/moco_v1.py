@@ -24,5 +24,5 @@ def get_config(text=None):
     config.augment.hue = 0.4
     config.augment.blur_probability = (0.0,)
     config.optimizer.schedule = "steps"
-    config.optimizer.milestones = (config.epochs * 6 // 10, config.epochs * 8 // 10)
+    config.optimizer.milestones = common.milestones(config.epochs, 60, 80)
     return config

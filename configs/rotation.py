@@ -21,5 +21,5 @@ def get_config(text=None):
     config.epochs = common.arguments(text, epochs=105).epochs
     config.optimizer.learning_rate = 0.1
     config.optimizer.schedule = "steps"
-    config.optimizer.milestones = (30, 60, 90, 100)
+    config.optimizer.milestones = common.milestones(config.epochs, 30, 60, 90, 100, of=105)
     return common.on_imagenet(config)

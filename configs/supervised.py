@@ -23,5 +23,5 @@ def get_config(text=None):
     config.model.zero_init_residual = True
     config.optimizer.learning_rate = 0.1 * choice.batch / 256
     config.optimizer.schedule = "steps"
-    config.optimizer.milestones = tuple(choice.epochs * share // 9 for share in (3, 6, 8))
+    config.optimizer.milestones = common.milestones(choice.epochs, 30, 60, 80, of=90)
     return common.on_imagenet(config)

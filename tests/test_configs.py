@@ -287,6 +287,8 @@ def test_schedules_of_the_two_families():
         ("eval.linear_imagenet:family=moco,", 30.0, 0.1, (60, 80)),
         ("cifar10_rotation:", 0.1, 0.2, (30, 60, 80)),
         ("imagenette_rotation:", 0.1, 0.2, (30, 60, 80)),
+        ("cifar10_supervised:", 0.1, 0.2, (30, 60, 80)),
+        ("moco_v1:", 0.03, 0.1, (60, 80)),
     ],
 )
 def test_a_short_run_has_the_same_learning_rates_as_a_long_one(name, base, decay, percents, epochs):
@@ -304,6 +306,24 @@ def test_a_short_run_has_the_same_learning_rates_as_a_long_one(name, base, decay
             assert float(schedule(step)) == pytest.approx(base * decay**passed, rel=1e-5), step
     if epochs == 100:
         assert config.optimizer.milestones == percents and all(type(m) is int for m in config.optimizer.milestones)
+
+
+@pytest.mark.parametrize(
+    ("name", "whole", "milestones"),
+    [
+        ("eval.finetune_cifar", 20, (7, 14)),
+        ("eval.linear_cifar", 20, (7, 14)),
+        ("eval.semi_imagenet", 20, (12, 16)),
+        ("supervised", 90, (30, 60, 80)),
+        ("rotation", 105, (30, 60, 90, 100)),
+    ],
+)
+def test_milestones_follow_the_number_of_epochs(name, whole, milestones):
+    for epochs in (whole, 2 * whole, 1):
+        config = load(f"{name}:epochs={epochs}")
+        found = config.milestones if name == "eval.linear_cifar" else config.optimizer.milestones
+        assert found == pytest.approx([epochs * milestone / whole for milestone in milestones])
+        assert config.epochs == epochs and all(type(m) is int for m in found if epochs > 1)
 
 
 @pytest.mark.parametrize(("counts", "sizes"), [((2, 4), (160, 96)), ((2, 6), (224, 96))])

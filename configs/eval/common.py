@@ -68,6 +68,6 @@ def finetuning(config: ml_collections.ConfigDict, epochs: int) -> ml_collections
     optimizer.classifier_factor = 1.0  # the classifier's learning rate, in units of the backbone's
     optimizer.momentum = 0.9
     optimizer.weight_decay = 0.0
-    optimizer.milestones = (12, 16)  # epochs (from 0) at whose start the learning rates are multiplied by `decay`
+    optimizer.milestones = ()  # epochs (from 0, fractions too) at whose start the learning rates are multiplied by `decay`
     optimizer.decay = 0.1
     return config

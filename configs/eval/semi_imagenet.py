@@ -32,6 +32,6 @@ def get_config(text=None):
     config.optimizer.learning_rates = (0.01,)
     config.optimizer.classifier_factor = 100.0 if choice.percent == 1 else 10.0
     config.optimizer.weight_decay = 5e-4
-    config.optimizer.milestones = (12, 16)
+    config.optimizer.milestones = common.milestones(choice.epochs, 60, 80)
     config.optimizer.decay = 0.2
     return config
