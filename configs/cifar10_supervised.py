@@ -17,6 +17,7 @@ def get_config(text=None):
     choice = common.arguments(text, epochs=200, scheme="")
     config = common.benchmark_sgd(common.small_images(common.supervised(common.get_config())), 0.1)
     config.batch_size = 128
+    config.cutmix_block = 16  # the rows of one of 8 devices
     config.data.min_scale = (0.2,)
     config.optimizer.schedule, config.optimizer.decay = "steps", 0.2
     config.optimizer.milestones = common.milestones(choice.epochs, 30, 60, 80)

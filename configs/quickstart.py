@@ -20,6 +20,7 @@ def get_config(text=None):
     config.epochs = common.arguments(text, epochs=6).epochs
     config.batch_size = 128
     config.bn_group_size = 128
+    config.cutmix_block = 16  # the rows of one of 8 devices
     config.model.backbone = "resnet10"
     config.model.base_channels = 16
     config.model.head_hidden = 256

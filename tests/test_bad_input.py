@@ -233,7 +233,11 @@ def test_data(mistake, tmp_path):
         ("moco", {"runtime.microbatches": 4}, "bn_group_size=8 does not fit 4 rows a device and microbatch"),
         ("moco", {"runtime.microbatches": -1}, "runtime.microbatches must be at least 1, not -1"),
         ("moco", {"bn_group_size": 6}, "bn_group_size=6 does not fit 16 rows a device and microbatch"),
-        ("moco", {"cutmix_block": 6}, "cutmix_block=6 does not divide the 16 rows a device and microbatch: use 4 or 8"),
+        (
+            "moco",
+            {"cutmix_block": 6},
+            "cutmix_block=6 does not divide the 16 rows a device and microbatch: use 4 or 8, or other",
+        ),
         ("moco", {"shuffle_block": 5}, "shuffle_block=5 does not divide batch_size=16: use 4 or 8"),
         ("moco", {"shuffle_block": 0}, "config.shuffle_block=0 must be positive"),
         ("moco", {"moco.queue_size": 40}, "moco.queue_size=40 is not a multiple of batch_size=16: use 32, 48"),

@@ -122,6 +122,14 @@ def test_config_takes_a_real_size_step(name):
     assert ("loss_adversarial" in metrics) == ("hexa" in name or name in ("quickstart", "tiny"))
 
 
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "tiny"])
+def test_recipes_take_cut_mixed_views_on_eight_devices(name):
+    config = load(name)
+    config.scheme = "std+cmx"
+    layout = make_trainer(config, IMAGENET, jax.devices()[:8], num_classes=1000).objective.layout
+    assert layout.rows % layout.cutmix_block == 0
+
+
 @pytest.mark.parametrize("name", TABLE)
 def test_numbers_are_those_of_the_sources(name):
     config = load(name)

@@ -80,7 +80,8 @@ class Layout:
         if self.cutmix_block and self.cutmix_block not in blocks:
             raise ValueError(
                 f"cutmix_block={self.cutmix_block} does not divide the {self.rows} rows a device and microbatch: "
-                f"use {_nearest(self.cutmix_block, blocks)}, or other runtime.microbatches"
+                f"use {_nearest(self.cutmix_block, blocks)}, or other runtime.microbatches or runtime.num_devices "
+                "(partners come from the same device and microbatch)"
             )
         if self.shuffle_block and self.batch_size % self.shuffle_block:
             sizes = [s for s in range(1, self.batch_size + 1) if self.batch_size % s == 0]
