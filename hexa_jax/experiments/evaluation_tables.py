@@ -4,6 +4,8 @@ Each evaluation is a run of its own in a folder of the workdir: finished ones ar
 """
 
 import pathlib
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
@@ -27,6 +29,7 @@ class Row(NamedTuple):
         config: file in configs/eval/, with arguments.
         metric: of its result.json, in per cent.
         paper: by row of the paper's table.
+        settings: of the evaluation; `{source}` and `{eval_source}` are the group's. The group's own settings win.
     """
 
     title: str
@@ -35,6 +38,12 @@ class Row(NamedTuple):
     config: str
     metric: str
     paper: dict[str, float]
+    settings: Mapping[str, Any] = MappingProxyType({})
+
+    @property
+    def evaluation(self) -> str:
+        """Name of the config file."""
+        return self.config.partition(".")[0]
 
 
 _NETWORKS = ("HEXA_MoCo", "HEXA_DCluster", "HEXA_DCluster (8-crop)", "HEXA+_DCluster (8-crop)")
@@ -43,6 +52,17 @@ _NETWORKS = ("HEXA_MoCo", "HEXA_DCluster", "HEXA_DCluster (8-crop)", "HEXA+_DClu
 def _paper(*numbers: float) -> dict[str, float]:
     """The paper's numbers of these networks, in this order."""
     return dict(zip(_NETWORKS, numbers, strict=True))
+
+
+# Robustness: 1,000 test images, classifiers fitted to 50,000 training images; those of all of ImageNet are fitted for
+# hours on a CPU.
+_ROBUSTNESS = {"with_random": False, "data.limit": 50_000}
+
+
+def _transfer(name: str) -> dict[str, Any]:
+    """Settings of a transfer row's evaluation of one data set."""
+    targets = f'("{name}={{source}},{{eval_source}}",)'
+    return {"targets": targets, "percents": (), "shots": (4,), "with_random": False}
 
 
 # The paper's numbers (ResNet-50) after 200 epochs of pre-training on ImageNet.
@@ -66,6 +86,15 @@ ROWS = (
         _paper(74.8, 73.9, 76.9, 77.2)),
     Row("CIFAR-10, fine-tuned", "5", "cifar10", "finetune_cifar.py", "top1", _paper(96.1, 97.2, 97.0, 96.9)),
     Row("CIFAR-100, fine-tuned", "5", "cifar100", "finetune_cifar.py", "top1", _paper(81.3, 84.4, 85.5, 84.9)),
+    Row("CIFAR-10, logistic regression", "-", "cifar10", "transfer.py", "cifar10_linear", {}, _transfer("cifar10")),
+    Row("CIFAR-10, 4 images per class", "-", "cifar10", "transfer.py", "cifar10_k4", {}, _transfer("cifar10")),
+    Row("CIFAR-100, logistic regression", "-", "cifar100", "transfer.py", "cifar100_linear", {},
+        _transfer("cifar100")),
+    Row("CIFAR-100, 4 images per class", "-", "cifar100", "transfer.py", "cifar100_k4", {}, _transfer("cifar100")),
+    Row("ImageNet, attack of 1 of 255, logistic regression", "-", "imagenet", "robustness.py:family={corruptions}",
+        "linear_linf1", {}, _ROBUSTNESS),
+    Row("ImageNet, common corruptions, logistic regression", "-", "imagenet", "robustness.py:family={corruptions}",
+        "linear_corruption", {}, _ROBUSTNESS),
 )  # fmt: skip
 
 
@@ -79,7 +108,11 @@ def tables(config: ConfigDict, workdir: pathlib.Path) -> dict[str, Any]:
     # of its own, and an accelerator has room for one.
     require_checkpoint(config)
     check_checkpoint(config.checkpoint)
-    rows = [row for row in ROWS if config.data[row.needs].source]
+    known = {row.evaluation for row in ROWS}
+    left_out = set(filter(None, config.without.split(",")))
+    if unknown := sorted(left_out - known):
+        raise ConfigError(f"config.without has {unknown[0]!r}: it takes some of {','.join(sorted(known))}")
+    rows = [row for row in ROWS if config.data[row.needs].source and row.evaluation not in left_out]
     if not rows:
         raise ConfigError(
             f"no data to evaluate on: give some of {', '.join(f'data.{row.needs}.source' for row in ROWS)}"
@@ -87,7 +120,7 @@ def tables(config: ConfigDict, workdir: pathlib.Path) -> dict[str, Any]:
     weights = {"pre-trained": config.checkpoint}
     if config.with_random and config.checkpoint != RANDOM:
         weights["random"] = RANDOM
-    entries = [_entry(config, row, name, checkpoint) for row in rows for name, checkpoint in weights.items()]
+    entries = [entry_of_row(config, row, name, checkpoint) for row in rows for name, checkpoint in weights.items()]
     outcomes = run_grid(entries, workdir)
     text = _markdown(rows, outcomes)
     (workdir / "tables.md").write_text(text)
@@ -96,22 +129,33 @@ def tables(config: ConfigDict, workdir: pathlib.Path) -> dict[str, Any]:
     if failed:
         raise ConfigError(f"{failed[0].entry.cell.name}: {failed[0].failure}")
     results = {f"{o.entry.cell.name}_{o.entry.factors['metric']}": _value(o) for o in outcomes}
-    known = {name: value for name, value in results.items() if value is not None}
-    write_json(workdir / "result.json", known)
-    return known
+    measured = {name: value for name, value in results.items() if value is not None}
+    write_json(workdir / "result.json", measured)
+    return measured
 
 
-def _entry(config: ConfigDict, row: Row, name: str, checkpoint: str) -> Entry:
+def entry_of_row(config: ConfigDict, row: Row, name: str, checkpoint: str) -> Entry:
+    """Return a row's entry in the sweep: its evaluation of one network.
+
+    Args:
+        config: of the table.
+        row: of ROWS.
+        name: of the network, in the table.
+        checkpoint: its weights.
+    """
     data = config.data[row.needs]
-    settings: dict[str, Any] = {"data.source": data.source, "data.eval_source": data.eval_source}
+    sources = {"source": data.source, "eval_source": data.eval_source}
+    settings: dict[str, Any] = {f"data.{key}": source for key, source in sources.items()}
+    for key, value in row.settings.items():
+        settings[key] = value.format(**sources) if isinstance(value, str) else value
     settings |= {f"data.{key}": data[key] for key in ("resize", "crop", "limit") if data[key]}
     settings |= {"seed": config.seed}
     settings |= {f"runtime.{name}": config.runtime[name] for name in ("data_dir", "data_cache", "num_devices")}
     path = checkpoint if checkpoint == RANDOM else str(path_of(checkpoint))
     if checkpoint == RANDOM:
         settings["random.like"] = str(path_of(config.checkpoint))
-    file = row.config.format(family=config.family)
-    folder = f"{file.partition('.')[0]}-{row.needs}-{name}"
+    file = row.config.format(family=config.family, corruptions=config.corruptions)
+    folder = f"{row.evaluation}-{row.needs}-{name}"
     cell = Cell(folder, (Stage(f"eval/{file}", settings, checkpoint=path),))
     return Entry({"row": row.title, "weights": name, "metric": row.metric}, cell)
 

@@ -27,7 +27,13 @@ INIT_RECORD = "init.json"
 # Besides `runtime`: settings that only say when to give up, and change no number of a run.
 FREE = {"data.max_bad_fraction"}
 # Settings that older runs did not know, with the value that stands for what those runs did.
-ADDED = {"data.labels": "auto", "knn.source": "", "model.init": ""}
+ADDED = {
+    "data.labels": "auto",
+    "knn.source": "",
+    "model.init": "",
+    "without": "",
+    "corruptions": "imagenet",
+}
 
 
 class WorkdirError(ValueError):

@@ -9,13 +9,18 @@ from sklearn.neighbors import KNeighborsClassifier
 
 import hexa_jax
 from configs import common
+from configs.eval import all as tables_config
 from configs.eval import common as evaluation
 from hexa_jax import main
+from hexa_jax.cli.command import parse_command
+from hexa_jax.core.errors import ConfigError
 from hexa_jax.data.source import DataError
 from hexa_jax.data.sources import ArraySource
 from hexa_jax.evals.backbone import random_backbone
 from hexa_jax.evals.tasks import labelled
 from hexa_jax.evals.tasks.labelled import Extractor
+from hexa_jax.evals.tasks.transfer import readouts
+from hexa_jax.experiments.evaluation_tables import ROWS, entry_of_row, tables
 
 DATA = {"data.source": "shapes:train", "data.eval_source": "shapes:test", "data.limit": 60}
 PIXELS = {"data.resize": 8, "data.crop": 8, "runtime.num_devices": 1, "runtime.batch_size": 32}
@@ -84,11 +89,15 @@ def test_knn_leaves_each_image_out_of_its_own_vote(run, features, tmp_path):
 def test_table_sets_random_weights_and_the_paper_beside(run, tmp_path, capsys):
     group = {f"data.cifar10.{key}": value for key, value in {"resize": 8, "crop": 8, "limit": 48}.items()}
     group |= {"data.cifar10.source": "shapes:train", "data.cifar10.eval_source": "shapes:test"}
-    # The linear probe only: fine-tuning has its own test. Its cells count as finished.
-    for name in ("pre-trained", "random"):
-        folder = tmp_path / "run" / "cells" / f"finetune_cifar-cifar10-{name}"
-        folder.mkdir(parents=True)
-        (folder / "result.json").write_text(json.dumps({"top1": 12.5}))
+    # The linear probe only: the others have tests of their own. These cells count as finished.
+    for cell, values in {
+        "transfer-cifar10": {"cifar10_linear": 40.0, "cifar10_k4": 20.0},
+        "finetune_cifar-cifar10": {"top1": 12.5},
+    }.items():
+        for name in ("pre-trained", "random"):
+            folder = tmp_path / "run" / "cells" / f"{cell}-{name}"
+            folder.mkdir(parents=True)
+            (folder / "result.json").write_text(json.dumps(values))
     assert evaluate("all.py", tmp_path / "run", run, **group, **{"runtime.num_devices": 1}) == 0
     capsys.readouterr()
     text = (tmp_path / "run" / "tables.md").read_text()
@@ -97,7 +106,32 @@ def test_table_sets_random_weights_and_the_paper_beside(run, tmp_path, capsys):
     paper = "HEXA_MoCo 90.4, HEXA_DCluster 90.7, HEXA_DCluster (8-crop) 92.9, HEXA+_DCluster (8-crop) 91.9"
     assert f"| CIFAR-10, linear probe | 1 | {linear:.1f} | {random:.1f} | {paper} |" in text
     assert "| CIFAR-10, fine-tuned | 5 | 12.5 | 12.5 | HEXA_MoCo 96.1, HEXA_DCluster 97.2, " in text
+    assert "| CIFAR-10, 4 images per class | - | 20.0 | 20.0 | - |" in text
     assert "VOC07" not in text
+
+
+def test_tables_stages_are_commands_that_the_evaluations_take(tmp_path):
+    """Each row's config takes the row's settings; those of robustness and transfer name their data."""
+    config = tables_config.get_config()
+    for number, group in enumerate(tables_config.GROUPS):
+        config.data[group].update({"source": f"folder:train{number}", "eval_source": f"folder:test{number}"})
+    config.checkpoint, config.data.cifar100.limit = "random", 7
+    commands = {}
+    for row in ROWS:
+        cell = entry_of_row(config, row, "pre-trained", "random").cell
+        (stage,) = cell.stages
+        commands[cell.name] = parse_command(["hexa", *stage.command(tmp_path, ())[3:]]).config
+    assert len(commands) == len({(row.evaluation, row.needs) for row in ROWS})
+    robustness = commands["robustness-imagenet-pre-trained"]
+    assert (robustness.data.source, robustness.data.limit, robustness.with_random) == ("folder:train0", 50_000, False)
+    transfer = commands["transfer-cifar100-pre-trained"]
+    assert transfer.targets == ("cifar100=folder:train5,folder:test5",)
+    assert (transfer.data.limit, transfer.with_random) == (7, False)
+    wanted = {f"cifar100_{readout.key}" for readout in readouts(transfer)}
+    assert {row.metric for row in ROWS if row.config == "transfer.py" and row.needs == "cifar100"} == wanted
+    config.without = "knn,svm"
+    with pytest.raises(ConfigError, match=r"config.without has 'svm': it takes some of .*knn,.*robustness"):
+        tables(config, tmp_path)
 
 
 def test_mistakes_are_one_line(run, tmp_path, capsys):
