@@ -1,7 +1,7 @@
 """BYOL, ResNet-50, ImageNet, two crops, B = 4096.
 
 Command:   python -m hexa_jax.main --config=configs/byol.py --workdir=DIR
-Arguments: epochs=1000 (or 300, 100); batch=4096: the learning rate follows it
+Arguments: epochs=1000 (or 300, 100; others take the numbers of the nearest of these); batch=4096: the learning rate follows it
 Hardware:  512 TPU v3 in the reference. Fewer devices take --config.runtime.microbatches, but BatchNorm is over the whole
            batch: a smaller --config.bn_group_size goes with them, and is then another recipe.
 Time:      not measured here (8 hours in the reference for 1000 epochs, README of google-deepmind/deepmind-research).
@@ -16,6 +16,8 @@ steps of BatchNorm parameters and biases, which it does not adapt, are half as l
 crops together; heads end with a bias; crops are resized bilinearly.
 """
 
+import math
+
 from hexa_jax.configs import common
 
 # Epochs: learning rate per 256 images, weight decay, target momentum.
@@ -25,14 +27,19 @@ PRESETS = {100: (0.45, 1e-6, 0.99), 300: (0.3, 1e-6, 0.99), 1000: (0.2, 1.5e-6, 
 def get_config(text=None):
     """The recipe."""
     choice = common.arguments(text, epochs=1000, batch=4096)
-    if choice.epochs not in PRESETS:
-        raise ValueError(f"epochs={choice.epochs} has no recipe: use {', '.join(map(str, PRESETS))}")
+    if choice.epochs < 1:
+        raise ValueError(f"epochs={choice.epochs} has no recipe: use one or more")
     config = common.byol(common.get_config())
     config.epochs = choice.epochs
     config.batch_size = config.bn_group_size = choice.batch
-    learning_rate, config.optimizer.weight_decay, config.byol.momentum = PRESETS[choice.epochs]
+    learning_rate, config.optimizer.weight_decay, config.byol.momentum = PRESETS[_nearest(choice.epochs)]
     config.optimizer.name = "lars"
     config.optimizer.learning_rate = learning_rate * choice.batch / 256
     config.optimizer.schedule = "cosine"
-    config.optimizer.warmup_epochs = 10
+    config.optimizer.warmup_epochs = min(10, config.epochs // 2)  # runs of a few epochs have no room for ten
     return common.on_imagenet(config)
+
+
+def _nearest(epochs: int) -> int:
+    """Return the number of epochs in PRESETS that differs from `epochs` by the smallest factor."""
+    return min(PRESETS, key=lambda known: abs(math.log(epochs / known)))

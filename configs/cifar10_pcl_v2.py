@@ -11,7 +11,7 @@ The numbers are configs/cifar10_moco_v2.py's; ours are the clusters, one for eac
 their temperature, which is MoCo's here.
 """
 
-from hexa_jax.configs import cifar10_moco_v2
+from hexa_jax.configs import cifar10_moco_v2, pcl_v2
 
 
 def get_config(text=None):
@@ -21,4 +21,5 @@ def get_config(text=None):
     for name in ("queue_size", "momentum", "temperature"):
         config.pcl[name] = config.moco[name]
     config.pcl.num_clusters = (1000, 2000, 4000)
+    config.pcl.warmup_epochs = pcl_v2.warmup_epochs(config.epochs)
     return config

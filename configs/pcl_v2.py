@@ -20,4 +20,10 @@ def get_config(text=None):
     config = common.on_imagenet(common.get_config())  # the defaults are MoCo-v2's, which PCL-v2 shares
     config.method = "pcl"
     config.epochs, config.scheme = choice.epochs, choice.scheme
+    config.pcl.warmup_epochs = warmup_epochs(config.epochs)
     return config
+
+
+def warmup_epochs(epochs: int) -> int:
+    """Return how many epochs have no prototypes: the reference's 20, in runs of fewer than its 200 a tenth of them."""
+    return max(1, min(20, epochs // 10))

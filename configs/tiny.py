@@ -1,7 +1,7 @@
 """Any method and scheme at a size that two CPU cores train in seconds; what the tests and the `tiny` preset run.
 
 Command:   python -m hexa_jax.main --config=configs/tiny.py:method=moco,scheme=std+adv --workdir=DIR
-Arguments: method=deepcluster (moco, pcl, simclr, swav, byol, rotation, supervised); scheme=std+adv; epochs=2
+Arguments: method=deepcluster (moco, pcl, simclr, swav, byol, simsiam, rotation, supervised); scheme=std+adv; epochs=2
 Hardware:  two CPU cores.
 Time:      about half a minute, most of it compiling.
 Expected:  nothing: it is far too small to learn.
@@ -19,6 +19,8 @@ def get_config(text=None):
     elif choice.method == "supervised":
         common.supervised(config)
     config.method, config.scheme, config.epochs = choice.method, choice.scheme, choice.epochs
+    if choice.method == "simsiam":
+        config.method, config.byol.simsiam = "byol", True
     config.batch_size, config.bn_group_size, config.cutmix_block, config.shuffle_block = 32, 16, 16, 32
     config.model.backbone, config.model.stem, config.model.base_channels = "resnet10", "cifar", 4
     config.model.head_dim, config.model.head_hidden = 16, 16

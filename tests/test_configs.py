@@ -215,6 +215,12 @@ def test_numbers_of_other_methods_are_those_of_the_sources(name):
 def test_numbers_beside_the_table_of_other_methods():
     momenta = [load(f"byol:epochs={epochs}").byol.momentum for epochs in (100, 300, 1000)]
     assert momenta == [0.99, 0.99, 0.996]
+    others = [
+        load(f"byol:epochs={epochs}") for epochs in (5, 200, 2000)
+    ]  # the recipe's that differs by the smallest factor
+    assert [other.optimizer.learning_rate / 16 for other in others] == pytest.approx([0.45, 0.3, 0.2])
+    assert [other.optimizer.warmup_epochs for other in others] == [2, 10, 10]
+    assert [load(f"pcl_v2:epochs={epochs}").pcl.warmup_epochs for epochs in (1, 20, 200, 800)] == [1, 2, 20, 20]
     byol, simsiam, moco = load("byol"), load("simsiam"), load("moco_v1")
     assert (byol.byol.predictor_hidden, byol.byol.simsiam, byol.optimizer.warmup_epochs) == (4096, False, 10)
     assert (byol.augment.blur_probability, byol.augment.solarize_probability) == ((1.0, 0.1), (0.0, 0.2))
@@ -228,7 +234,7 @@ def test_numbers_beside_the_table_of_other_methods():
 
 @pytest.mark.parametrize(
     "wrong",
-    ["byol:epochs=200", "moco_v2:epoch=1", "moco_v2:epochs=many", "swav:crops=3", "swav:batch=512", "swav:crops"],
+    ["byol:epochs=0", "moco_v2:epoch=1", "moco_v2:epochs=many", "swav:crops=3", "swav:batch=512", "swav:crops"],
 )
 def test_wrong_arguments_name_what_is_known(wrong):
     with pytest.raises(ValueError, match=r"config argument|is not known|has no recipe"):

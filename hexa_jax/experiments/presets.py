@@ -49,13 +49,14 @@ def _six_crops(large: int, small: int) -> dict[str, object]:
     }
 
 
-def _small(name: str) -> dict[str, str]:
-    recipes = {"moco": "moco_v2", "deepcluster": "deepcluster_v2"} | {m: m for m in ("simclr", "swav", "rotation")}
-    return {method: f"{name}_{recipe}.py:epochs={{epochs}}" for method, recipe in recipes.items()}
+def _recipes(prefix: str, *methods: str) -> dict[str, str]:
+    """Return the config file of each method, whose names begin with `prefix`."""
+    files = {"moco": "moco_v2", "deepcluster": "deepcluster_v2", "pcl": "pcl_v2"}
+    return {method: f"{prefix}{files.get(method, method)}.py:epochs={{epochs}}" for method in methods}
 
 
 _IMAGENETTE = Preset(
-    configs=_small("imagenette"),
+    configs=_recipes("imagenette_", "moco", "deepcluster", "simclr", "swav", "rotation"),
     fig1=100,
     fig2={"moco": 50, "deepcluster": 50},
     fig3=200,
@@ -67,15 +68,15 @@ _IMAGENETTE = Preset(
     six_crops=_six_crops(96, 64),
 )
 
+_TINY = ("moco", "deepcluster", "simclr", "swav", "rotation", "byol", "simsiam", "pcl", "supervised")
+
 PRESETS = {
     "imagenet": Preset(
-        configs={
-            "moco": "moco_v2.py:epochs={epochs}",
+        configs=_recipes("", *("moco", "simclr", "rotation", "byol", "simsiam", "pcl", "supervised"))
+        | {
             # The paper does not give the batch of its 6-crop runs; 5 epochs leave no room for the warm-up of B = 4096.
             "deepcluster": "deepcluster_v2.py:batch=256,epochs={epochs}",
-            "simclr": "simclr.py:epochs={epochs}",
             "swav": "swav.py:crops=2,batch=256,epochs={epochs}",
-            "rotation": "rotation.py:epochs={epochs}",
         },
         fig1=200,
         fig2={"moco": 20, "deepcluster": 5},
@@ -89,15 +90,13 @@ PRESETS = {
     "imagenette": _IMAGENETTE,
     "cifar10": dataclasses.replace(
         _IMAGENETTE,
-        configs=_small("cifar10"),
+        configs=_recipes("cifar10_", "moco", "deepcluster", "simclr", "swav", "rotation", "byol", "pcl", "supervised"),
         fig1=50,
         probe_settings={"data.crop": 32, "data.resize": 32, "data.min_scale": 0.2},
         six_crops=_six_crops(32, 16),
     ),
     "tiny": Preset(
-        configs={
-            m: f"tiny.py:method={m},epochs={{epochs}}" for m in ("moco", "deepcluster", "simclr", "swav", "rotation")
-        },
+        configs={method: f"tiny.py:method={method},epochs={{epochs}}" for method in _TINY},
         fig1=2,
         fig2={"moco": 1, "deepcluster": 1},
         fig3=2,

@@ -15,6 +15,10 @@ from hexa_jax.core.console import log
 from hexa_jax.storage.gcs import is_remote
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]  # where this package is
+# Settings `runtime.*` that pre-training and evaluations share.
+SHARED_RUNTIME = frozenset(
+    ("num_devices", "workers", "threads", "prefetch", "data_dir", "data_cache", "log_every", "writer")
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,7 +89,8 @@ def run_grid(
     Args:
         entries: rows of the result.
         workdir: of the experiment; cells are folders in its `cells/`.
-        extra: words for every pre-training command, such as `--config.data.limit=5000`.
+        extra: words for every pre-training command, such as `--config.data.limit=5000`; those of `SHARED_RUNTIME` for
+            the stages after it, too.
         ended: called with each cell that this call ran to a good end, and its numbers, before the next one starts.
 
     Raises:
@@ -123,7 +128,7 @@ def _run(workdir: pathlib.Path, cell: Cell, extra: Sequence[str]) -> str:
         if (folder / stage.folder / "result.json").exists():
             continue
         with (folder / "log.txt").open("ab") as log:
-            words = stage.command(folder, extra if position == 0 else ())
+            words = stage.command(folder, extra if position == 0 else _for_evaluations(extra))
             code = subprocess.run(
                 words, stdout=log, stderr=subprocess.STDOUT, env=_environment(), check=False
             ).returncode
@@ -133,6 +138,11 @@ def _run(workdir: pathlib.Path, cell: Cell, extra: Sequence[str]) -> str:
             lines = (folder / "log.txt").read_text(errors="replace").strip().splitlines()
             return f"exit code {code}: {lines[-1] if lines else 'no output'}"
     return ""
+
+
+def _for_evaluations(extra: Sequence[str]) -> list[str]:
+    """Those of the words for pre-training that say how to run, and that evaluations know, too."""
+    return [word for word in extra if word.partition("=")[0].removeprefix("--config.runtime.") in SHARED_RUNTIME]
 
 
 def _environment() -> dict[str, str]:

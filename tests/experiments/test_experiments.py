@@ -10,10 +10,14 @@ import pytest
 import scipy.stats
 from command_line import REPOSITORY, environment, finished, image_folder
 
+from configs import common as pretraining
+from configs.eval import common as evaluation
 from hexa_jax.cli.command import parse_command
 from hexa_jax.experiments import tables
 from hexa_jax.experiments.presets import GRIDS, METHODS, PRESETS
-from hexa_jax.experiments.sweep import Cell, Entry, Outcome, Stage, run_grid
+from hexa_jax.experiments.sweep import SHARED_RUNTIME, Cell, Entry, Outcome, Stage, run_grid
+from hexa_jax.methods import METHODS as METHOD_CLASSES
+from hexa_jax.training.factory import make_schedule
 
 SMALL = ("--config.data.shapes_count=64", "--config.linear.at_end=False", "--config.knn.every_epochs=0")
 
@@ -21,7 +25,8 @@ SMALL = ("--config.data.shapes_count=64", "--config.linear.at_end=False", "--con
 @pytest.mark.parametrize("preset", PRESETS)
 @pytest.mark.parametrize("figure", GRIDS)
 def test_every_command_of_every_grid_is_understood(preset, figure, tmp_path):
-    methods = METHODS[figure] if preset == "imagenet" else tuple(PRESETS[preset].configs)
+    methods = tuple(PRESETS[preset].configs)
+    assert set(METHODS[figure]) <= set(methods)
     entries = GRIDS[figure](preset, methods, [0])
     for cell in {entry.cell.name: entry.cell for entry in entries}.values():
         for stage in cell.stages:
@@ -29,6 +34,31 @@ def test_every_command_of_every_grid_is_understood(preset, figure, tmp_path):
             assert command.config.seed == 0
             if stage.checkpoint is not None:
                 assert command.config.checkpoint == str(tmp_path)
+            else:
+                make_schedule(command.config, 10)  # raises where a run is shorter than its warm-up
+
+
+@pytest.mark.parametrize(
+    ("preset", "count"), [("imagenet", len(METHOD_CLASSES) + 1), ("tiny", len(METHOD_CLASSES) + 1), ("cifar10", 8)]
+)
+def test_presets_have_every_method_and_simsiam(preset, count):
+    methods = PRESETS[preset].configs
+    assert len(methods) == count and methods.keys() - {"simsiam"} == METHOD_CLASSES.keys()
+
+
+def test_probes_run_as_the_pre_training_is_told_to(tmp_path, monkeypatch):
+    assert set(pretraining.get_config().runtime) & set(evaluation.get_config("linear").runtime) == SHARED_RUNTIME
+    commands = []
+
+    def child(words, **_):
+        commands.append(words)
+        return subprocess.CompletedProcess(words, 0)
+
+    monkeypatch.setattr(subprocess, "run", child)
+    shared, own = "--config.runtime.num_devices=1", ["--config.runtime.microbatches=2", "--config.data.limit=9"]
+    run_grid(GRIDS["fig4"]("imagenet", ("deepcluster",), [0])[:1], tmp_path, [shared, *own])
+    train, probe = commands
+    assert train[-3:] == [shared, *own] and probe[-1] == shared and not set(own) & set(probe)
 
 
 def test_grids_are_those_of_the_paper():
@@ -161,7 +191,7 @@ def test_the_table_of_evaluations_leaves_the_accelerator_to_them(tmp_path):
     run, _ = finished("moco")
     done = parent("main", "hexa", config, f"--config.checkpoint={run}", f"--workdir={tmp_path}", *words)
     assert done.returncode == 2 and "linear_cifar-cifar10-pre-trained: exit code 3" in done.stderr
-    assert done.stdout.count("child started, device opened: False") == 4
+    assert done.stdout.count("child started, device opened: False") == 6
     assert "device opened: True" not in done.stdout
 
 
