@@ -2,12 +2,20 @@
 
 Command line: `python -m hexa_jax.export --checkpoint=WORKDIR --format=FORMAT --output=PATH`
 
---checkpoint  workdir of a pre-training run, or a weights file (.safetensors, .npz; .pth and the like need torch); gs:// too
+--checkpoint  workdir of a pre-training run, or a weights file (.safetensors, .npz; .pth and the like need torch); gs:// too;
+              or another library's weights: timm:NAME, torchvision:NAME, hf:REPO
 --format      torchvision   a .safetensors file, or a .pth one (needs torch), with torchvision's names
               timm          a folder with model.safetensors and config.json for timm.create_model
               huggingface   a folder that transformers.AutoModel loads
               detectron2    a .pkl file for MODEL.WEIGHTS
+              stablehlo     a .stablehlo file: JAX's program for cpu, cuda and tpu, with the weights inside
+              onnx          a .onnx file for ONNX Runtime and others (needs onnx: pip install onnx onnxruntime)
 --output      the file or folder
+--input       of stablehlo and onnx: uint8 (the default), or float32 with pixels in [0, 1]
+
+A stablehlo or onnx file takes images [N, H, W, 3] in RGB, any number of them, as a decoder gives them: normalization is inside.
+It returns pooled features, float32 [N, F]. H and W are those of the run's own evaluation in a stablehlo file, and free in an
+onnx file.
 
 The clean BatchNorm set is written; heads and classifiers are not.
 """
@@ -18,6 +26,8 @@ import pickle
 import sys
 from typing import Any
 
+import jax
+import jax.export
 import numpy as np
 
 from hexa_jax.checkpoint.checkpointer import CheckpointError
@@ -25,6 +35,7 @@ from hexa_jax.core.arguments import Parser
 from hexa_jax.core.console import with_aliases
 from hexa_jax.evals.backbone import Backbone, load_backbone
 from hexa_jax.evals.tasks.image_size import trained_size
+from hexa_jax.models.onnx_graph import INPUTS, to_onnx
 from hexa_jax.models.weights import (
     Architecture,
     WeightsError,
@@ -36,16 +47,18 @@ from hexa_jax.models.weights import (
 )
 from hexa_jax.storage.gcs import RemoteError
 
-FORMATS = ("torchvision", "timm", "huggingface", "detectron2")
+FORMATS = ("torchvision", "timm", "huggingface", "detectron2", "stablehlo", "onnx")
+PLATFORMS = ("cpu", "cuda", "tpu")  # that one stablehlo file runs on
 
 
-def export(backbone: Backbone, form: str, output: pathlib.Path) -> None:
+def export(backbone: Backbone, form: str, output: pathlib.Path, dtype: str = "uint8") -> None:
     """Write a backbone.
 
     Args:
         backbone: from `load_backbone`.
         form: one of FORMATS.
         output: file or folder, made anew.
+        dtype: of the images that a stablehlo or onnx file takes: "uint8", or "float32" for pixels in [0, 1].
 
     Raises:
         WeightsError: the format cannot hold this network, or needs a library that is missing.
@@ -53,7 +66,7 @@ def export(backbone: Backbone, form: str, output: pathlib.Path) -> None:
     arrays = to_torchvision(backbone.variables)
     architecture = architecture_of(arrays)._replace(stem=backbone.network.backbone.stem)
     writers = {"torchvision": _torchvision, "timm": _timm, "huggingface": _huggingface, "detectron2": _detectron2}
-    if form not in writers:
+    if form not in FORMATS:
         raise WeightsError(f"--format={form} is not known: use one of {', '.join(FORMATS)}")
     output.parent.mkdir(parents=True, exist_ok=True)
     resize, crop = trained_size(backbone.config)
@@ -63,7 +76,13 @@ def export(backbone: Backbone, form: str, output: pathlib.Path) -> None:
         "crop": crop,
         "crop_pct": _crop_pct(resize, crop),
     }
-    writers[form](arrays, architecture, pixels, output)
+    if form == "stablehlo":
+        _stablehlo(backbone, crop, output, dtype)
+    elif form == "onnx":
+        about = pixels | {"architecture": architecture.name, "stem": architecture.stem, "input": dtype}
+        _onnx(arrays, architecture, about, output, dtype)
+    else:
+        writers[form](arrays, architecture, pixels, output)
 
 
 def _crop_pct(resize: int, crop: int) -> float:
@@ -145,6 +164,35 @@ def _detectron2(arrays: dict[str, np.ndarray], architecture: Architecture, pixel
         pickle.dump(content, file, protocol=2)
 
 
+def _stablehlo(backbone: Backbone, side: int, output: pathlib.Path, dtype: str) -> None:
+    if output.suffix != ".stablehlo":
+        raise WeightsError(f"--output={output} must end in .stablehlo")
+    (batch,) = jax.export.symbolic_shape("batch")
+    images = jax.ShapeDtypeStruct((batch, side, side, 3), dtype)
+
+    def features(images: jax.Array) -> jax.Array:
+        return backbone.features(backbone.variables, images)
+
+    # Accelerators would otherwise round the factors of products, each in its way: features that were
+    # stored on one kind of device would not be those of another.
+    with jax.default_matmul_precision("highest"):
+        exported = jax.export.export(jax.jit(features), platforms=PLATFORMS)(images)
+    output.write_bytes(exported.serialize())
+
+
+def _onnx(
+    arrays: dict[str, np.ndarray], architecture: Architecture, about: dict, output: pathlib.Path, dtype: str
+) -> None:
+    if output.suffix != ".onnx":
+        raise WeightsError(f"--output={output} must end in .onnx")
+    model = to_onnx(arrays, architecture, tuple(about["mean"]), tuple(about["std"]), dtype, about)
+    try:
+        content = model.SerializeToString()
+    except ValueError:  # of protobuf
+        raise WeightsError("an ONNX file holds at most 2 GiB, this network has more: use --format=stablehlo") from None
+    output.write_bytes(content)
+
+
 def _safetensors(arrays: dict[str, np.ndarray], path: pathlib.Path, metadata: dict[str, str]) -> None:
     from safetensors import SafetensorError
     from safetensors.numpy import save_file
@@ -164,9 +212,10 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--checkpoint", required=True)
     parser.add_argument("--format", choices=FORMATS, required=True)
     parser.add_argument("--output", type=pathlib.Path, required=True)
+    parser.add_argument("--input", choices=INPUTS, default="uint8")
     try:
         words = parser.parse_args(argv)
-        export(load_backbone(words.checkpoint), words.format, words.output)
+        export(load_backbone(words.checkpoint), words.format, words.output, words.input)
     except (WeightsError, CheckpointError, RemoteError) as error:
         print(f"hexa_jax.export: {with_aliases(str(error))}", file=sys.stderr)
         return 2

@@ -806,7 +806,7 @@ def test_other_mistakes(saved, tmp_path, capsys):
     (tmp_path / "notes.txt").write_text("hello")
     line = refused(capsys, tmp_path / "notes.txt", "timm", tmp_path / "out")
     assert "notes.txt is no weights file: use .safetensors" in line
-    assert "invalid choice: 'onnx'" in refused(capsys, saved("resnet18"), "onnx", tmp_path / "out")
+    assert "invalid choice: 'caffe'" in refused(capsys, saved("resnet18"), "caffe", tmp_path / "out")
     assert export.main(["--format=timm"]) == 2
     assert "required: --checkpoint, --output" in capsys.readouterr().err
     wrong = without(torch_arrays("resnet18"), "bn1.bias")

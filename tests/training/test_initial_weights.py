@@ -5,6 +5,7 @@ import json
 import logging
 import pathlib
 import sys
+from contextlib import nullcontext
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +25,7 @@ from hexa_jax.models.norm import ADVERSARIAL, CLEAN, EVALUATION, NormMode, fill_
 from hexa_jax.models.pretrained import LIBRARIES, is_library_name, load_pretrained
 from hexa_jax.models.resnet import make_resnet
 from hexa_jax.models.weights import WeightsError, fingerprint, to_torchvision
+from hexa_jax.parallel import processes
 from hexa_jax.storage.workdir import INIT_RECORD as RECORD
 from hexa_jax.training.factory import make_trainer
 from hexa_jax.training.initial_weights import described, read_initial_weights
@@ -436,6 +438,19 @@ def test_a_repository_that_cannot_be_reached_is_one_line(monkeypatch):
         WeightsError, match=r"^hf:someone/resnet cannot be loaded: Cannot find .* cache and no connection$"
     ):
         load_pretrained("hf:someone/resnet")
+
+
+def test_processes_that_read_different_weights_stop(tmp_path, monkeypatch):
+    """Each would otherwise go on with its own."""
+    backbone, shapes = zeros()
+    export.export(backbone, "torchvision", tmp_path / "weights.safetensors")
+    config = config_with(tmp_path / "weights.safetensors")
+    for other, refused in ((0, False), (1, True)):
+        monkeypatch.setattr(
+            processes, "gather", lambda mine, other=other: np.concatenate([mine, mine + np.uint8(other)])
+        )
+        with pytest.raises(WeightsError, match="is not the same for all processes$") if refused else nullcontext():
+            read_initial_weights(config, backbone.network, shapes)
 
 
 def test_names_of_libraries_and_of_files():
