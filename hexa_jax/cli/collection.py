@@ -60,8 +60,8 @@ def source_of(images: str) -> str:
     return f"folder:{images}"
 
 
-def open_collection(options: Any, limit: int = 0) -> tuple[Backbone, Source, tuple[int, int]]:
-    """The backbone, at most `limit` images (0: all), and the size at which the network sees them."""
+def open_collection(options: Any) -> tuple[Backbone, Source, tuple[int, int]]:
+    """The backbone, the images, and the size at which the network sees them."""
     if options.weights == RANDOM:
         raise DataError("random weights tell nothing about images: name a workdir or a weights file")
     backbone = load_backbone(options.weights)
@@ -71,8 +71,6 @@ def open_collection(options: Any, limit: int = 0) -> tuple[Backbone, Source, tup
         data = backbone.config.data
         drawn = {"image_size": data.shapes_size, "num_examples": data.shapes_count}
     source = make_source(source_of(options.images), data_dir=options.data_dir, **drawn)
-    if limit and limit < len(source):
-        source = Subset(source, spread(len(source), limit))
     if options.clusters and options.clusters > len(source):
         raise DataError(f"--clusters={options.clusters} is more than the {len(source)} images")
     resize, crop = trained_size(backbone.config)
@@ -80,6 +78,11 @@ def open_collection(options: Any, limit: int = 0) -> tuple[Backbone, Source, tup
         resize, crop = round(options.size * resize / crop), options.size
     log(f"{len(source)} images, seen as a centre crop of {crop} pixels (short side {resize})")
     return backbone, source, (resize, crop)
+
+
+def limited(source: Source, limit: int) -> Source:
+    """At most `limit` images of a source (0: all), evenly spread."""
+    return Subset(source, spread(len(source), limit)) if 0 < limit < len(source) else source
 
 
 def embed_collection(

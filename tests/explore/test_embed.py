@@ -10,23 +10,13 @@ from command_line import image_folder
 from hexa_jax import load
 from hexa_jax.cli import embed as command
 from hexa_jax.data.decode import BadImage, decode, resize_center_crop
-from hexa_jax.evals.backbone import random_backbone
 from hexa_jax.explore import structure
 from hexa_jax.explore.embedding import Embedded
 from hexa_jax.explore.images import ImageReader
 from hexa_jax.explore.structure import find_clusters, find_neighbors, outlier_scores
 from hexa_jax.explore.tables import write_table
-from hexa_jax.export import export
 
 SIZE, IMAGES, NEIGHBORS = 16, 30, 4
-
-
-@pytest.fixture(scope="module")
-def weights(tmp_path_factory):
-    """A weights file of a tiny network with random weights."""
-    path = tmp_path_factory.mktemp("weights") / "tiny.safetensors"
-    export(random_backbone(0, "resnet10", "cifar", 4), "torchvision", path)
-    return path
 
 
 @pytest.fixture(scope="module")
