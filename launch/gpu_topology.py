@@ -1,7 +1,7 @@
 """GPUs that are not there, as devices to compile for: the one file that uses private names of jax.
 
-Tried with jax 0.10.2 on Python 3.11 and jax 0.11.2 on Python 3.12. jax's public `topologies.get_topology_desc(platform="cuda")` is not implemented; the C
-interface below it is, and needs the CUDA plugin's wheels but neither a card nor a driver.
+Tried with jax 0.10.2 on Python 3.11 and jax 0.11.2 on Python 3.12. jax's public `get_topology_desc(platform="cuda")` is not
+implemented; the C interface below it is, and needs the CUDA plugin's wheels but neither a card nor a driver.
 """
 
 import dataclasses
