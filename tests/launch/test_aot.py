@@ -10,10 +10,12 @@ import types
 import jax
 import pytest
 from command_line import REPOSITORY
+from small import small_config
 
 from hexa_jax.cli.command import parse_command
+from hexa_jax.parallel.mesh import make_mesh
 from hexa_jax.training.factory import make_trainer
-from launch import aot, gpu_topology, tables
+from launch import aot, gpu_topology, lowering, tables
 from launch.gpu_topology import TopologyError, gpu_devices, read_gpus, target_config
 from launch.kernels import Kernel, Peaks, summary
 
@@ -37,7 +39,7 @@ def test_facts_of_gpus():
         ("h100:0", "GPUs are h100:N of one host or h100:HOSTSxN"),
         ("h100:2x", "GPUs are h100:N of one host"),
         ("h100", "GPUs are h100:N of one host"),
-        ("p100:8", "--topology=p100:8 or --programs=train is not known"),
+        ("p100:8", "--topology=p100:8 is not known: use v4, "),
     ],
 )
 def test_mistakes_are_one_line(capsys, topology, message):
@@ -45,6 +47,41 @@ def test_mistakes_are_one_line(capsys, topology, message):
     assert aot.main(words) == 2
     error = capsys.readouterr().err
     assert error.startswith("aot: ") and message in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (
+            ["--config=configs/tiny.py", "--programs=train,detect"],
+            "--programs=detect is not known: use train,augment,init",
+        ),
+        (["--config=configs/eval/knn.py"], "config.task=knn is not compiled"),
+    ],
+)
+def test_programs_that_a_config_has_not(capsys, words, message):
+    assert aot.main(["aot", "--topology=h100:1", *words]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("aot: ") and message in error and error.count("\n") == 1
+
+
+def test_programs_are_lowered_from_shapes():
+    """On the CPU's devices, which the suite has in place of those that are not there."""
+    mesh = make_mesh(jax.devices()[:2])
+    words = ["aot", "--config=configs/eval/detection_voc.py:recipe=scratch", "--config.random.base_channels=8"]
+    words += [
+        "--config.random.backbone=resnet10",
+        "--config.model.dim=16",
+        "--config.model.hidden=16",
+        "--workdir=unused",
+    ]
+    words += ["--config.data.canvases=((64,96),)", "--config.data.short_sides=(64,)", "--config.data.long_limit=96"]
+    with jax.set_mesh(mesh):
+        programs = lowering.detection(parse_command(words).config, mesh, num_classes=2, steps_per_epoch=10)
+        assert set(programs) == set(lowering.DETECTION)
+        assert "tensor<8x64x96x3xui8>" in programs["train"]().as_text()
+    trainer = make_trainer(small_config("moco", precision="float32"), 1024, jax.devices()[:2])
+    assert set(lowering.pretraining(trainer)) == set(lowering.PRETRAINING) - {"refresh"}
 
 
 def test_without_the_compiler(monkeypatch):
