@@ -45,7 +45,7 @@ quickstart: .venv/.installed-$(ACCELERATOR)  ## pre-train HEXA_DCluster on gener
 test: .venv/.installed-dev  ## the whole suite
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
-test-slow: .venv/.installed-dev  ## the tests that take many minutes (TPU compiles)
+test-slow: .venv/.installed-dev  ## the tests that take many minutes (TPU compiles, and a GPU's where .[aot-gpu] is installed)
 	$(BIN)/pip install --quiet --no-deps --target .cache/libtpu libtpu==0.0.42  # apart: jax would look for a TPU in every run
 	PYTHONPATH=.cache/libtpu $(BIN)/python -m pytest -m slow --timeout=3600
 

@@ -3,8 +3,8 @@
 python -m launch.aot --config=configs/hexa_moco.py --topology=h100:8 [--config.key=value ...]
 --topology      GPUs: KIND:N of one host, or KIND:HOSTSxN, such as h100:8 or h200:2x8; a100, h100, h200 or b200.
                 TPUs: KIND:SHAPE in chips, such as v5e:16x16, v4:2x2x2 or v5p:2x2x1
---programs      comma-separated: train, augment (what of it makes crops), init, refresh (k-means; methods with clusters),
-                features (evaluation); all by default
+--programs      comma-separated; all by default. Of pre-training: train, augment (what of it makes crops), init, refresh
+                (k-means; methods with clusters), features (evaluation). Of configs/eval/detection_voc.py: train, detect
 --num_examples  of the data set; ImageNet's 1,281,167 by default
 --rows          JSON file that keeps the results; what it holds is not compiled again (docs/scaling.json by default)
 --hlo=FOLDER    keep the compiled programs' HLO there, to look into: one file a program
@@ -25,8 +25,10 @@ import pathlib
 import re
 import sys
 import time
+from collections.abc import Callable
 from typing import Any
 
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # alarms about slow compilation, a paragraph each
 os.environ |= {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
 
 import jax
@@ -36,19 +38,18 @@ from jax.experimental import topologies
 import hexa_jax
 from hexa_jax.cli.command import parse_command
 from hexa_jax.core.errors import ConfigError
-from hexa_jax.evals.features import make_extractor
-from hexa_jax.methods.base import Method
+from hexa_jax.parallel.mesh import make_mesh
 from hexa_jax.storage.workdir import write_json
 from hexa_jax.training import memory
 from hexa_jax.training.factory import make_trainer
 from hexa_jax.training.step import Trainer
+from launch import lowering
 from launch.gpu_topology import Gpu, TopologyError, gpu_devices, plugin_version, read_gpus
 from launch.program import CHIPS, Chip, describe, describe_on_gpu, microbatches_that_fit, too_large
 from launch.tables import GIB, kernel_table, lines_of, markdown
 
 IMAGENET = 1_281_167
-PROGRAMS = ("train", "augment", "init", "refresh", "features")
-EVALUATION_ROWS = 256  # images a chip
+VOC = 16_551  # training images of VOC 2007 and 2012
 PACKAGE = str(pathlib.Path(hexa_jax.__file__).parent)
 Device = Chip | Gpu
 
@@ -91,34 +92,27 @@ def devices_of(topology: str, device: Device) -> list[jax.Device]:
         raise AotError(f"--topology={topology}: {str(error).splitlines()[0][:200]}") from None
 
 
-def compile_program(trainer: Trainer, program: str, device: Device, hlo: pathlib.Path | None = None) -> dict[str, Any]:
-    """Return the numbers of one program, whether it fits or not; its HLO goes to the file `hlo`."""
+def compile_program(lower: Callable[[], Any], device: Device, hlo: pathlib.Path | None = None) -> dict[str, Any]:
+    """Return the numbers of one program, whether it fits or not.
+
+    Args:
+        lower: returns the program as jax lowered it.
+        device: what it is compiled for.
+        hlo: file for its HLO.
+    """
     begin = time.monotonic()
-    with jax.set_mesh(trainer.mesh):
-        steps, state = trainer.compile(), trainer.state_shapes()
-        try:
-            if program in ("train", "augment"):
-                lowered = getattr(steps, program).lower(state, trainer.batch_shapes(), None)
-            elif program == "init":
-                lowered = steps.init.lower(jax.ShapeDtypeStruct((), jnp.uint32))
-            elif program == "refresh":
-                lowered = steps.refresh.lower(state, jax.ShapeDtypeStruct((), jnp.int32))
-            else:
-                size = trainer.objective.crops.resolutions[0].size
-                images = jax.ShapeDtypeStruct((EVALUATION_ROWS * trainer.mesh.size, size, size, 3), jnp.uint8)
-                extractor: Any = make_extractor(trainer.objective.network, trainer.mesh, jnp.bfloat16)
-                lowered = extractor.lower(state.params["network"], state.batch_stats, images)
-            compiled = lowered.compile()
-            if hlo is not None:
-                hlo.parent.mkdir(parents=True, exist_ok=True)
-                hlo.write_text(compiled.as_text())
-            found: dict[str, Any] | None = (
-                describe_on_gpu(compiled, device, PACKAGE) if isinstance(device, Gpu) else describe(compiled)
-            )
-        except jax.errors.JaxRuntimeError as error:
-            found = too_large(str(error))
-            if found is None:
-                raise
+    try:
+        compiled = lower().compile()
+        if hlo is not None:
+            hlo.parent.mkdir(parents=True, exist_ok=True)
+            hlo.write_text(compiled.as_text())
+        found: dict[str, Any] | None = (
+            describe_on_gpu(compiled, device, PACKAGE) if isinstance(device, Gpu) else describe(compiled)
+        )
+    except jax.errors.JaxRuntimeError as error:
+        found = too_large(str(error))
+        if found is None:
+            raise
     assert found is not None
     return found | {"compile_seconds": round(time.monotonic() - begin, 1)}
 
@@ -186,7 +180,7 @@ def main(argv: list[str]) -> int:
     """Compile what is asked for and not known yet; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--topology", default="v5e:2x4")
-    parser.add_argument("--programs", default=",".join(PROGRAMS))
+    parser.add_argument("--programs", default="")
     parser.add_argument("--num_examples", type=int, default=IMAGENET)
     parser.add_argument("--rows", type=pathlib.Path, default=pathlib.Path("docs/scaling.json"))
     parser.add_argument("--hlo", type=pathlib.Path)
@@ -199,28 +193,37 @@ def main(argv: list[str]) -> int:
         return 0
     try:
         device = known_devices().get(options.topology.partition(":")[0])
-        unknown = set(options.programs.split(",")) - set(PROGRAMS)
-        if device is None or unknown:
-            raise AotError(f"--topology={options.topology} or --programs={options.programs} is not known; see --help")
+        if device is None:
+            raise AotError(f"--topology={options.topology} is not known: use {', '.join(known_devices())}; see --help")
         config = parse_command([argv[0], *settings, "--workdir=unused"]).config
-        devices = devices_of(options.topology, device)
-        trainer = make_trainer(config, options.num_examples, devices, num_classes=1000)
+        known = {"pretrain": lowering.PRETRAINING, "detection": lowering.DETECTION}.get(config.task)
+        if known is None:
+            raise AotError(f"config.task={config.task} is not compiled: use a config of pre-training or detection")
+        wanted = options.programs.split(",") if options.programs else list(known)
+        if unknown := set(wanted) - set(known):
+            raise AotError(f"--programs={','.join(sorted(unknown))} is not known: use {','.join(known)}")
+        mesh = make_mesh(devices_of(options.topology, device))
+        trainer = None
+        if config.task == "pretrain":
+            trainer = make_trainer(config, options.num_examples, list(mesh.devices.flat), num_classes=1000)
+            programs = lowering.pretraining(trainer)
+        else:
+            programs = lowering.detection(config, mesh, num_classes=20, steps_per_epoch=VOC // config.batch_size)
     except (AotError, ConfigError) as error:
         print(f"aot: {error}", file=sys.stderr)
         return 2
     named = next(word for word in settings if word.startswith("--config=")).partition("=")[2]
     overrides = sorted(word.removeprefix("--config.") for word in settings if word.startswith("--config."))
     versions, fits = versions_of(device), True
-    for program in options.programs.split(","):
-        if program == "refresh" and type(trainer.objective.method).refresh is Method.refresh:  # nothing to do
-            continue
+    for program in (name for name in wanted if name in programs):
         key = f"{named} {' '.join(overrides)} {options.topology} {options.num_examples} {program} {versions}"
         if key not in rows:
             print(f"aot: compiling {program}, which takes minutes", file=sys.stderr)
-            row = compile_program(trainer, program, device, options.hlo and options.hlo / f"{program}.hlo")
+            with jax.set_mesh(mesh):
+                row = compile_program(programs[program], device, options.hlo and options.hlo / f"{program}.hlo")
             row |= {"config": pathlib.PurePath(named).stem, "overrides": overrides, "topology": options.topology}
             row |= {"program": program, "versions": versions} | bound(row, device)
-            row["advice"] = advice(trainer, row, device) if program == "train" else ""
+            row["advice"] = advice(trainer, row, device) if trainer is not None and program == "train" else ""
             latest = json.loads(options.rows.read_text()) if options.rows.is_file() else {}  # another may have written
             rows = latest | {key: row}
             write_json(options.rows, rows)

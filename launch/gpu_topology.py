@@ -1,7 +1,7 @@
 """GPUs that are not there, as devices to compile for: the one file that uses private names of jax.
 
-Tried with jax 0.11.2 on Python 3.12. jax's public `topologies.get_topology_desc(platform="cuda")` is not implemented; the C
-interface below it is, and needs the CUDA plugin's wheels but neither a card nor a driver.
+Tried with jax 0.10.2 on Python 3.11 and jax 0.11.2 on Python 3.12. jax's public `get_topology_desc(platform="cuda")` is not
+implemented; the C interface below it is, and needs the CUDA plugin's wheels but neither a card nor a driver.
 """
 
 import dataclasses
@@ -16,7 +16,7 @@ from launch.kernels import Peaks
 
 FACTS = pathlib.Path(__file__).with_name("gpus.toml")
 PLUGINS = ("jax-cuda12-plugin", "jax-cuda13-plugin")
-INSTALL = "pip install -e '.[aot-gpu]' (jax 0.11.2, Python 3.12)"
+INSTALL = "pip install -e '.[aot-gpu]' (jax 0.10.2 or 0.11.2)"
 
 
 class TopologyError(ValueError):
@@ -104,13 +104,17 @@ def gpu_devices(gpu: Gpu, hosts: int, gpus: int) -> list[jax.Device]:
     try:
         from jax._src.lib import xla_client
 
-        initialize, describe = xla_client.initialize_pjrt_plugin, xla_client._xla.get_default_c_api_topology
+        is_initialized, initialize = xla_client.pjrt_plugin_initialized, xla_client.initialize_pjrt_plugin
+        describe = xla_client._xla.get_default_c_api_topology
     except (ImportError, AttributeError) as error:
-        raise TopologyError(f"the names that were private to jax 0.11.2 are gone ({error}): {INSTALL}") from None
+        raise TopologyError(
+            f"jax {jax.__version__} has not the private names of 0.10.2 and 0.11.2 ({error}): {INSTALL}"
+        ) from None
     options = {"topology": f"1x{hosts}x{gpus}", "target_config": target_config(gpu)}
     try:
         jax.devices()  # jax's discovery registers the plugin
-        initialize("cuda")
+        if not is_initialized("cuda"):
+            initialize("cuda")
         return list(describe("cuda", gpu.kind, options)._make_compile_only_devices())
     except (RuntimeError, ValueError, AttributeError) as error:
         raise TopologyError(f"{hosts} x {gpus} {gpu.kind}: {str(error).splitlines()[0][:200]}") from None
