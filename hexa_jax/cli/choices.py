@@ -170,6 +170,8 @@ class _Chooser:
         self.set("runtime.microbatches", 0, "as many as the memory needs, found out before the first step")
         self._workers()
         self._epochs(own)
+        for key, value in self.wishes.settings.items():
+            self.set(key, value, "")
 
     def _as_weights(self) -> None:
         reason = "that of the weights it starts from"
