@@ -72,6 +72,10 @@ def test_the_wheel_holds_the_package_and_nothing_else(wheel):
     assert {name.split("/")[0].partition("-")[0] for name in names} == {"hexa_jax"}
     recipes = {path.relative_to(REPOSITORY).as_posix() for path in (REPOSITORY / "configs").rglob("*.py")}
     assert {f"hexa_jax/{recipe}" for recipe in recipes} <= set(names)
+    others = {
+        path for path in (REPOSITORY / "hexa_jax").rglob("*") if path.is_file() and path.suffix not in (".py", ".pyc")
+    }
+    assert {path.relative_to(REPOSITORY).as_posix() for path in others} <= set(names)
     assert "hexa_jax/py.typed" in names
 
 
