@@ -16,6 +16,7 @@ PHOTOGRAPH = 160  # short side in pixels from which images are cut into crops of
 TINY = 48  # short side in pixels up to which whole images are crops
 CPU_BUDGET = 8 * 60  # seconds that a run on a CPU should take, where the number of epochs can do it
 CPU_BATCH = 128
+FULL = 0.7  # of a device's memory, which images of one BatchNorm group may take
 FEWEST_EPOCHS, MOST_EPOCHS = 5, 100  # of a run on a CPU
 FEW_IMAGES = 10_000  # below which learning from scratch promises little
 # Multiplications of one image of 224 pixels through a ResNet with the 7x7 stem.
@@ -23,11 +24,12 @@ MULTIPLICATIONS = {"resnet10": 0.89e9, "resnet18": 1.81e9, "resnet34": 3.66e9, "
 STEM = {"imagenet": 1.0, "small": 4.0, "cifar": 16.0}  # how many times as many
 # Share of the speed of a large matrix product that a training step reaches. CPU: measured with
 # ResNet-18 of 32 channels on crops of 64 and 96 pixels (0.34 to 0.37), and 0.12 with 16 channels.
-# Accelerators wait for memory most of the time: a guess from published speeds of ResNet-50, which
-# may be wrong by a factor of three.
-EFFICIENCY = {"cpu": 0.35, "gpu": 0.06, "tpu": 0.2}
-# Bytes that a training pass keeps for a crop of 224 pixels in bfloat16, twice that in float32.
-ACTIVATIONS = {"resnet10": 25e6, "resnet18": 30e6, "resnet34": 45e6, "resnet50": 110e6, "resnet101": 170e6}
+# Accelerators wait for memory: half of what the traffic of the compiled step of moco_v2 allows on an
+# H100 (138 GB a step of 256 images, compiled ahead of time), which nobody has measured yet.
+EFFICIENCY = {"cpu": 0.35, "gpu": 0.15, "tpu": 0.2}
+# Bytes that a training pass keeps for a crop of 224 pixels in bfloat16, twice that in float32: the
+# compiler's 10.5 GiB for 256 crops and a ResNet-50, others by the sizes of their maps.
+ACTIVATIONS = {"resnet10": 9e6, "resnet18": 12e6, "resnet34": 18e6, "resnet50": 44e6, "resnet101": 66e6}
 NICE = (5, 10, 20, 30, 50, 100, 200, 300, 500, 1000, 2000, 3000)  # numbers of clusters
 
 
@@ -149,9 +151,9 @@ class _Chooser:
     def set(self, key: str, value: Any, reason: str) -> None:
         """Choose a value, unless the user has."""
         if key in self.wishes.settings:
-            self.choices.append(Choice(key, self.wishes.settings[key], "as you said"))
-            return
+            value, reason = self.wishes.settings[key], "as you said"
         self.now[key] = value
+        self.choices = [choice for choice in self.choices if choice.key != key]
         self.choices.append(Choice(key, value, reason))
 
     def choose(self) -> None:
@@ -168,6 +170,8 @@ class _Chooser:
         self.set("runtime.microbatches", 0, "as many as the memory needs, found out before the first step")
         self._workers()
         self._epochs(own)
+        for key, value in self.wishes.settings.items():
+            self.set(key, value, "")
 
     def _as_weights(self) -> None:
         reason = "that of the weights it starts from"
@@ -250,23 +254,32 @@ class _Chooser:
                 self.set(key, min(fitting, 3000), f"about {images // fitting} images each")
         elif method in ("moco", "pcl"):
             key = f"{method}.queue_size"
-            fitting = max(images // 2 // self.now["batch_size"], 1) * self.now["batch_size"]
-            if self.now[key] > fitting:
-                self.set(key, fitting, f"half of the {self.data.images} images: more would hold their own older keys")
+            batch, before = self.now["batch_size"], self.now[key]
+            if before > images // 2:
+                few = f"half of the {self.data.images} images: more would hold their own older keys"
+                self.set(key, max(images // 2 // batch, 1) * batch, few)
+            elif before % batch:
+                self.set(key, before // batch * batch, "whole batches")
 
     def _groups(self) -> None:
         """BatchNorm groups that a microbatch can hold, where the whole batch may not fit."""
         if not self.device.memory or "bn_group_size" in self.wishes.settings or self.device.platform == "cpu":
             return
-        group = self.now["bn_group_size"]
-        while group > 32 and group * self._bytes_of_image() > 0.7 * self.device.memory * self.device.count:
-            group //= 2
-        if group != self.now["bn_group_size"]:
-            self.set("bn_group_size", group, "images that share BatchNorm statistics: as many as the memory holds")
+        group, size = self.now["bn_group_size"], self._bytes_of_image()
+        rows = max(self.now["batch_size"] // self.device.count, 1)
+        if group * size <= FULL * self.device.memory * max(group // rows, 1):
+            return
+        # A group within a device, of at least 32 images where there are so many.
+        divisors = [n for n in range(1, rows + 1) if rows % n == 0 and n <= group]
+        fitting = [n for n in divisors if n * size <= FULL * self.device.memory]
+        least = min([n for n in divisors if n >= 32] or divisors[-1:])
+        smaller = max([*fitting, least])
+        if smaller != group:
+            self.set("bn_group_size", smaller, "images that share BatchNorm statistics: as many as the memory holds")
 
     def _bytes_of_image(self) -> float:
         backbone, _, width = self.now["model.backbone"].partition("w")
-        per_crop = ACTIVATIONS.get(backbone, 110e6) * int(width or 1)
+        per_crop = ACTIVATIONS.get(backbone, 44e6) * int(width or 1)
         per_crop *= self.now["model.base_channels"] / 64 * STEM[self.now["model.stem"]]
         crops = sum(
             n * (s / 224) ** 2 for n, s in zip(self.now["data.num_crops"], self.now["data.crop_size"], strict=True)

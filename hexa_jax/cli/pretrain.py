@@ -52,6 +52,7 @@ from hexa_jax.training.factory import open_training_source
 from hexa_jax.training.memory import in_words
 
 ANY_RECIPE = "photographs"  # whose keys are those of all recipes
+LONG = 4 * 3600  # seconds on a CPU above which another way is named
 SHOWN = 3  # unreadable images that are named
 
 
@@ -155,6 +156,8 @@ def _plan(options: Any, fixed: list[str], dry_run: bool) -> Plan:
     recipe_settings = {key: _tuples(value) for key, value in flatten(_config(name, []).to_dict()).items()}
     choices, time = choose(data, device, wishes, recipe_settings)
     _print_table(data, device, problems, [Choice("recipe", name, reason), *choices], time)
+    if device.platform == "cpu" and time.total > LONG:
+        log("an accelerator would be faster by far; --config.data.limit=N trains on N of the images")
     if data.images < FEW_IMAGES and not options.init:
         log(
             f"{data.images} images are few to learn from scratch: --init=torchvision:resnet18 would start from weights "
@@ -221,7 +224,8 @@ def _print_table(
     if problems:
         log(f"         {data.unreadable} of {data.sampled} looked at cannot be read; such images are left out")
     room = f", {in_words(device.memory)} of memory" if device.memory else ""
-    log(f"device   {device.count} x {device.kind}, {device.cores} CPU cores{room}\n")
+    what = "CPU" if device.platform == "cpu" else f"{device.count} x {device.kind}"
+    log(f"device   {what}, {device.cores} cores{room}\n")
     rows = [(choice.key, _text(choice.value), choice.reason) for choice in choices]
     widths = [max(len(row[column]) for row in rows) for column in (0, 1)]
     for key, value, reason in [("setting", "chosen", "because"), *rows]:
