@@ -12,10 +12,9 @@ import pytest
 from PIL import Image
 
 from configs import common
-from hexa_jax.data import sources
 from hexa_jax.data.decode import BadImage, decode
 from hexa_jax.data.shapes import ShapesSource, make_shapes
-from hexa_jax.data.sources import ArraySource, DataError, FolderSource, load_arrays, make_source
+from hexa_jax.data.sources import SOURCES, ArraySource, DataError, FolderSource, folder, load_arrays, make_source
 from hexa_jax.training.factory import open_training_source
 
 
@@ -201,7 +200,12 @@ def test_splits_taken_for_classes_are_pointed_out(tmp_path, caplog):
 
 @pytest.mark.parametrize("spec", ["foldr:x", "", "folder", "folder:", "arrays:", "tfds:", "images/", "shapes:val"])
 def test_unknown_specs_list_what_exists(spec):
-    assert "shapes:t" in one_line(spec) or "shapes[:SPLIT]" in one_line(spec)
+    line = one_line(spec)
+    if spec == "shapes:val":
+        assert "use shapes:train or shapes:test" in line
+    else:
+        assert all(kind.usage in line for kind in SOURCES.values())
+    assert ("did you mean folder:x?" in line) == (spec == "foldr:x")
 
 
 def test_shapes_specs():
@@ -328,7 +332,7 @@ def test_sources_travel_to_worker_processes(tmp_path, method):
 
 
 def test_a_million_paths_stay_small(monkeypatch):
-    monkeypatch.setattr(sources, "_walk", lambda directory: (f"n{i % 100:08d}/{i}.JPEG" for i in range(100_000)))
+    monkeypatch.setattr(folder, "_walk", lambda directory: (f"n{i % 100:08d}/{i}.JPEG" for i in range(100_000)))
     source = FolderSource("/")
     assert len(pickle.dumps(source)) < 100_000 * 40
     assert source.num_classes == 100 and source.name(0) == "/n00000000/0.JPEG"
