@@ -224,6 +224,42 @@ def test_limit_holds_for_webp(monkeypatch, options):
         decode(data, "too large")
 
 
+def heif(kind, **options) -> bytes:
+    """A picture in one of the two formats that share a container."""
+    if kind == "HEIF":
+        pytest.importorskip(
+            "pillow_heif", reason="pillow-heif is not installed: pip install -e '.[dev]'"
+        ).register_heif_opener()
+    return encoded(rgb(), kind, quality=90, **options)
+
+
+@pytest.mark.parametrize("kind", ["HEIF", "AVIF"])
+def test_reads_heic_and_avif(kind, monkeypatch, capfd):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    for data in (heif(kind), heif(kind, exif=exif)):
+        np.testing.assert_array_equal(decode(data, "x"), pillow(data))
+        for share in (0.97, 0.5, 0.02):
+            with pytest.raises(BadImage):
+                decode(data[: int(len(data) * share)], "cut")
+    if kind == "AVIF":  # pillow-heif leaves the orientation out when it writes
+        assert decode(data, "x").shape == (60, 44, 3)
+    monkeypatch.setattr(module, "MAX_PIXELS", 60 * 44 - 1)
+    with pytest.raises(BadImage, match=r"2639 .a decompression bomb"):
+        decode(data, "too large")
+    assert capfd.readouterr().err == ""
+
+
+def test_formats_that_need_a_package_name_it(monkeypatch):
+    data = {".heic": heif("HEIF"), ".avif": heif("AVIF")}
+    monkeypatch.setattr(
+        module, "missing_formats", lambda: {".heic": "HEIC needs a package", ".avif": "AVIF needs a newer Pillow"}
+    )
+    for ending, image in data.items():
+        with pytest.raises(BadImage, match=rf"a{ending}: {ending[1:].upper()} needs a"):
+            decode(image, f"a{ending}")
+
+
 def test_bad_image_crosses_processes():
     error = pickle.loads(pickle.dumps(BadImage("a.jpg", "empty file")))
     assert (error.name, error.reason, str(error)) == ("a.jpg", "empty file", "a.jpg: empty file")

@@ -8,7 +8,12 @@ from hexa_jax.data.sources.registry import SOURCES, Options, open_spec, register
 # Each module registers its kind; messages and the docs list them in this order.
 from hexa_jax.data.sources.folder import FolderSource  # isort: skip
 from hexa_jax.data.sources.arrays import ArraySource, load_arrays  # isort: skip
+from hexa_jax.data.sources import list_file as _list_file  # noqa: F401  # isort: skip
+from hexa_jax.data.sources import tar as _tar  # noqa: F401  # isort: skip
+from hexa_jax.data.sources import parquet as _parquet  # noqa: F401  # isort: skip
+from hexa_jax.data.sources import huggingface as _huggingface  # noqa: F401  # isort: skip
 from hexa_jax.data.sources.tfds import TfdsSource  # isort: skip
+from hexa_jax.data.sources import video as _video  # noqa: F401  # isort: skip
 from hexa_jax.data.sources import shapes as _shapes  # noqa: F401  # isort: skip
 
 __all__ = [

@@ -1,6 +1,5 @@
 """`folder:DIR[,DIR...]`: every image below one or several directories."""
 
-import collections
 import os
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -8,13 +7,13 @@ from typing import Any
 import numpy as np
 
 from hexa_jax.data.decode import BadImage
-from hexa_jax.data.formats import IMAGE_SUFFIXES, missing_formats
-from hexa_jax.data.source import DataError, Source, checked_index
-from hexa_jax.data.sources.paths import Names, folder_classes, number_of_classes
+from hexa_jax.data.formats import IMAGE_SUFFIXES
+from hexa_jax.data.source import DataError, Source, StoredSource
+from hexa_jax.data.sources.paths import Names, folder_classes, readable
 from hexa_jax.data.sources.registry import Options, register
 
 
-class FolderSource:
+class FolderSource(StoredSource):
     """Every image below a directory, in the order of the sorted relative paths.
 
     Hidden and other files are ignored; a linked directory is followed once.
@@ -41,38 +40,23 @@ class FolderSource:
         if not os.path.isdir(directory):
             problem = "is not a directory" if os.path.exists(directory) else "does not exist"
             raise DataError(f"{origin} {problem}")
-        missing, skipped = missing_formats(), collections.Counter[str]()
-        paths = []
-        for path in _walk(directory):
-            need = missing.get(os.path.splitext(path)[1].lower())
-            if need:
-                skipped[need] += 1
-            else:
-                paths.append(os.fsencode(path))
-        paths.sort()
-        self.skipped_note = "; ".join(
-            f"{origin}: {count} images are skipped, because {need}" for need, count in skipped.items()
-        )
+        paths = sorted(os.fsencode(path) for path in _walk(directory))
         if not paths:
-            endings = ", ".join(suffix[1:] for suffix in IMAGE_SUFFIXES)
-            raise DataError(self.skipped_note or f"{origin} holds no image ({endings})")
+            raise DataError(f"{origin} holds no image ({', '.join(s[1:] for s in IMAGE_SUFFIXES)})")
+        kept, self.skipped_note = readable(paths, origin)
+        paths = [path for path, keep in zip(paths, kept, strict=True) if keep]
         self._paths = Names(paths)
-        self._labels, self.class_names, self.labels_note = folder_classes(paths, labels, origin)
-        self.num_classes = number_of_classes(self._labels, self.class_names)
+        labels_of, class_names, self.labels_note = folder_classes(paths, labels, origin)
+        super().__init__(labels_of, class_names)
 
     def __len__(self) -> int:
         return len(self._paths)
 
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        index = checked_index(index, len(self))
-        image = read_file(self.name(index))
-        return {"image": image} if self._labels is None else {"image": image, "label": int(self._labels[index])}
+    def read(self, index: int) -> bytes:
+        return read_file(self.name(index))
 
     def name(self, index: int) -> str:
         return os.path.join(self.directory, self._paths[index])
-
-    def labels(self) -> np.ndarray | None:
-        return self._labels
 
 
 def read_file(path: str) -> bytes:
@@ -112,7 +96,7 @@ def _walk(directory: str) -> Iterator[str]:
                 yield path
 
 
-class SeveralSources:
+class SeveralSources(StoredSource):
     """Several sources, one after the other, as one.
 
     Args:
@@ -128,8 +112,8 @@ class SeveralSources:
         notes = [[getattr(source, name, "") for source in sources] for name in ("labels_note", "skipped_note")]
         self.labels_note, self.skipped_note = ("; ".join(filter(None, found)) for found in notes)
         labelled = [source for source in sources if source.class_names]
-        self.class_names: list[str] | None = None
-        self._labels: np.ndarray | None = None
+        class_names: list[str] | None = None
+        labels: np.ndarray | None = None
         if labelled and len(labelled) < len(sources):
             without = next(source for source in sources if not source.class_names)
             raise DataError(
@@ -137,14 +121,14 @@ class SeveralSources:
                 "--config.data.labels=none uses neither"
             )
         if labelled:
-            self.class_names = sorted({name for source in labelled for name in source.class_names or ()})
-            number = {name: i for i, name in enumerate(self.class_names)}
+            class_names = sorted({name for source in labelled for name in source.class_names or ()})
+            number = {name: i for i, name in enumerate(class_names)}
             parts = []
             for source in sources:
                 table = np.array([*(number[name] for name in source.class_names or ()), -1], np.int32)
                 parts.append(table[source.labels()])
-            self._labels = np.concatenate(parts)
-        self.num_classes = len(self.class_names) if self.class_names else None
+            labels = np.concatenate(parts)
+        super().__init__(labels, class_names)
 
     def __len__(self) -> int:
         return int(self._ends[-1])
@@ -153,18 +137,13 @@ class SeveralSources:
         which = int(np.searchsorted(self._ends, index, side="right"))
         return self.sources[which], index - (int(self._ends[which - 1]) if which else 0)
 
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        index = checked_index(index, len(self))
+    def read(self, index: int) -> Any:
         source, inner = self._place(index)
-        example = source[inner]
-        return example if self._labels is None else {**example, "label": int(self._labels[index])}
+        return source[inner]["image"]
 
     def name(self, index: int) -> str:
         source, inner = self._place(index)
         return source.name(inner)
-
-    def labels(self) -> np.ndarray | None:
-        return self._labels
 
 
 def open_folders(where: str, options: Options) -> FolderSource | SeveralSources:

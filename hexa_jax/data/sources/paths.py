@@ -1,5 +1,6 @@
 """Names of examples, kept small, and the classes that their folders stand for."""
 
+import collections
 import logging
 import os
 import re
@@ -8,6 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from hexa_jax.data.formats import missing_formats
 from hexa_jax.data.source import DataError
 
 FOLDER_LABELS = ("auto", "folders", "none")
@@ -24,15 +26,15 @@ class Names:
 
     def __init__(self, names: Iterable[bytes]):
         names = list(names)
-        self.block = b"".join(names)
-        self.ends = np.cumsum([len(name) for name in names], dtype=np.int64)
+        self._block = b"".join(names)
+        self._ends = np.cumsum([len(name) for name in names], dtype=np.int64)
 
     def __len__(self) -> int:
-        return len(self.ends)
+        return len(self._ends)
 
     def __getitem__(self, index: int) -> str:
-        start = self.ends[index - 1] if index else 0
-        return os.fsdecode(self.block[start : self.ends[index]])
+        start = self._ends[index - 1] if index else 0
+        return os.fsdecode(self._block[start : self._ends[index]])
 
 
 class FolderClasses(NamedTuple):
@@ -129,8 +131,16 @@ def classes_of_texts(texts: list[str]) -> tuple[np.ndarray | None, list[str] | N
     return np.array([ids[text] for text in texts], np.int32), known
 
 
-def number_of_classes(labels: np.ndarray | None, class_names: list[str] | None) -> int | None:
-    """Return how many classes labels are of; None without labels."""
-    if labels is None:
-        return None
-    return max(int(labels.max(initial=-1)) + 1, len(class_names or ())) or None
+def readable(paths: list[bytes], origin: str) -> tuple[np.ndarray, str]:
+    """Return which images are of a format that can be read here, bool [N], and one line about the others.
+
+    Raises:
+        DataError: none is.
+    """
+    missing = {ending.encode(): need for ending, need in missing_formats().items()}
+    needs = [missing.get(os.path.splitext(path)[1].lower()) for path in paths]
+    counts = collections.Counter(need for need in needs if need)
+    note = "; ".join(f"{origin}: {count} images are skipped, because {need}" for need, count in counts.items())
+    if note and counts.total() == len(paths):
+        raise DataError(note)
+    return np.array([need is None for need in needs], bool), note

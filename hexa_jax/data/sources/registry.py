@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable
 from typing import NamedTuple
 
-from hexa_jax.data.source import DataError, Source
+from hexa_jax.data.source import DataError, Source, StoredSource
 from hexa_jax.storage.gcs import is_remote
 
 
@@ -16,7 +16,7 @@ class Options:
     """What a config says of its sources besides the spec; each kind reads what concerns it.
 
     Attributes:
-        labels: "auto", "folders" or "none": whether the sub-folders of an image are its class.
+        labels: "auto", "folders" (the sub-folders of images are their classes) or "none".
         seed, image_size, num_examples: which shapes to draw.
         data_dir: where tfds data sets were prepared, and what relative paths start from.
         data_cache: local folder for indices and copies of what is in a bucket; empty: none.
@@ -132,11 +132,14 @@ def open_spec(spec: str, options: Options) -> Source:
         DataError: nothing usable is there; one line says what and what to do.
     """
     kind, colon, rest = spec.partition(":")
-    if kind in SOURCES and (rest or SOURCES[kind].usage.startswith(f"{kind}[")):
-        return SOURCES[kind].open(rest, options)
-    bare = _kind_of_path(spec, options)
-    if bare:
-        return SOURCES[bare].open(spec, options)
+    if not (kind in SOURCES and (rest or SOURCES[kind].usage.startswith(f"{kind}["))):
+        kind, rest = _kind_of_path(spec, options), spec
+    if kind:
+        source = SOURCES[kind].open(rest, options)
+        if options.labels == "none" and isinstance(source, StoredSource):
+            source.forget_labels()
+        return source
+    kind, colon, rest = spec.partition(":")
     near = difflib.get_close_matches(kind, list(SOURCES), n=1, cutoff=0.6) if colon else []
     hint = f"; did you mean {near[0]}:{rest}?" if near and near[0] != kind else ":"
     known = ", ".join(each.usage for each in SOURCES.values())
