@@ -26,6 +26,7 @@ from hexa_jax.data.sources import (
     load_arrays,
     make_source,
     parquet,
+    paths,
     tar,
 )
 from hexa_jax.training.factory import open_training_source
