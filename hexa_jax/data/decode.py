@@ -1,4 +1,4 @@
-"""Host-side pixels: encoded bytes to RGB, random resized crops with flips, and the centre crop of evaluation.
+"""Host-side pixels: encoded bytes to RGB, random resized crops with flips and turns, and the centre crop of evaluation.
 
 Every random number of a crop comes from `crop_generator(seed, epoch, index, crop)`, so a crop depends on those four
 integers only, and on no worker, process or order of visits.
@@ -102,8 +102,10 @@ def random_resized_crop(
     scale: tuple[float, float] = (0.2, 1.0),
     ratio: tuple[float, float] = (3 / 4, 4 / 3),
     flip: float = 0.5,
+    vertical_flip: float = 0.0,
+    quarter_turns: bool = False,
 ) -> np.ndarray:
-    """torchvision's RandomResizedCrop followed by RandomHorizontalFlip.
+    """torchvision's RandomResizedCrop followed by RandomHorizontalFlip, RandomVerticalFlip and quarter turns.
 
     Ten tries of a box with area U(scale) of the image and log-uniform aspect ratio; then the largest central box whose
     ratio is allowed. The box is resized with `resize`.
@@ -115,13 +117,24 @@ def random_resized_crop(
       scale: smallest and largest share of the image's area.
       ratio: smallest and largest width / height.
       flip: probability of mirroring left and right.
+      vertical_flip: probability of mirroring top and bottom.
+      quarter_turns: whether to turn by 0, 1, 2 or 3 quarters counter-clockwise, each as likely.
     Returns:
       uint8 [S, S, 3].
     """
     mirrored = generator.random() < flip
     top, left, height, width = _crop_box(image.shape[0], image.shape[1], generator, scale, ratio)
     crop = resize(image[top : top + height, left : left + width], size, size)
-    return cv2.flip(crop, 1) if mirrored else crop
+    if mirrored:
+        crop = cv2.flip(crop, 1)
+    if vertical_flip or quarter_turns:
+        # Drawn last and both together, so that neither setting changes the numbers that other draws see.
+        u_vertical, u_turn = generator.random(2).tolist()
+        if u_vertical < vertical_flip:
+            crop = cv2.flip(crop, 0)
+        if quarter_turns and (turns := int(4 * u_turn)):
+            crop = np.ascontiguousarray(np.rot90(crop, turns))
+    return crop
 
 
 def resize_center_crop(image: np.ndarray, short_side: int, crop: int) -> np.ndarray:

@@ -331,6 +331,21 @@ def test_crop_shows_its_box_and_half_are_mirrored():
     )
 
 
+def test_crops_are_turned_and_flipped_without_changing_the_box():
+    image, seen = picture(90, 70), set()
+    for i in range(200):
+        generator = crop_generator(3, 1, i, 1)
+        upright = random_resized_crop(image, generator, 16)
+        u_vertical, u_turn = generator.random(2)
+        both = random_resized_crop(image, crop_generator(3, 1, i, 1), 16, vertical_flip=0.5, quarter_turns=True)
+        np.testing.assert_array_equal(both, np.rot90(upright[::-1] if u_vertical < 0.5 else upright, int(4 * u_turn)))
+        assert both.flags.c_contiguous
+        seen.add((u_vertical < 0.5, int(4 * u_turn)))
+        only = random_resized_crop(image, crop_generator(3, 1, i, 1), 16, vertical_flip=0.5)
+        np.testing.assert_array_equal(only, upright[::-1] if u_vertical < 0.5 else upright)
+    assert len(seen) == 8
+
+
 @pytest.mark.parametrize("size", [(1, 1), (1, 7), (3, 2), (500, 375)])
 def test_any_image_can_be_cropped(size):
     crop = random_resized_crop(np.full((*size, 3), 77, np.uint8), crop_generator(0, 0, 0, 0), 24)
