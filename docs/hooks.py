@@ -122,5 +122,5 @@ def sources() -> str:
         " folder or file whose kind is clear. GLOB is a file, a folder, or a pattern with `*`, `?` and `**`.\n\n"
         "| source | what it reads |\n|---|---|"
     ]
-    parts += [f"| `{kind.usage}` | {kind.summary} |".replace("|test", "\\|test") for kind in SOURCES.values()]
+    parts += [f"| `{kind.usage}` | {kind.summary} |" for kind in SOURCES.values()]
     return "\n".join(parts) + "\n"

@@ -186,11 +186,11 @@ def _resize_knn_images(config: ConfigDict, recipe: ConfigDict) -> None:
 
 
 def _data_set(source: str) -> str:
-    """What a source's splits have in common: tfds:NAME/CONFIG, shapes, or all of it."""
+    """What a source's splits have in common: tfds:NAME/CONFIG, hf:NAME, shapes, or all of it."""
     kind, _, rest = source.partition(":")
     if kind == "shapes":
         return kind
-    return f"{kind}:{rest.partition(':')[0]}" if kind == "tfds" else source
+    return f"{kind}:{rest.partition(':')[0]}" if kind in ("tfds", "hf") else source
 
 
 def _numbers(values: Iterable[Any]) -> list[Any]:

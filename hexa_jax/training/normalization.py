@@ -31,15 +31,18 @@ def settle_normalization(config: ConfigDict, workdir: pathlib.Path, source: Sour
     choose("data.normalization", config.data.normalization, dict.fromkeys(("fixed", "measured")))
     if config.data.normalization != "measured":
         return
-    # All look before the main process writes.
-    if not processes.broadcast_from_main(int((workdir / NORMALIZATION).exists())):
-        mean, std, images = _of_main(measure_pixels(source))
+    known = processes.broadcast_from_main(int((workdir / NORMALIZATION).exists()))
+    if known:
+        apply_normalization(config, workdir)
+        found = PixelStatistics(tuple(config.data.pixel_mean), tuple(config.data.pixel_std), 0)
+    else:
+        found = measure_pixels(source)
+    mean, std, images = _of_main(found)
+    config.data.pixel_mean, config.data.pixel_std = mean, std
+    if not known:
         write_json(workdir / NORMALIZATION, {"pixel_mean": mean, "pixel_std": std, "images": images})
-        config.data.pixel_mean, config.data.pixel_std = mean, std
         shown = ["({})".format(", ".join(f"{value:.4f}" for value in values)) for values in (mean, std)]
         log(f"pixels of {images} images: mean {shown[0]}, standard deviation {shown[1]}")
-    else:
-        apply_normalization(config, workdir)
     write_json(workdir / "config.json", config.to_dict())
 
 

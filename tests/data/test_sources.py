@@ -16,6 +16,7 @@ from PIL import Image
 
 from configs import common
 from hexa_jax.data.decode import BadImage, decode
+from hexa_jax.data.pipeline import BadImages, read_or_replace
 from hexa_jax.data.shapes import ShapesSource, make_shapes
 from hexa_jax.data.sources import (
     SOURCES,
@@ -620,6 +621,16 @@ def test_frames_of_videos(tmp_path):
         both[3]
     assert "must be positive" in one_line(f"video:{tmp_path}/v", video_seconds=0.0)
     assert "holds no video (mp4, " in one_line(f"video:{tree(tmp_path / 'p', '1.png')[7:]}")
+
+
+def test_bad_images_in_a_tar_file_are_replaced_and_counted(tmp_path, caplog):
+    members = [("0.png", BYTES[0]), ("1.png", b"no image"), ("2.png", BYTES[2])]
+    source = make_source("tar:" + write_tar(tmp_path / "x.tar", members))
+    image, label, failed = read_or_replace(source, 1, 1)
+    assert failed == [1] and label == -1
+    np.testing.assert_array_equal(image, decode(BYTES[2], "2.png"))
+    BadImages(source, 0.5).add(failed)
+    assert f"cannot read {tmp_path}/x.tar/1.png: its slot is filled by the next readable image" in caplog.text
 
 
 @pytest.mark.parametrize("kind, package", [("parquet", "pyarrow"), ("hf", "datasets"), ("video", "av")])

@@ -767,7 +767,7 @@ def page_sections():
     [
         ("A view", {"clean", "erased"}),
         ("A method", {"clean", "adversarial", "cutmix"}),
-        ("A source", {"clean", "adversarial"}),
+        ("A source", {"clean"}),
     ],
 )
 def test_the_page_on_extending_runs_as_printed(tmp_path, title, losses):

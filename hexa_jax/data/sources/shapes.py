@@ -17,7 +17,7 @@ def open_shapes(where: str, options: Options) -> ShapesSource:
 register(
     "shapes",
     open_shapes,
-    usage="shapes[:train|test]",
-    summary="ten classes told apart by shape alone, drawn from a seed: `config.data.shapes_count` images of "
-    "`config.data.shapes_size` pixels",
+    usage="shapes[:SPLIT]",
+    summary="ten classes told apart by shape alone, drawn from a seed, with the splits train and test: "
+    "`config.data.shapes_count` images of `config.data.shapes_size` pixels",
 )
