@@ -10,8 +10,8 @@ from ml_collections import ConfigDict, config_flags
 
 from hexa_jax.core.errors import ConfigError
 from hexa_jax.core.recipes import RecipeError, recipe_file
-from hexa_jax.evals.tasks.image_size import size_after_change
 from hexa_jax.data.domains import set_domain
+from hexa_jax.evals.tasks.image_size import size_after_change
 from hexa_jax.parallel.processes import Placement
 from hexa_jax.storage.workdir import closest, flatten
 
