@@ -147,7 +147,8 @@ def test_runs_of_before_these_settings_go_on_and_are_evaluated(tmp_path):
     folder = open_workdir(str(tmp_path / "run"), config)
     saved = json.loads((folder / "config.json").read_text())
     for key in ADDED:
-        del saved["data"][key.removeprefix("data.")]
+        group, _, name = key.rpartition(".")
+        del saved[group][name]
     (folder / "config.json").write_text(json.dumps(saved))
     old = _config_of_run(str(folder))
     assert flatten(old.to_dict()) == flatten(config.to_dict())

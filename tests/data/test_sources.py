@@ -15,6 +15,7 @@ import pytest
 from PIL import Image
 
 from configs import common
+from hexa_jax.cli.words import source_of
 from hexa_jax.data.decode import BadImage, decode
 from hexa_jax.data.pipeline import BadImages, read_or_replace
 from hexa_jax.data.shapes import ShapesSource, make_shapes
@@ -23,6 +24,7 @@ from hexa_jax.data.sources import (
     ArraySource,
     DataError,
     FolderSource,
+    absolute_spec,
     folder,
     load_arrays,
     make_source,
@@ -452,6 +454,27 @@ def test_the_kind_of_a_bare_path_is_recognized(tmp_path):
         assert type(make_source(bare)) is type(make_source(spec)) and len(make_source(bare)) == 3
     relative = make_source("list.txt", data_dir=str(tmp_path))
     assert relative[2]["image"] == BYTES[2]
+
+
+def test_specs_are_made_absolute(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a, b").mkdir()
+    for spec, expected in {
+        "folder:a, b": f"folder:{tmp_path}/a, b",
+        "folder:x, y": f"folder:{tmp_path}/x,{tmp_path}/y",
+        "tar:x/*.tar": f"tar:{tmp_path}/x/*.tar",
+        "list:/l.txt": "list:/l.txt",
+        "arrays:gs://b/x.npz": "arrays:gs://b/x.npz",
+        "x.npz": f"{tmp_path}/x.npz",
+        "tfds:cifar10:test": "tfds:cifar10:test",
+        "hf:owner/name:test": "hf:owner/name:test",
+        "shapes": "shapes",
+    }.items():
+        assert absolute_spec(spec) == expected
+    assert source_of(["x", "y"]) == f"folder:{tmp_path}/x,{tmp_path}/y" and source_of(["x"]) == f"folder:{tmp_path}/x"
+    (tmp_path / "l.txt").write_text("a.png")
+    assert source_of(["l.txt"]) == f"{tmp_path}/l.txt" and source_of(["*.tar"]) == f"{tmp_path}/*.tar"
+    assert source_of(["shapes"]) == "shapes" and source_of(["tar:s-*.tar"]) == f"tar:{tmp_path}/s-*.tar"
 
 
 def test_lists(tmp_path):

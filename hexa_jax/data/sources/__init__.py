@@ -3,7 +3,7 @@
 from typing import Any
 
 from hexa_jax.data.source import DataError, Source
-from hexa_jax.data.sources.registry import SOURCES, Options, open_spec, register
+from hexa_jax.data.sources.registry import SOURCES, Options, absolute_spec, open_spec, register
 
 # Each module registers its kind; messages and the docs list them in this order.
 from hexa_jax.data.sources.folder import FolderSource  # isort: skip
@@ -17,8 +17,8 @@ from hexa_jax.data.sources import video as _video  # noqa: F401  # isort: skip
 from hexa_jax.data.sources import shapes as _shapes  # noqa: F401  # isort: skip
 
 __all__ = [
-    "SOURCES", "ArraySource", "DataError", "FolderSource", "Options", "Source", "TfdsSource", "load_arrays", "make_source",
-    "register",
+    "SOURCES", "ArraySource", "DataError", "FolderSource", "Options", "Source", "TfdsSource", "absolute_spec", "load_arrays",
+    "make_source", "register",
 ]  # fmt: skip
 
 

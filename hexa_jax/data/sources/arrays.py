@@ -130,4 +130,5 @@ register(
     "`labels` (integers [N]) and `class_names` of a NumPy file; one written by `np.savez` may be "
     "larger than the memory",
     suffixes=(".npz",),
+    paths=True,
 )

@@ -166,4 +166,5 @@ register(
     usage="folder:DIR[,DIR...]",
     summary="any tree of JPEG, PNG, WebP, BMP, TIFF, GIF, AVIF and, with `pip install pillow-heif`, HEIC "
     "files; sub-folders are classes if they look like it (`config.data.labels`)",
+    paths=True,
 )

@@ -77,4 +77,5 @@ register(
     summary="image files, one path a line, relative to the list's own folder; a tab and a label (a class's "
     "name or number) may follow",
     suffixes=(".txt", ".tsv", ".lst"),
+    paths=True,
 )

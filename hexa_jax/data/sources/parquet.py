@@ -180,4 +180,5 @@ register(
     summary="Parquet files as on the Hugging Face Hub: a column of `{bytes, path}` or of bytes, and one of labels "
     "(`config.data.image_column`, `config.data.label_column`); needs `pip install pyarrow`",
     suffixes=(".parquet",),
+    paths=True,
 )

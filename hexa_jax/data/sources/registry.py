@@ -84,12 +84,14 @@ class Kind(NamedTuple):
         summary: what it reads, for the table in docs/data.md.
         open: gives the source for what follows the colon; DataError in one line otherwise.
         suffixes: endings of the files by which a bare path is recognized as being of this kind.
+        paths: whether what follows the colon is a path, a pattern of paths, or several with commas.
     """
 
     usage: str
     summary: str
     open: Callable[[str, Options], Source]
     suffixes: tuple[str, ...] = ()
+    paths: bool = False
 
 
 SOURCES: dict[str, Kind] = {}
@@ -102,18 +104,19 @@ def register(
     usage: str,
     summary: str,
     suffixes: tuple[str, ...] = (),
+    paths: bool = False,
 ) -> None:
     """Make a kind of source known to configs: `config.data.source = "NAME:..."` opens it.
 
     Args:
         name: what stands before the colon.
         open_source: takes what follows the colon, and the options.
-        usage, summary, suffixes: see `Kind`.
+        usage, summary, suffixes, paths: see `Kind`.
 
     Raises:
         ValueError: another kind has the name, or it holds a colon or a slash.
     """
-    kind = Kind(usage, summary, open_source, suffixes)
+    kind = Kind(usage, summary, open_source, suffixes, paths)
     if not name or not name.isidentifier():
         raise ValueError(f"{name!r} is no name for a kind of source: letters, digits and _")
     if name in SOURCES and SOURCES[name] != kind:
@@ -144,6 +147,20 @@ def open_spec(spec: str, options: Options) -> Source:
     hint = f"; did you mean {near[0]}:{rest}?" if near and near[0] != kind else ":"
     known = ", ".join(each.usage for each in SOURCES.values())
     raise DataError(f"unknown data source {spec!r}{hint} use the path of a folder or file, or one of {known}")
+
+
+def absolute_spec(spec: str) -> str:
+    """Return a spec whose paths do not depend on the folder that a program is started in."""
+    kind, colon, rest = spec.partition(":")
+    if colon and kind in SOURCES:
+        return f"{kind}:{_absolute(rest)}" if SOURCES[kind].paths else spec
+    return spec if spec in SOURCES and not os.path.exists(spec) else _absolute(spec)
+
+
+def _absolute(paths: str) -> str:
+    parts = [paths] if os.path.exists(os.path.expanduser(paths)) else paths.split(",")
+    parts = [part.strip() if len(parts) > 1 else part for part in parts]
+    return ",".join(part if is_remote(part) else os.path.abspath(os.path.expanduser(part)) for part in parts)
 
 
 def _kind_of_path(spec: str, options: Options) -> str:

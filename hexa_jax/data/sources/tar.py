@@ -217,4 +217,5 @@ register(
     summary="images in tar files, such as webdataset shards (`tar:shards/train-*.tar`); labels from `.cls` or "
     "`.json` members, or by folder; the first start writes an index beside each file",
     suffixes=(".tar",),
+    paths=True,
 )

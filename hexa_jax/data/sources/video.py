@@ -119,4 +119,5 @@ register(
     usage="video:GLOB",
     summary="frames of videos, one every `config.data.video_seconds` seconds; needs `pip install av` (PyAV)",
     suffixes=VIDEO_SUFFIXES,
+    paths=True,
 )
