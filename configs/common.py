@@ -140,13 +140,16 @@ def get_config() -> ml_collections.ConfigDict:
     optimizer.decay = 0.1  # steps
 
     config.data = data = ml_collections.ConfigDict()
-    data.source = "tfds:imagenet2012:train"  # tfds:NAME[/CONFIG][:SPLIT], folder:DIR, arrays:FILE.npz, shapes
+    data.source = "tfds:imagenet2012:train"  # a folder or file, or KIND:WHERE: docs/own_images.md lists the kinds
     # Held-out examples for the online kNN and linear probe, and for evaluations of the run. Empty: leave-one-out kNN on the
     # training images. A recipe's own are left out where --config.data.source names another data set.
     data.eval_source = ""
-    # Whether the sub-folders of a folder:DIR are its classes, which nothing but accuracies uses: auto (yes, unless their names
-    # are dates or images lie beside them), folders (yes) or none.
+    # Whether the sub-folders of images are their classes, which nothing but accuracies uses: auto (yes, unless their names are
+    # dates or images lie beside them), folders (yes) or none, which leaves out labels of other kinds, too.
     data.labels = "auto"
+    data.image_column = ""  # parquet, hf: the column of images; empty: found by types and names
+    data.label_column = ""  # parquet, hf: the column of labels, likewise
+    data.video_seconds = 1.0  # video: time between two frames
     data.limit = 0  # use so many examples, spread evenly over the data set; 0: all
     data.shapes_size = 32  # shapes: side in pixels
     data.shapes_count = 10_000  # shapes: number of images
@@ -154,10 +157,19 @@ def get_config() -> ml_collections.ConfigDict:
     data.crop_size = (224,)
     data.min_scale = (0.2,)  # share of the image's area
     data.max_scale = (1.0,)
+    data.aspect_ratio = (0.75, 1.3333333333333333)  # smallest and largest width / height of a crop's box
+    data.flip = "horizontal"  # crops mirrored with probability 1/2 each: none, horizontal, vertical or both
+    data.quarter_turns = False  # and turned by 0 to 3 quarters: for images without an up and a down
+    # Augmentation for a kind of images in place of the recipe's: natural, aerial, microscopy or grey (hexa_jax/data/domains.py).
+    # The command line sets it; settings of the same command count more. Empty: the recipe's own.
+    data.domain = ""
     data.on_device = False  # keep the whole data set on each device and cut crops there (small images of one size)
     # More unreadable images than this share of all stop the run; a handful (10, or 5 % of fewer than 200) never does, unless
     # this is 0. It may change when a run is resumed.
     data.max_bad_fraction = 0.001
+    # measured: pixel_mean and pixel_std are computed from a fixed sample of the training images at the first start, and recorded
+    # in the workdir; fixed: those given here.
+    data.normalization = "fixed"
     data.pixel_mean = (0.485, 0.456, 0.406)
     data.pixel_std = (0.229, 0.224, 0.225)
 

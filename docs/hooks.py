@@ -1,4 +1,4 @@
-"""Pages of the documentation that are made from the code: config keys and recipes (called by mkdocs)."""
+"""Pages of the documentation that are made from the code: config keys, recipes and data sources (called by mkdocs)."""
 
 import ast
 import io
@@ -15,7 +15,7 @@ SKIPPED = {"__init__.py", "common.py"}
 
 def on_files(files: Files, config: Any) -> Files:
     """Add the generated pages to those of the folder."""
-    pages = {"reference/config.md": config_keys(), "reference/recipes.md": recipes()}
+    pages = {"reference/config.md": config_keys(), "reference/recipes.md": recipes(), "reference/sources.md": sources()}
     for path, text in pages.items():
         files.append(File.generated(config, path, content=text))
     return files
@@ -111,3 +111,16 @@ def recipes() -> str:
             parts.append(f"| `{path.stem}` | {_plain(first)} |")
         parts.append("")
     return "\n".join(parts)
+
+
+def sources() -> str:
+    """The page of all kinds of sources, as they are registered."""
+    from hexa_jax.data.sources import SOURCES  # of the checkout that mkdocs is started in
+
+    parts = [
+        "# Data sources\n\nWhat `--config.data.source` and `--config.data.eval_source` take: one of these, or the path of a"
+        " folder or file whose kind is clear. GLOB is a file, a folder, or a pattern with `*`, `?` and `**`.\n\n"
+        "| source | what it reads |\n|---|---|"
+    ]
+    parts += [f"| `{kind.usage}` | {kind.summary} |" for kind in SOURCES.values()]
+    return "\n".join(parts) + "\n"

@@ -52,7 +52,14 @@ SMALL = {
     "runtime.log_every": 1,
     "runtime.checkpoint_every": 3,
 }
-DEEPCLUSTER = {**SMALL, "deepcluster.num_clusters": 8}
+# All that crops can have, so that it is resumed, too.
+DOMAIN = {
+    "data.flip": "both",
+    "data.quarter_turns": True,
+    "data.aspect_ratio": "(0.5, 2.0)",
+    "data.normalization": "measured",
+}
+DEEPCLUSTER = {**SMALL, **DOMAIN, "deepcluster.num_clusters": 8}
 MOCO = {**SMALL, "moco.queue_size": 32, "views.cutmix.weight": 1.0}
 FILES = {"deepcluster": "quickstart.py", "moco": "hexa_moco.py"}
 TIMED = ("images_per_second", "input_wait")  # metrics that are of no two runs the same

@@ -195,7 +195,7 @@ def test_data(mistake, tmp_path):
     assert line(f"folder:{tmp_path}/empty").startswith(f"folder:{tmp_path}/empty holds no image")
     assert line(f"arrays:{tmp_path}/none.npz") == f"arrays:{tmp_path}/none.npz does not exist"
     assert line(f"arrays:{tmp_path}/text.npz").startswith(f"arrays:{tmp_path}/text.npz is not a readable npz file")
-    assert line("flder:x").startswith("unknown data source 'flder:x': use folder:DIR")
+    assert line("flder:x").startswith("unknown data source 'flder:x'; did you mean folder:x?")
     assert line("shapes:tset") == "unknown data source 'shapes:tset': use shapes:train or shapes:test"
 
 

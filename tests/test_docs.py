@@ -10,6 +10,7 @@ from command_line import REPOSITORY
 from ml_collections import ConfigDict
 
 from configs.common import get_config
+from hexa_jax.data.sources import SOURCES
 from hexa_jax.storage.workdir import flatten
 
 
@@ -39,6 +40,12 @@ def test_every_recipe_is_listed_with_its_first_sentence(site):
     for path in REPOSITORY.glob("configs/**/*.py"):
         if path.stem not in ("__init__", "common"):
             assert re.search(rf"<td><code>{path.stem}</code></td>\s*<td>\S", page), path
+
+
+def test_every_kind_of_source_is_listed(site):
+    page = (site / "reference" / "sources" / "index.html").read_text()
+    for kind in SOURCES.values():
+        assert f"<td><code>{kind.usage}</code></td>" in page, kind.usage
 
 
 def test_the_public_functions_are_documented(site):

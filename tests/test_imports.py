@@ -96,7 +96,7 @@ def test_the_parser_sees_imports():
     assert own(MODULES["models.heads"]) == {"models.norm", "models.resnet"}
     assert {"training.step", "core.batch"} <= own(MODULES["training.input"]) and len(MODULES) > 25
     assert "report.page" in own(MODULES["training.loop"])  # from hexa_jax.report import page
-    lazy = imported(MODULES["data.tfds_source"]) - imported(MODULES["data.tfds_source"], module_level=True)
+    lazy = imported(MODULES["data.sources.tfds"]) - imported(MODULES["data.sources.tfds"], module_level=True)
     assert lazy == {"tensorflow_datasets"}
 
 

@@ -25,6 +25,9 @@ def get_config(task: str) -> ml_collections.ConfigDict:
     data.source = ""  # labelled training examples; empty: those of the pre-training run
     data.eval_source = ""  # held-out ones
     data.labels = "auto"  # folder:DIR: whether its sub-folders are the classes: auto, folders or none
+    data.image_column = ""  # as in configs/common.py, for sources named here
+    data.label_column = ""
+    data.video_seconds = 1.0
     data.resize = 0  # short side in pixels; 0: as the network was trained, see hexa_jax/evals/tasks/image_size.py
     data.crop = 0  # centre crop in pixels, likewise
     data.squash = False  # the whole image, squashed to data.crop x data.crop, instead of its centre

@@ -54,8 +54,12 @@ def _positive(text: str) -> int:
 
 
 def source_of(images: str) -> str:
-    """The source string of an IMAGES argument: a plain path is a folder."""
-    if re.match(r"[a-z]+:", images) or (images == "shapes" and not os.path.isdir(images)):
+    """The source string of an IMAGES argument: a path is a folder, or a file whose ending tells the kind."""
+    if (
+        re.match(r"[a-z_]+:", images)
+        or os.path.isfile(os.path.expanduser(images))
+        or (images == "shapes" and not os.path.isdir(images))
+    ):
         return images
     return f"folder:{images}"
 
@@ -67,9 +71,10 @@ def open_collection(options: Any) -> tuple[Backbone, Source, tuple[int, int]]:
     backbone = load_backbone(options.weights)
     drawn = {}
     if backbone.config is not None:
-        # Shapes as the run drew them; other sources ignore it.
+        # Shapes as the run drew them, columns and seconds as it read them; other sources ignore it.
         data = backbone.config.data
         drawn = {"image_size": data.shapes_size, "num_examples": data.shapes_count}
+        drawn |= {name: data[name] for name in ("image_column", "label_column", "video_seconds")}
     source = make_source(source_of(options.images), data_dir=options.data_dir, **drawn)
     if options.clusters and options.clusters > len(source):
         raise DataError(f"--clusters={options.clusters} is more than the {len(source)} images")

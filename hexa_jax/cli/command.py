@@ -10,6 +10,7 @@ from ml_collections import ConfigDict, config_flags
 
 from hexa_jax.core.errors import ConfigError
 from hexa_jax.core.recipes import RecipeError, recipe_file
+from hexa_jax.data.domains import set_domain
 from hexa_jax.evals.tasks.image_size import size_after_change
 from hexa_jax.parallel.processes import Placement
 from hexa_jax.storage.workdir import closest, flatten
@@ -57,6 +58,11 @@ def parse_command(argv: list[str]) -> Command:
     if values.workdir is None:
         raise ConfigError(f"--workdir is missing: {HELP}")
     _check_tuples(known, flatten(values.config.to_dict()), overrides)
+    data = values.config.get("data", ConfigDict())
+    if data.get("domain"):
+        set_domain(values.config, data.domain, keep=overrides)
+    if data.get("normalization") == "measured" and (given := {"data.pixel_mean", "data.pixel_std"} & set(overrides)):
+        raise ConfigError(f"--config.{min(given)} is given, and data.normalization=measured would measure it: use one")
     if "data.source" in overrides and "data.eval_source" not in overrides:
         _leave_out_foreign_images(values.config.data, defaults.data)
     if "data.crop_size" in overrides and not {"knn.resize", "knn.crop"} & set(overrides):
@@ -180,11 +186,11 @@ def _resize_knn_images(config: ConfigDict, recipe: ConfigDict) -> None:
 
 
 def _data_set(source: str) -> str:
-    """What a source's splits have in common: tfds:NAME/CONFIG, shapes, or all of it."""
+    """What a source's splits have in common: tfds:NAME/CONFIG, hf:NAME, shapes, or all of it."""
     kind, _, rest = source.partition(":")
     if kind == "shapes":
         return kind
-    return f"{kind}:{rest.partition(':')[0]}" if kind == "tfds" else source
+    return f"{kind}:{rest.partition(':')[0]}" if kind in ("tfds", "hf") else source
 
 
 def _numbers(values: Iterable[Any]) -> list[Any]:

@@ -3,7 +3,7 @@
 hexa pretrain IMAGES [--workdir=W] [--recipe=NAME] [--init=WEIGHTS] [--epochs=N] [--labelled=FOLDER] [--dry-run]
               [--extend] [--config.key=value ...]
 
-IMAGES      a folder, several folders, or a source such as arrays:FILE.npz or tfds:NAME:SPLIT
+IMAGES      a folder, several folders, or a source such as tar:GLOB, list:FILE.txt or tfds:NAME:SPLIT
 --workdir   the folder of the run; by default runs/ and the name of the folder of images. Starting
             again in it goes on where the run was, with the settings of its first start
 --recipe    a recipe by name (hexa recipes lists them), changed only where it could not work
@@ -45,6 +45,7 @@ from hexa_jax.cli.guard import guarded
 from hexa_jax.cli.words import Mistake, only_settings, parser, source_of
 from hexa_jax.core.console import log
 from hexa_jax.core.recipes import recipe_file
+from hexa_jax.data.sources import SOURCES
 from hexa_jax.parallel.processes import TPU_VM, launcher
 from hexa_jax.storage import gcs
 from hexa_jax.storage.workdir import flatten
@@ -199,7 +200,7 @@ def _init(name: str) -> str:
 def _name_of(source: str) -> str:
     """A name for the run on some images."""
     kind, _, rest = source.partition(":")
-    stem = pathlib.PurePath(rest.split(",")[0].rstrip("/")).name if kind in ("folder", "arrays") else source
+    stem = pathlib.PurePath(rest.split(",")[0].rstrip("/")).name if kind in SOURCES and SOURCES[kind].paths else source
     return re.sub(r"[^\w.-]+", "_", pathlib.PurePath(stem).stem or kind)
 
 

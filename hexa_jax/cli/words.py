@@ -1,10 +1,12 @@
 """What the commands of `hexa` share: how their words are read, and what an IMAGES argument means."""
 
+import glob
 import os
 import re
 from collections.abc import Sequence
 
 from hexa_jax.core.arguments import Parser
+from hexa_jax.data.sources import SOURCES, absolute_spec
 
 
 class Mistake(ValueError):
@@ -33,21 +35,17 @@ def source_of(images: Sequence[str]) -> str:
     """Return the config's name of what IMAGES arguments mean.
 
     Args:
-        images: folders, or one source such as arrays:FILE.npz or tfds:NAME:SPLIT. Paths are made
-            absolute, so that the run can be opened from any folder later.
+        images: folders, or one source such as tar:GLOB or tfds:NAME:SPLIT, or a file whose ending
+            tells the kind. Paths are made absolute, so that the run can be opened from any folder
+            later.
 
     Raises:
         Mistake: several sources.
     """
-    if len(images) == 1 and (re.match(r"[a-z_]+:", images[0]) or images[0] == "shapes"):
-        kind, _, rest = images[0].partition(":")
-        plain = kind in ("folder", "arrays") and "://" not in rest
-        return f"{kind}:{_absolute(rest)}" if plain else images[0]
-    named = next((text for text in images if re.match(r"[a-z_]+:", text)), None)
-    if named:
+    if len(images) > 1 and (named := next((text for text in images if re.match(r"[a-z_]+:", text)), None)):
         raise Mistake(f"{named} cannot be combined with others: give folders, or one source")
-    return "folder:" + ",".join(map(_absolute, images))
-
-
-def _absolute(path: str) -> str:
-    return os.path.abspath(os.path.expanduser(path))
+    if len(images) > 1:
+        return absolute_spec("folder:" + ",".join(images))
+    spec = absolute_spec(images[0])
+    is_file = os.path.isfile(spec) or glob.has_magic(spec)
+    return spec if is_file or re.match(r"[a-z_]+:", spec) or spec in SOURCES else f"folder:{spec}"

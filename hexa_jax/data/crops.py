@@ -13,14 +13,20 @@ from hexa_jax.core.batch import Batch
 from hexa_jax.data.augment import Photometric, augment
 from hexa_jax.data.device_crop import random_resized_crop
 
-GEOMETRY, PHOTOMETRY = 0, 1
+GEOMETRY, PHOTOMETRY, TURNS = 0, 1, 2
 
 
 @dataclasses.dataclass(frozen=True)
 class Resolution:
-    """Crops of one size: how many, side in pixels, smallest and largest share of the image's area.
+    """Crops of one size.
 
-    Those that are cut on the host also take smallest and largest width / height, and the probability of a mirrored crop.
+    Attributes:
+        count: how many of each image.
+        size: side in pixels.
+        scale: smallest and largest share of the image's area.
+        ratio: smallest and largest width / height.
+        flip, vertical_flip: probabilities of mirroring left and right, top and bottom.
+        quarter_turns: whether to turn by 0 to 3 quarters, each as likely.
     """
 
     count: int
@@ -28,6 +34,8 @@ class Resolution:
     scale: tuple[float, float]
     ratio: tuple[float, float] = (3 / 4, 4 / 3)
     flip: float = 0.5
+    vertical_flip: float = 0.0
+    quarter_turns: bool = False
 
 
 def crop_number(resolutions: Sequence[Resolution], key_crops: int, crop_set: int) -> int:
@@ -103,7 +111,17 @@ class DeviceCrops:
             crop_keys = jnp.stack([_fold(keys, number + v) for v in group], axis=1).reshape(-1)  # [N * V]
             if data is not None:
                 images = jnp.repeat(data[index], len(group), axis=0)
-                crops = random_resized_crop(_fold(crop_keys, GEOMETRY), images, resolution.size, resolution.scale)
+                crops = random_resized_crop(
+                    _fold(crop_keys, GEOMETRY),
+                    images,
+                    resolution.size,
+                    resolution.scale,
+                    resolution.ratio,
+                    resolution.flip,
+                    resolution.vertical_flip,
+                    resolution.quarter_turns,
+                    _fold(crop_keys, TURNS) if resolution.vertical_flip or resolution.quarter_turns else None,
+                )
             else:
                 assert pixels is not None
                 chosen = pixels[:, group.start : group.stop]

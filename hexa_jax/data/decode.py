@@ -1,21 +1,40 @@
-"""Host-side pixels: encoded bytes to RGB, random resized crops with flips, and the centre crop of evaluation.
+"""Host-side pixels: encoded bytes to RGB, random resized crops with flips and turns, and the centre crop of evaluation.
 
 Every random number of a crop comes from `crop_generator(seed, epoch, index, crop)`, so a crop depends on those four
 integers only, and on no worker, process or order of visits.
 """
 
+import io
 import math
-import struct
-import zlib
-from collections.abc import Iterator
 
 import cv2
 import numpy as np
+from PIL import ImageOps
+from PIL.AvifImagePlugin import AvifImageFile
+from PIL.BmpImagePlugin import BmpImageFile
+from PIL.GifImagePlugin import GifImageFile
+from PIL.ImageFile import ImageFile
+from PIL.JpegImagePlugin import JpegImageFile
+from PIL.PngImagePlugin import PngImageFile
+from PIL.TiffImagePlugin import IMAGELENGTH, IMAGEWIDTH, ImageFileDirectory_v2, TiffImageFile
+from PIL.WebPImagePlugin import WebPImageFile
+
+from hexa_jax.data.formats import missing_formats
+from hexa_jax.data.source import one_line
 
 cv2.setNumThreads(0)  # worker processes are the parallelism; OpenCV's own threads only fight them
 cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
 
 MAX_PIXELS = 178_956_970  # Pillow's limit: twice what fits in 256 MiB of RGB
+READERS = {
+    b"\xff\xd8": JpegImageFile,
+    b"\x89PNG\r\n\x1a\n": PngImageFile,
+    b"RIFF": WebPImageFile,
+    b"GIF8": GifImageFile,
+    b"BM": BmpImageFile,
+    b"II*\0": TiffImageFile,
+    b"MM\0*": TiffImageFile,
+}  # by how files begin
 _MASK = (1 << 64) - 1
 
 
@@ -38,7 +57,7 @@ def decode(data: bytes | np.ndarray, name: str, turn: bool = True) -> np.ndarray
     one. A JPEG with damage inside, but whole, loads as in Pillow; libjpeg itself then writes a line to stderr.
 
     Args:
-      data: JPEG, PNG, GIF, BMP, WebP or TIFF bytes; or pixels, uint8 [H, W, 3], which pass through.
+      data: JPEG, PNG, GIF, BMP, WebP, TIFF, AVIF or HEIC bytes; or pixels, uint8 [H, W, 3], which pass through.
       name: what to call the image in an error, its path for example.
       turn: whether to apply the EXIF orientation.
     Returns:
@@ -49,6 +68,8 @@ def decode(data: bytes | np.ndarray, name: str, turn: bool = True) -> np.ndarray
     if isinstance(data, np.ndarray):
         return data
     header_size(data, name)
+    if data[4:8] == b"ftyp":
+        return _decode_with_pillow(data, name, turn)
     flags = cv2.IMREAD_COLOR | cv2.IMREAD_ANYDEPTH | (0 if turn else cv2.IMREAD_IGNORE_ORIENTATION)
     try:
         image = cv2.imdecode(np.frombuffer(data, np.uint8), flags)
@@ -81,8 +102,10 @@ def random_resized_crop(
     scale: tuple[float, float] = (0.2, 1.0),
     ratio: tuple[float, float] = (3 / 4, 4 / 3),
     flip: float = 0.5,
+    vertical_flip: float = 0.0,
+    quarter_turns: bool = False,
 ) -> np.ndarray:
-    """torchvision's RandomResizedCrop followed by RandomHorizontalFlip.
+    """torchvision's RandomResizedCrop followed by RandomHorizontalFlip, RandomVerticalFlip and quarter turns.
 
     Ten tries of a box with area U(scale) of the image and log-uniform aspect ratio; then the largest central box whose
     ratio is allowed. The box is resized with `resize`.
@@ -94,13 +117,24 @@ def random_resized_crop(
       scale: smallest and largest share of the image's area.
       ratio: smallest and largest width / height.
       flip: probability of mirroring left and right.
+      vertical_flip: probability of mirroring top and bottom.
+      quarter_turns: whether to turn by 0, 1, 2 or 3 quarters counter-clockwise, each as likely.
     Returns:
       uint8 [S, S, 3].
     """
     mirrored = generator.random() < flip
     top, left, height, width = _crop_box(image.shape[0], image.shape[1], generator, scale, ratio)
     crop = resize(image[top : top + height, left : left + width], size, size)
-    return cv2.flip(crop, 1) if mirrored else crop
+    if mirrored:
+        crop = cv2.flip(crop, 1)
+    if vertical_flip or quarter_turns:
+        # Drawn last and both together, so that neither setting changes the numbers that other draws see.
+        u_vertical, u_turn = generator.random(2).tolist()
+        if u_vertical < vertical_flip:
+            crop = cv2.flip(crop, 0)
+        if quarter_turns and (turns := int(4 * u_turn)):
+            crop = np.ascontiguousarray(np.rot90(crop, turns))
+    return crop
 
 
 def resize_center_crop(image: np.ndarray, short_side: int, crop: int) -> np.ndarray:
@@ -168,94 +202,82 @@ def _crop_box(
 def header_size(data: bytes, name: str) -> tuple[int, int]:
     """(height, width) that an image file's bytes declare, before any EXIF orientation.
 
+    Nothing is decoded, but a JPEG without its end and a PNG whose checksums do not match are found.
+
     Raises:
-      BadImage: what must not reach the decoder: other formats, decompression bombs, truncated files.
+        BadImage: what must not reach the decoder: other formats, decompression bombs, truncated files.
     """
     if len(data) == 0:
         raise BadImage(name, "empty file")
+    file, reader = io.BytesIO(data), _reader(data, name)
     try:
-        width, height = _image_size(data, name)
-    except (struct.error, IndexError):
-        raise BadImage(name, "truncated or corrupt header") from None
-    if width * height > MAX_PIXELS:
-        raise BadImage(name, f"{width} x {height} pixels, more than the limit of {MAX_PIXELS} (a decompression bomb?)")
+        if reader is TiffImageFile:
+            width, height = _tiff_size(file)  # Pillow refuses kinds of pixels that OpenCV reads
+        else:
+            image = reader(file, "")
+            width, height = image.size
+        if width * height > MAX_PIXELS:
+            raise BadImage(
+                name, f"{width} x {height} pixels, more than the limit of {MAX_PIXELS} (a decompression bomb?)"
+            )
+        if reader is JpegImageFile:
+            # Pillow has read up to the coded data, in which FF D9 can only be the end of image.
+            if data.rfind(b"\xff\xd9", file.tell()) < 0:
+                raise BadImage(name, "truncated JPEG (no end-of-image marker)")
+        elif reader is PngImageFile:
+            image.verify()  # else libpng would print its error to stderr
+    except BadImage:
+        raise
+    except Exception as error:  # damaged headers make Pillow raise almost anything
+        raise BadImage(name, f"truncated or corrupt {reader.format}: {one_line(error)}") from None
     return height, width
 
 
-def _image_size(data: bytes, name: str) -> tuple[int, int]:
-    """(width, height) that the header declares; JPEG and PNG are also checked for a complete file."""
-    if data[:2] == b"\xff\xd8":
-        return _jpeg_size(data, name)
-    if data[:8] == b"\x89PNG\r\n\x1a\n":
-        return _png_size(data, name)
-    if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
-        if data[12:16] == b"VP8X":
-            return int.from_bytes(data[24:27], "little") + 1, int.from_bytes(data[27:30], "little") + 1
-        if data[12:16] == b"VP8L":
-            (bits,) = struct.unpack_from("<I", data, 21)
-            return (bits & 0x3FFF) + 1, (bits >> 14 & 0x3FFF) + 1
-        width, height = struct.unpack_from("<HH", data, 26)
-        return width & 0x3FFF, height & 0x3FFF
-    if data[:4] == b"GIF8":
-        return struct.unpack_from("<HH", data, 6)
-    if data[:2] == b"BM":
-        width, height = struct.unpack_from("<HH" if data[14] == 12 else "<ii", data, 18)
-        return abs(width), abs(height)
-    if data[:4] in (b"II*\0", b"MM\0*"):
-        return _tiff_size(data)
-    raise BadImage(name, "not a JPEG, PNG, GIF, BMP, WebP or TIFF file")
+def _tiff_size(file: io.BytesIO) -> tuple[int, int]:
+    """(width, height) of a TIFF file's first image."""
+    directory = ImageFileDirectory_v2(file.read(8))
+    file.seek(directory.next)
+    directory.load(file)
+    return int(directory[IMAGEWIDTH]), int(directory[IMAGELENGTH])
 
 
-def _jpeg_size(data: bytes, name: str) -> tuple[int, int]:
-    width = height = 0
-    for marker, start in _jpeg_segments(data):
-        if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):  # start of frame
-            height, width = struct.unpack_from(">HH", data, start + 3)
-        elif marker == 0xDA:  # start of scan: in the coded data that follows, FF D9 can only be the end of image
-            if data.rfind(b"\xff\xd9", start) < 0:
-                raise BadImage(name, "truncated JPEG (no end-of-image marker)")
-            return width, height
-    raise BadImage(name, "JPEG without image data")
+def _reader(data: bytes, name: str) -> type[ImageFile]:
+    """Pillow's class for a format.
+
+    `Image.open` would also choose one, but try every format there is, and warn of sizes that are allowed here.
+    """
+    if data[4:8] == b"ftyp":
+        return _heif_reader(data, name)
+    for start, reader in READERS.items():
+        if data.startswith(start) and (reader is not WebPImageFile or data[8:12] == b"WEBP"):
+            return reader
+    raise BadImage(name, "not a JPEG, PNG, GIF, BMP, WebP, TIFF, AVIF or HEIC file")
 
 
-def _jpeg_segments(data: bytes) -> Iterator[tuple[int, int]]:
-    """(marker, offset of its payload's length) of the segments after the start of image."""
-    position = 2
-    while 0 <= position < len(data):
-        while data[position] == 0xFF:
-            position += 1
-        marker = data[position]
-        if marker == 0xD9:
-            return
-        yield marker, position + 1
-        standalone = marker == 0x01 or 0xD0 <= marker <= 0xD8
-        position += 1 if standalone else 1 + struct.unpack_from(">H", data, position + 1)[0]
-        position = data.find(b"\xff", position)  # libjpeg skips garbage between segments too
+def _heif_reader(data: bytes, name: str) -> type[ImageFile]:
+    """Pillow's class for AVIF or HEIC, which share a container; its first box names the brands."""
+    length = int.from_bytes(data[:4], "big")
+    brands = data[8 : min(length, 256)]
+    if b"avif" in brands or b"avis" in brands:
+        if ".avif" in missing_formats():
+            raise BadImage(name, missing_formats()[".avif"])
+        return AvifImageFile
+    if not any(brand in brands for brand in (b"heic", b"heix", b"hevc", b"mif1", b"msf1")):
+        raise BadImage(name, "not a JPEG, PNG, GIF, BMP, WebP, TIFF, AVIF or HEIC file")
+    if ".heic" in missing_formats():
+        raise BadImage(name, missing_formats()[".heic"])
+    from pillow_heif.as_plugin import HeifImageFile
+
+    return HeifImageFile
 
 
-def _png_size(data: bytes, name: str) -> tuple[int, int]:
-    """Also compares the checksums of the critical chunks, as libpng does, which would print its error to stderr."""
-    view, position = memoryview(data), 8
-    while position < len(data):
-        length, kind = struct.unpack_from(">I4s", data, position)
-        if not kind[0] & 0x20:  # an upper-case first letter: critical
-            (checksum,) = struct.unpack_from(">I", data, position + 8 + length)
-            if zlib.crc32(view[position + 4 : position + 8 + length]) != checksum:
-                raise BadImage(name, "corrupt PNG (a checksum does not match)")
-        if kind == b"IEND":
-            return struct.unpack_from(">II", data, 16)
-        position += 12 + length
-    raise BadImage(name, "truncated PNG (no end chunk)")
-
-
-def _tiff_size(data: bytes) -> tuple[int, int]:
-    order = "<" if data[:2] == b"II" else ">"
-    (directory,) = struct.unpack_from(order + "I", data, 4)
-    (entries,) = struct.unpack_from(order + "H", data, directory)
-    size = {256: 0, 257: 0}  # the tags ImageWidth and ImageLength
-    for entry in range(entries):
-        offset = directory + 2 + 12 * entry
-        tag, kind = struct.unpack_from(order + "HH", data, offset)
-        if tag in size:
-            (size[tag],) = struct.unpack_from(order + ("H" if kind == 3 else "I"), data, offset + 8)
-    return size[256], size[257]
+def _decode_with_pillow(data: bytes, name: str, turn: bool) -> np.ndarray:
+    """uint8 [H, W, 3] of formats that OpenCV reads in some builds only."""
+    try:
+        image = _reader(data, name)(io.BytesIO(data), "")
+        image.load()
+        return np.array((ImageOps.exif_transpose(image) if turn else image).convert("RGB"))
+    except BadImage:
+        raise
+    except Exception as error:  # of libavif and libheif
+        raise BadImage(name, f"corrupt or truncated image data: {one_line(error)}") from None

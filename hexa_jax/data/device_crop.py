@@ -19,11 +19,14 @@ def random_resized_crop(
     size: int,
     scale: tuple[float, float],
     ratio: tuple[float, float] = (3 / 4, 4 / 3),
-    flip: bool = True,
+    flip: float = 0.5,
+    vertical_flip: float = 0.0,
+    quarter_turns: bool = False,
+    turn_keys: jax.Array | None = None,
 ) -> jax.Array:
     """Cuts one random box out of each image, by its own key, and resizes it to size x size with antialiasing.
 
-    Row n of the result depends on keys[n] and images[n] alone.
+    Row n of the result depends on keys[n], turn_keys[n] and images[n] alone.
 
     Args:
         keys: typed threefry PRNG keys [N].
@@ -31,7 +34,11 @@ def random_resized_crop(
         size: S, in pixels.
         scale: (low, high) of the box's area as a share of the image's, 0 < low <= high.
         ratio: (low, high) of the box's width / height, drawn log-uniformly.
-        flip: mirror left to right with probability 1/2.
+        flip: probability of mirroring left and right.
+        vertical_flip: probability of mirroring top and bottom.
+        quarter_turns: whether to turn by 0, 1, 2 or 3 quarters counter-clockwise, each as likely.
+        turn_keys: typed threefry PRNG keys [N] of the last two, which need them; the box and the
+            left-right flip are drawn by `keys` and do not change with these settings.
 
     Returns:
         float32 [N, S, S, C] in [0, 1].
@@ -43,15 +50,30 @@ def random_resized_crop(
     resize is PIL's `crop(box).resize((S, S), BILINEAR)` without its rounding to whole grey levels.
     """
     _check(keys, images, size, scale, ratio)
+    if (vertical_flip or quarter_turns) and (turn_keys is None or turn_keys.shape != keys.shape):
+        raise ValueError("vertical flips and quarter turns need turn_keys, one per image")
     height, width = images.shape[1:3]
     uniform = uniform_per_key(keys, 2 * TRIES + 3)
     top, left, box_height, box_width = random_box(uniform[:, :-1], height, width, scale, ratio)
-    mirror = uniform[:, -1] < 0.5 if flip else jnp.zeros(keys.shape, bool)
-    rows = _resize_matrix(top, box_height, jnp.zeros(keys.shape, bool), height, size)
+    mirror = uniform[:, -1] < flip
+    upside_down, transposed = jnp.zeros(keys.shape, bool), None
+    if vertical_flip or quarter_turns:
+        assert turn_keys is not None  # see _check
+        u_vertical, u_turn = uniform_per_key(turn_keys, 2).T
+        upside_down = u_vertical < vertical_flip
+        if quarter_turns:
+            # A quarter turn is a mirror image of the transposed crop, half a turn mirrors both axes.
+            turns = jnp.floor(4 * u_turn)
+            mirror ^= (turns == 1) | (turns == 2)
+            upside_down ^= (turns == 2) | (turns == 3)
+            transposed = ((turns == 1) | (turns == 3))[:, None, None, None]
+    rows = _resize_matrix(top, box_height, upside_down, height, size)
     columns = _resize_matrix(left, box_width, mirror, width, size)
     x = images.astype(jnp.float32) / 255 if images.dtype == jnp.uint8 else images.astype(jnp.float32)
     x = jnp.einsum("nsh,nhwc->nswc", rows, x, precision="highest")
     x = jnp.einsum("ntw,nswc->nstc", columns, x, precision="highest")
+    if transposed is not None:
+        x = jnp.where(transposed, x.swapaxes(1, 2), x)
     return jnp.clip(x, 0, 1)  # weights sum to 1 only up to rounding
 
 

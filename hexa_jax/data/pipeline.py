@@ -144,7 +144,14 @@ class HostSteps:
     def _cut(self, image: np.ndarray, pass_number: int, index: int, crop: int, resolution: Resolution) -> np.ndarray:
         generator = crop_generator(self.seed, pass_number, index, crop)
         return random_resized_crop(
-            image, generator, resolution.size, resolution.scale, resolution.ratio, resolution.flip
+            image,
+            generator,
+            resolution.size,
+            resolution.scale,
+            resolution.ratio,
+            resolution.flip,
+            resolution.vertical_flip,
+            resolution.quarter_turns,
         )
 
 

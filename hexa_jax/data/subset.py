@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 
 from hexa_jax.data.source import Source
-from hexa_jax.data.tfds_source import TfdsSource
+from hexa_jax.data.sources.tfds import TfdsSource
 
 
 class Subset:

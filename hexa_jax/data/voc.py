@@ -8,7 +8,7 @@ import numpy as np
 
 from hexa_jax.data.decode import BadImage
 from hexa_jax.data.source import DataError
-from hexa_jax.data.tfds_source import TfdsSource
+from hexa_jax.data.sources.tfds import TfdsSource
 
 CLASSES = (
     "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow", "diningtable", "dog", "horse",

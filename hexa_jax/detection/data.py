@@ -10,8 +10,8 @@ import numpy as np
 
 from hexa_jax.data.decode import BadImage, header_size
 from hexa_jax.data.source import DataError
+from hexa_jax.data.sources.tfds import TfdsSource
 from hexa_jax.data.subset import spread
-from hexa_jax.data.tfds_source import TfdsSource
 from hexa_jax.data.voc import CLASSES, LISTS, voc_root, words
 from hexa_jax.detection.annotations import Scene, read_annotation
 from hexa_jax.detection.metrics import Truth

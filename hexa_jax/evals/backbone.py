@@ -21,6 +21,7 @@ from hexa_jax.models.resnet import make_resnet
 from hexa_jax.models.weights import WeightsError, architecture_of, from_torchvision, read_weights
 from hexa_jax.parallel import processes
 from hexa_jax.storage import gcs
+from hexa_jax.storage.workdir import with_added
 
 RANDOM = "random"
 
@@ -129,7 +130,7 @@ def _config_of_run(checkpoint: str) -> ConfigDict | None:
             raise CheckpointError(
                 f"checkpoint {checkpoint!r} is neither a file nor the workdir of a run: it has no config.json"
             )
-        config = ConfigDict(json.loads(saved.read_text()), convert_dict=True)
+        config = with_added(ConfigDict(json.loads(saved.read_text()), convert_dict=True))
     if "model" not in config:
         raise CheckpointError(f"checkpoint {checkpoint!r} is no pre-training run: its config has no model")
     return config

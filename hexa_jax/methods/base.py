@@ -55,6 +55,7 @@ class Spec(NamedTuple):
         total_steps: of the run.
         num_classes: of the data set; None without labels.
         clean_share: share of the rows of a step that have clean outputs, once all hard views count.
+        turned: whether augmentation may show a crop upside down or turned by a quarter.
     """
 
     batch_size: int
@@ -65,6 +66,7 @@ class Spec(NamedTuple):
     total_steps: int = 1
     num_classes: int | None = None
     clean_share: float = 1.0
+    turned: bool = False
 
 
 class Method:

@@ -25,6 +25,13 @@ class Rotation(LabelsBeforeStep):
 
     has_head = False
 
+    def check(self, spec: Spec) -> None:
+        if spec.turned:
+            raise ValueError(
+                "rotation predicts how far a crop was turned: data.quarter_turns must be False, and "
+                "data.flip not both, which also turns by half"
+            )
+
     def prepare(self, keys: jax.Array, crops: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         """[N, V, S, S, C] -> [N, 4 V, S, S, C]: the four orientations of each crop, in the example's own order."""
 

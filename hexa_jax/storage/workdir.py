@@ -33,7 +33,17 @@ ADDED = {
     "model.init": "",
     "without": "",
     "corruptions": "imagenet",
+    "data.image_column": "",
+    "data.label_column": "",
+    "data.video_seconds": 1.0,
+    "data.aspect_ratio": [0.75, 1.3333333333333333],
+    "data.flip": "horizontal",
+    "data.quarter_turns": False,
+    "data.domain": "",
+    "data.normalization": "fixed",
 }
+NORMALIZATION = "normalization.json"  # pixel statistics of a run that measured them
+MEASURED = ("data.pixel_mean", "data.pixel_std")
 
 
 class WorkdirError(ValueError):
@@ -116,6 +126,7 @@ def open_workdir(path: str, config: ConfigDict, *, extend: bool = False) -> path
                 if not (before.get("task") == config.task == "pretrain" and _made_no_step(workdir)):
                     raise
                 _start_over(workdir, str(error))
+        apply_normalization(config, workdir)
         write_json(saved, config.to_dict())
     except OSError as error:
         raise WorkdirError(f"cannot write to workdir {workdir}: {error.strerror or error}") from None
@@ -124,6 +135,23 @@ def open_workdir(path: str, config: ConfigDict, *, extend: bool = False) -> path
     except ValueError:  # neither UTF-8 nor JSON, or not an object
         raise WorkdirError(f"{saved} is not readable as a config: is this another program's folder?") from None
     return workdir
+
+
+def apply_normalization(config: ConfigDict, workdir: pathlib.Path) -> None:
+    """Give a config of measured pixel statistics those that its workdir records, if there are any."""
+    recorded = workdir / NORMALIZATION
+    if config.task == "pretrain" and config.data.normalization == "measured" and recorded.exists():
+        found = json.loads(recorded.read_text())
+        config.data.pixel_mean, config.data.pixel_std = tuple(found["pixel_mean"]), tuple(found["pixel_std"])
+
+
+def with_added(config: ConfigDict) -> ConfigDict:
+    """Give the saved config of an older run the settings that were added since, as it was run; return it."""
+    for name, value in ADDED.items():
+        group, _, key = name.rpartition(".")
+        if group in config and key not in config[group]:
+            config[group][key] = tuple(value) if isinstance(value, list) else value
+    return config
 
 
 @contextlib.contextmanager
@@ -169,7 +197,7 @@ def abandon(path: pathlib.Path) -> None:
         *path.glob("*/checkpoints"),
     ]
     if not began and processes.is_main_process():
-        for name in ("config.json", LOCK):
+        for name in ("config.json", NORMALIZATION, LOCK):
             (path / name).unlink(missing_ok=True)
         if not any(path.iterdir()):
             path.rmdir()
@@ -192,7 +220,7 @@ def _start_over(workdir: pathlib.Path, reason: str) -> None:
     logging.warning("%s; it made no step: starting over", reason)
     for name in ("checkpoints", "tensorboard"):
         shutil.rmtree(workdir / name, ignore_errors=True)
-    for name in ("metrics.jsonl", INIT_RECORD):
+    for name in ("metrics.jsonl", INIT_RECORD, NORMALIZATION):
         (workdir / name).unlink(missing_ok=True)
 
 
@@ -202,6 +230,8 @@ def _check_same(workdir: pathlib.Path, before: dict, now: dict, extend: bool) ->
         old, new = before.get(name), now.get(name)
         if name.startswith("runtime.") or name in FREE or old == new:
             continue
+        if name in MEASURED and before.get("data.normalization") == now.get("data.normalization") == "measured":
+            continue  # the recorded ones are used
         if name not in before and (new is False or ADDED.get(name) == new):
             continue
         if name == "epochs" and extend and isinstance(old, int) and isinstance(new, int) and new > old:

@@ -3,7 +3,6 @@
 import dataclasses
 import logging
 import operator
-import os
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +14,7 @@ from hexa_jax.core.console import log
 from hexa_jax.core.errors import ConfigError, choose
 from hexa_jax.data.augment import Photometric
 from hexa_jax.data.crops import DeviceCrops, Resolution
+from hexa_jax.data.domains import DOMAINS
 from hexa_jax.data.source import Source
 from hexa_jax.data.sources import make_source
 from hexa_jax.data.subset import Subset, spread
@@ -24,7 +24,6 @@ from hexa_jax.models.heads import Network, ProjectionHead
 from hexa_jax.models.norm import ADVERSARIAL, CLEAN
 from hexa_jax.models.resnet import make_resnet
 from hexa_jax.parallel.mesh import Layout, make_mesh
-from hexa_jax.storage.gcs import is_remote
 from hexa_jax.training.objective import Objective
 from hexa_jax.training.objective_from_outputs import ObjectiveFromOutputs
 from hexa_jax.training.step import Trainer
@@ -39,21 +38,27 @@ PRECISIONS = {
 }
 
 
+# What a config says of sources, and what holds where one of an older run does not say it.
+SOURCE_SETTINGS = {"labels": "auto", "image_column": "", "label_column": "", "video_seconds": 1.0}
+FLIPS = {"none": (0.0, 0.0), "horizontal": (0.5, 0.0), "vertical": (0.0, 0.5), "both": (0.5, 0.5)}
+
+
 def open_source(config: ConfigDict, spec: str, labels: str = "") -> Source:
-    """The source that `spec` names, with the config's sizes for generated data; `labels` in place of `data.labels`."""
-    kind, _, path = spec.partition(":")
-    if kind in ("folder", "arrays") and config.runtime.data_dir and not is_remote(path):
-        spec = f"{kind}:{os.path.join(config.runtime.data_dir, path)}"
+    """The source that `spec` names, with the config's settings for it; `labels` in place of `data.labels`."""
+    settings = {name: config.data.get(name, default) for name, default in SOURCE_SETTINGS.items()}
+    if labels:
+        settings["labels"] = labels
     source = make_source(
         spec,
         image_size=config.data.shapes_size,
         num_examples=config.data.shapes_count,
         data_dir=config.runtime.data_dir or None,
         data_cache=config.runtime.data_cache,
-        labels=labels or config.data.get("labels", "auto"),  # runs of before it was there
+        **settings,
     )
-    if note := getattr(source, "labels_note", ""):
-        log(note)
+    for name in ("labels_note", "skipped_note"):
+        if note := getattr(source, name, ""):
+            log(note)
     return source
 
 
@@ -119,8 +124,12 @@ def make_resolutions(config: ConfigDict, key_crops: int) -> tuple[Resolution, ..
     for low, high in zip(data.min_scale, data.max_scale, strict=True):
         if not 0 < low <= high <= 1:
             raise ConfigError(f"crop scales are shares of the image with 0 < min <= max <= 1, not {low} and {high}")
+    ratio = tuple(data.aspect_ratio)
+    if len(ratio) != 2 or not 0 < ratio[0] <= ratio[1] < float("inf"):
+        raise ConfigError(f"data.aspect_ratio={ratio} must be (low, high) with 0 < low <= high")
+    flip, vertical_flip = choose("data.flip", data.flip, FLIPS)
     return tuple(
-        Resolution(count, size, (low, high))
+        Resolution(count, size, (low, high), ratio, flip, vertical_flip, bool(data.quarter_turns))
         for count, size, low, high in zip(counts, data.crop_size, data.min_scale, data.max_scale, strict=True)
     )
 
@@ -270,6 +279,9 @@ NOT_NEGATIVE = (
 
 def _check_ranges(config: ConfigDict) -> None:
     choose("runtime.writer", config.runtime.writer, dict.fromkeys(("clu", "tensorboardX")))
+    if config.data.domain:
+        choose("data.domain", config.data.domain, DOMAINS)
+    choose("data.normalization", config.data.normalization, dict.fromkeys(("fixed", "measured")))
     choose("eval_statistics", config.eval_statistics, dict.fromkeys(("running", "reestimated")))
     for names, wanted, lowest in ((POSITIVE, "positive", 1e-12), (NOT_NEGATIVE, "0 or more", 0)):
         for name in names:
@@ -374,6 +386,7 @@ def make_trainer(
             num_classes=num_classes,
             # Methods of the other kind make labels from the clean outputs of all rows.
             clean_share=1 - scheme.replaced if isinstance(method, LabelsBeforeStep) else 1.0,
+            turned=bool(config.data.quarter_turns) or config.data.flip == "both",
         )
         method.check(spec)
         method = method.for_run(spec)

@@ -9,6 +9,7 @@ from ml_collections import ConfigDict
 
 from hexa_jax.checkpoint.checkpointer import CheckpointError, Checkpoints
 from hexa_jax.data.source import Source
+from hexa_jax.storage.workdir import with_added
 from hexa_jax.training.factory import make_trainer, open_training_source
 from hexa_jax.training.step import Trainer, TrainState
 
@@ -32,7 +33,7 @@ def load_run(workdir: pathlib.Path) -> LoadedRun:
     saved = workdir / "config.json"
     if not saved.is_file():
         raise CheckpointError(f"{workdir} is not the workdir of a run: it has no config.json")
-    config = ConfigDict(json.loads(saved.read_text()), convert_dict=True)
+    config = with_added(ConfigDict(json.loads(saved.read_text()), convert_dict=True))
     source = open_training_source(config)
     trainer = make_trainer(config, len(source), num_classes=source.num_classes)
     checkpoints = Checkpoints(workdir / "checkpoints")

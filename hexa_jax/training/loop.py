@@ -29,6 +29,7 @@ from hexa_jax.training.factory import make_schedule, make_trainer, open_training
 from hexa_jax.training.fit_memory import compile_to_fit
 from hexa_jax.training.initial_weights import InitialWeights, read_initial_weights, record_initial_weights
 from hexa_jax.training.input import TrainingData
+from hexa_jax.training.normalization import settle_normalization
 from hexa_jax.training.online_probe import Probe, make_probe
 from hexa_jax.training.step import CompiledSteps, Trainer, TrainState
 from hexa_jax.views.preview import ViewPreview
@@ -47,6 +48,7 @@ def pretrain(config: ConfigDict, workdir: pathlib.Path) -> dict[str, Any]:
         Diverged: the loss became NaN or infinite; no checkpoint was overwritten.
     """
     source = open_training_source(config)
+    settle_normalization(config, workdir, source)
     trainer = make_trainer(config, len(source), num_classes=source.num_classes)
     _warn_of_queue(config, len(source))
     if processes.is_main_process() and (unused := accelerator_warning()):

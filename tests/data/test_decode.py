@@ -141,16 +141,16 @@ def test_broken_files_are_refused_with_a_reason(capfd):
     png[3000] ^= 0xFF
     cases = [
         (b"", "empty file"),
-        (b"<html>404 Not Found</html>", "not a JPEG, PNG, GIF, BMP, WebP or TIFF file"),
+        (b"<html>404 Not Found</html>", "not a JPEG, PNG, GIF, BMP, WebP, TIFF, AVIF or HEIC file"),
         (bytes(png), "checksum"),
-        (b"\xff\xd8", "without image data"),
-        (b"\xff\xd8\xff\xd9", "without image data"),
-        (b"\xff\xd8\xff", "header"),
-        (b"\x89PNG\r\n\x1a\n", "truncated PNG"),
-        (b"BM\0\0", "header"),
-        (b"II*\0\xff\xff\xff\x7f", "header"),
-        (b"GIF89a", "header"),
-        (b"RIFF\x10\0\0\0WEBPVP8 ", "header"),
+        (b"\xff\xd8", "truncated or corrupt JPEG"),
+        (b"\xff\xd8\xff\xd9", "truncated or corrupt JPEG"),
+        (b"\xff\xd8\xff", "truncated or corrupt JPEG"),
+        (b"\x89PNG\r\n\x1a\n", "truncated or corrupt PNG"),
+        (b"BM\0\0", "truncated or corrupt BMP"),
+        (b"II*\0\xff\xff\xff\x7f", "truncated or corrupt TIFF"),
+        (b"GIF89a", "truncated or corrupt GIF"),
+        (b"RIFF\x10\0\0\0WEBPVP8 ", "truncated or corrupt WEBP"),
     ]
     for data, reason in cases:
         with pytest.raises(BadImage, match=reason) as caught:
@@ -224,6 +224,42 @@ def test_limit_holds_for_webp(monkeypatch, options):
         decode(data, "too large")
 
 
+def heif(kind, **options) -> bytes:
+    """A picture in one of the two formats that share a container."""
+    if kind == "HEIF":
+        pytest.importorskip(
+            "pillow_heif", reason="pillow-heif is not installed: pip install -e '.[dev]'"
+        ).register_heif_opener()
+    return encoded(rgb(), kind, quality=90, **options)
+
+
+@pytest.mark.parametrize("kind", ["HEIF", "AVIF"])
+def test_reads_heic_and_avif(kind, monkeypatch, capfd):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    for data in (heif(kind), heif(kind, exif=exif)):
+        np.testing.assert_array_equal(decode(data, "x"), pillow(data))
+        for share in (0.97, 0.5, 0.02):
+            with pytest.raises(BadImage):
+                decode(data[: int(len(data) * share)], "cut")
+    if kind == "AVIF":  # pillow-heif leaves the orientation out when it writes
+        assert decode(data, "x").shape == (60, 44, 3)
+    monkeypatch.setattr(module, "MAX_PIXELS", 60 * 44 - 1)
+    with pytest.raises(BadImage, match=r"2639 .a decompression bomb"):
+        decode(data, "too large")
+    assert capfd.readouterr().err == ""
+
+
+def test_formats_that_need_a_package_name_it(monkeypatch):
+    data = {".heic": heif("HEIF"), ".avif": heif("AVIF")}
+    monkeypatch.setattr(
+        module, "missing_formats", lambda: {".heic": "HEIC needs a package", ".avif": "AVIF needs a newer Pillow"}
+    )
+    for ending, image in data.items():
+        with pytest.raises(BadImage, match=rf"a{ending}: {ending[1:].upper()} needs a"):
+            decode(image, f"a{ending}")
+
+
 def test_bad_image_crosses_processes():
     error = pickle.loads(pickle.dumps(BadImage("a.jpg", "empty file")))
     assert (error.name, error.reason, str(error)) == ("a.jpg", "empty file", "a.jpg: empty file")
@@ -295,6 +331,21 @@ def test_crop_shows_its_box_and_half_are_mirrored():
     )
 
 
+def test_crops_are_turned_and_flipped_without_changing_the_box():
+    image, seen = picture(90, 70), set()
+    for i in range(200):
+        generator = crop_generator(3, 1, i, 1)
+        upright = random_resized_crop(image, generator, 16)
+        u_vertical, u_turn = generator.random(2)
+        both = random_resized_crop(image, crop_generator(3, 1, i, 1), 16, vertical_flip=0.5, quarter_turns=True)
+        np.testing.assert_array_equal(both, np.rot90(upright[::-1] if u_vertical < 0.5 else upright, int(4 * u_turn)))
+        assert both.flags.c_contiguous
+        seen.add((u_vertical < 0.5, int(4 * u_turn)))
+        only = random_resized_crop(image, crop_generator(3, 1, i, 1), 16, vertical_flip=0.5)
+        np.testing.assert_array_equal(only, upright[::-1] if u_vertical < 0.5 else upright)
+    assert len(seen) == 8
+
+
 @pytest.mark.parametrize("size", [(1, 1), (1, 7), (3, 2), (500, 375)])
 def test_any_image_can_be_cropped(size):
     crop = random_resized_crop(np.full((*size, 3), 77, np.uint8), crop_generator(0, 0, 0, 0), 24)
@@ -331,7 +382,7 @@ def test_center_crop_is_central_and_keeps_proportions():
 
 
 def test_module_is_quiet_and_light():
-    code = "import sys, hexa_jax.data.decode; print([m for m in ('jax', 'tensorflow', 'PIL') if m in sys.modules])"
+    code = "import sys, hexa_jax.data.decode; print([m for m in ('jax', 'tensorflow') if m in sys.modules])"
     process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=dict(os.environ))
     assert (process.stdout.strip(), process.stderr) == ("[]", "")
     assert "cv2.setNumThreads(0)" in inspect.getsource(module)

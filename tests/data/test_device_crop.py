@@ -11,7 +11,7 @@ from PIL import Image
 
 from hexa_jax.data.device_crop import random_box, random_resized_crop
 
-run = jax.jit(random_resized_crop, static_argnames=("size", "scale", "ratio", "flip"))
+run = jax.jit(random_resized_crop, static_argnames=("size", "scale", "ratio", "flip", "vertical_flip", "quarter_turns"))
 
 
 def keys_of(n, seed=0):
@@ -110,6 +110,28 @@ def test_flip_is_half_and_independent_of_the_box():
     assert abs(np.corrcoef(mirrored, out.mean((1, 2)))[0, 1]) < 5 / 4000**0.5
 
 
+TURNED = {"vertical_flip": 0.5, "quarter_turns": True}
+
+
+def test_crops_come_in_all_orientations():
+    """The box stays, and flips and turns are the host's: mirrored, then upside down, then turned counter-clockwise."""
+    n, box = 200, {"size": 8, "scale": (0.3, 1.0)}
+    images = np.tile(smooth_images(1, 24, 24), (n, 1, 1, 1))
+    upright = np.asarray(run(keys_of(n), images, **box))
+    out = np.asarray(run(keys_of(n), images, **box, **TURNED, turn_keys=keys_of(n, 5)))
+    u_vertical, u_turn = np.asarray(jax.vmap(lambda key: jax.random.uniform(key, (2,), jnp.float32))(keys_of(n, 5))).T
+    seen = set()
+    for i in range(n):
+        flipped, turns = bool(u_vertical[i] < 0.5), int(4 * u_turn[i])
+        expected = np.rot90(upright[i, ::-1] if flipped else upright[i], turns)
+        np.testing.assert_allclose(out[i], expected, atol=1e-6)
+        seen.add((flipped, turns))
+    assert len(seen) == 8
+    alone = np.asarray(run(keys_of(n), images, **box, vertical_flip=0.5, turn_keys=keys_of(n, 5)))
+    np.testing.assert_array_equal(alone[u_vertical >= 0.5], upright[u_vertical >= 0.5])
+    np.testing.assert_allclose(alone[u_vertical < 0.5], upright[u_vertical < 0.5][:, ::-1], atol=1e-6)
+
+
 def test_samples_never_leave_the_box():
     left_half = np.zeros((256, 16, 16, 1), np.float32)
     left_half[:, :, 8:] = 1
@@ -133,15 +155,16 @@ def test_a_row_depends_on_its_own_key_and_pixels_only_and_compiles_once():
 
 
 def test_sharded_is_the_same_without_communication():
-    images, settings = smooth_images(16, 24, 24), {"size": 16, "scale": (0.2, 1.0)}
-    expected = run(keys_of(16), images, **settings)
+    images, settings = smooth_images(16, 24, 24), {"size": 16, "scale": (0.2, 1.0), **TURNED}
+    expected = run(keys_of(16), images, **settings, turn_keys=keys_of(16, 1))
     rows = NamedSharding(jax.make_mesh((8,), ("data",), (AxisType.Auto,)), PartitionSpec("data"))
     arguments = jax.device_put(keys_of(16), rows), jax.device_put(images, rows)
-    compiled = run.lower(*arguments, **settings).compile()
+    turn_keys = jax.device_put(keys_of(16, 1), rows)
+    compiled = run.lower(*arguments, **settings, turn_keys=turn_keys).compile()
     text = compiled.as_text()
     for collective in ("all-gather", "all-reduce", "all-to-all", "collective-permute", "reduce-scatter"):
         assert collective not in text
-    np.testing.assert_allclose(compiled(*arguments), expected, atol=1e-6)
+    np.testing.assert_allclose(compiled(*arguments, turn_keys=turn_keys), expected, atol=1e-6)
 
 
 def test_wrong_arguments_are_refused():
@@ -153,6 +176,7 @@ def test_wrong_arguments_are_refused():
         "size of a crop": {"size": 0},
         "scale of a crop": {"scale": (0.0, 1.0)},
         "ratio of a crop": {"ratio": (2.0, 1.0)},
+        "need turn_keys": {"quarter_turns": True},
     }.items():
         with pytest.raises(ValueError, match=message):
             random_resized_crop(**({"keys": keys_of(2), "images": images, "size": 8, "scale": (0.2, 1.0)} | changed))

@@ -32,7 +32,8 @@ from hexa_jax.data.subset import Subset, spread
 from hexa_jax.parallel.mesh import Layout, local_rows, make_mesh
 
 NUM, BATCH = 40, 16
-TWO_SIZES = (Resolution(2, 8, (0.3, 1.0)), Resolution(3, 6, (0.1, 0.4)))
+# All of what a crop can be, in the second.
+TWO_SIZES = (Resolution(2, 8, (0.3, 1.0)), Resolution(3, 6, (0.1, 0.4), (0.5, 2.0), 0.5, 0.5, True))
 ONE_CROP = (Resolution(1, 4, (0.2, 1.0)),)
 
 
@@ -214,7 +215,8 @@ def test_a_crop_depends_on_seed_pass_index_and_crop_only():
         for name, v, number in numbered:
             resolution = TWO_SIZES[int(name[-1])]
             generator = crop_generator(3, 1, int(index), number)
-            expected = decode.random_resized_crop(source[index]["image"], generator, resolution.size, resolution.scale)
+            settings = dataclasses.astuple(resolution)[1:]
+            expected = decode.random_resized_crop(source[index]["image"], generator, *settings)
             np.testing.assert_array_equal(element[name][0, r, v], expected)
         key_index = int(element["key_index"][0, r])
         expected = decode.random_resized_crop(
@@ -490,7 +492,7 @@ SOLARIZED = dataclasses.replace(PLAIN, solarize_probability=1.0)
 RANDOM = dataclasses.replace(
     PLAIN, jitter_probability=0.9, contrast=0, saturation=0, hue=0, gray_probability=0.3, solarize_probability=0.5
 )
-DEVICE_SIZES = (Resolution(2, 8, (0.3, 1.0)), Resolution(1, 6, (0.1, 0.4)))
+DEVICE_SIZES = (Resolution(2, 8, (0.3, 1.0)), Resolution(1, 6, (0.1, 0.4), (0.5, 2.0), 0.5, 0.5, True))
 
 
 def device_batch(num=6, seed=0, key=True):

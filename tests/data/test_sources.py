@@ -1,8 +1,11 @@
 """Folders, arrays and the specs that name them: order, labels, odd names, and one clear line for every mistake."""
 
+import gzip
+import io
 import multiprocessing
 import os
 import pickle
+import sys
 import tarfile
 import warnings
 
@@ -12,10 +15,23 @@ import pytest
 from PIL import Image
 
 from configs import common
-from hexa_jax.data import sources
+from hexa_jax.cli.words import source_of
 from hexa_jax.data.decode import BadImage, decode
+from hexa_jax.data.pipeline import BadImages, read_or_replace
 from hexa_jax.data.shapes import ShapesSource, make_shapes
-from hexa_jax.data.sources import ArraySource, DataError, FolderSource, load_arrays, make_source
+from hexa_jax.data.sources import (
+    SOURCES,
+    ArraySource,
+    DataError,
+    FolderSource,
+    absolute_spec,
+    folder,
+    load_arrays,
+    make_source,
+    parquet,
+    paths,
+    tar,
+)
 from hexa_jax.training.factory import open_training_source
 
 
@@ -157,6 +173,17 @@ def test_unicode_spaces_and_bytes_that_are_not_utf8(tmp_path):
     assert all(source[i]["image"] for i in range(5))
 
 
+def test_images_that_need_a_package_are_counted(tmp_path, monkeypatch):
+    monkeypatch.setattr(paths, "missing_formats", lambda: {".heic": "HEIC needs a package: pip install pillow-heif"})
+    for name in ("a.HEIC", "b.heic"):
+        (tmp_path / name).write_bytes(b"x")
+    line = f"folder:{tmp_path}: 2 images are skipped, because HEIC needs a package: pip install pillow-heif"
+    assert one_line(f"folder:{tmp_path}") == line
+    write_image(tmp_path / "c.png")
+    source = make_source(f"folder:{tmp_path}")
+    assert relative_names(source) == ["c.png"] and source.skipped_note == line
+
+
 def test_links_are_followed_once(tmp_path):
     write_image(tmp_path / "data" / "z" / "1.png")
     write_image(tmp_path / "elsewhere" / "2.png")
@@ -201,7 +228,12 @@ def test_splits_taken_for_classes_are_pointed_out(tmp_path, caplog):
 
 @pytest.mark.parametrize("spec", ["foldr:x", "", "folder", "folder:", "arrays:", "tfds:", "images/", "shapes:val"])
 def test_unknown_specs_list_what_exists(spec):
-    assert "shapes:t" in one_line(spec) or "shapes[:SPLIT]" in one_line(spec)
+    line = one_line(spec)
+    if spec == "shapes:val":
+        assert "use shapes:train or shapes:test" in line
+    else:
+        assert all(kind.usage in line for kind in SOURCES.values())
+    assert ("did you mean folder:x?" in line) == (spec == "foldr:x")
 
 
 def test_shapes_specs():
@@ -292,9 +324,351 @@ def test_files_that_are_no_npz(tmp_path):
     assert "is not a readable npz file" in one_line(f"arrays:{tmp_path}")  # a directory
 
 
-def sources_of_each_kind(tmp_path) -> list:
+# ---- Files that hold or list images ---------------------------------------------------------------------------------
+
+BYTES = [cv2.imencode(".png", np.full((6, 8, 3), 40 * i, np.uint8))[1].tobytes() for i in range(3)]
+KINDS = ("cat", "dog", "dog")  # of BYTES
+
+
+def write_list(folder) -> str:
+    for i, data in enumerate(BYTES):
+        (folder / f"{i} é.png").write_bytes(data)
+    (folder / "list.txt").write_text("".join(f"{i} é.png\t{KINDS[i]}\n\n" for i in range(3)))
+    return f"list:{folder}/list.txt"
+
+
+def write_tar(path, members) -> str:
+    with tarfile.open(path, "w") as archive:
+        for name, data in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            archive.addfile(info, io.BytesIO(data))
+    return str(path)
+
+
+def write_shards(folder) -> str:
+    """Two webdataset shards, with names of classes."""
+    samples = [[(f"{i:05}.png", BYTES[i]), (f"{i:05}.cls", KINDS[i].encode()), (f"{i:05}.txt", b"x")] for i in range(3)]
+    write_tar(folder / "s-0.tar", samples[0] + samples[1])
+    write_tar(folder / "s-1.tar", samples[2])
+    return f"tar:{folder}/s-*.tar"
+
+
+def table(rows=range(3)):
+    """A data set of the datasets library."""
+    datasets = pytest.importorskip("datasets", reason="datasets is not installed: pip install -e '.[dev]'")
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["cat", "dog"])})
+    columns = {
+        "image": [{"bytes": BYTES[i], "path": f"{i}.png"} for i in rows],
+        "label": [int(KINDS[i] == "dog") for i in rows],
+    }
+    return datasets.Dataset.from_dict(columns, features=features)
+
+
+def write_parquet(folder) -> str:
+    table([0, 1]).to_parquet(folder / "p-0.parquet", batch_size=1)  # two row groups
+    table([2]).to_parquet(folder / "p-1.parquet")
+    return f"parquet:{folder}/p-*.parquet"
+
+
+def write_hf(folder) -> str:
+    table().save_to_disk(folder / "saved")
+    return f"hf:{folder}/saved"
+
+
+def write_video(path, seconds=3, rate=5):
+    """Frames that get brighter: each second is 80 brighter than the one before."""
+    av = pytest.importorskip("av", reason="PyAV is not installed: pip install av")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("mpeg4", rate=rate)
+        stream.width, stream.height, stream.pix_fmt = 32, 16, "yuv420p"
+        stream.gop_size = 7  # key frames do not lie on whole seconds
+        for number in range(seconds * rate):
+            frame = av.VideoFrame.from_ndarray(np.full((16, 32, 3), 80 * (number // rate), np.uint8), format="rgb24")
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+
+
+def write_videos(folder) -> str:
+    write_video(folder / "videos" / "a" / "1.mp4", seconds=2)
+    write_video(folder / "videos" / "b" / "2.mp4", seconds=1)
+    return f"video:{folder}/videos"
+
+
+PACKED = {
+    "list": write_list,
+    "tar": write_shards,
+    "parquet": write_parquet,
+    "hf": write_hf,
+    "video": write_videos,
+}
+
+
+@pytest.mark.parametrize("kind", PACKED)
+def test_packed_images(tmp_path, kind):
+    spec = PACKED[kind](tmp_path)
+    source = make_source(spec)
+    names = [source.name(i) for i in range(3)]
+    for each in (source, pickle.loads(pickle.dumps(source)), make_source(spec)):
+        assert len(each) == 3 and each.num_classes == 2 and each.labels().dtype == np.int32
+        assert [each.name(i) for i in range(3)] == names and len(set(names)) == 3
+        if kind == "video":
+            assert each.class_names == ["a", "b"] and each.labels().tolist() == [0, 0, 1]
+            for i, value in enumerate((0, 80, 0)):
+                assert each[i]["image"].shape == (16, 32, 3) and each[i]["image"].dtype == np.uint8
+                np.testing.assert_allclose(each[i]["image"].astype(int), value, atol=6)
+        else:
+            assert each.class_names == ["cat", "dog"] and each.labels().tolist() == [0, 1, 1]
+            assert [each[i]["image"] for i in (2, 0, 1)] == [BYTES[i] for i in (2, 0, 1)]
+        assert [each[i]["label"] for i in range(3)] == each.labels().tolist()
+    none = make_source(spec, labels="none")
+    assert none.labels() is None and none.num_classes is None and set(none[0]) == {"image"}
+
+
+def test_several_folders_are_one(tmp_path):
+    one = tree(tmp_path / "site 1", "cat/1.png", "dog/2.png").removeprefix("folder:")
+    two = tree(tmp_path / "site 2", "ape/3.png", "dog/4.png").removeprefix("folder:")
+    source = pickle.loads(pickle.dumps(make_source(f"{one}, {two}")))
+    names = [os.path.relpath(source.name(i), tmp_path) for i in range(4)]
+    assert names == ["site 1/cat/1.png", "site 1/dog/2.png", "site 2/ape/3.png", "site 2/dog/4.png"]
+    assert source.class_names == ["ape", "cat", "dog"] and source.labels().tolist() == [1, 2, 0, 2]
+    assert source[3]["label"] == 2 and source[3]["image"] == (tmp_path / "site 2/dog/4.png").read_bytes()
+    assert f"folder:{one}: its 2 sub-folders" in source.labels_note and f"folder:{two}: its" in source.labels_note
+    flat = tree(tmp_path / "flat, and odd", "5.png").removeprefix("folder:")
+    assert len(make_source(f"folder:{flat}")) == 1  # a comma in the name
+    assert "flat/5.png of one without: --config.data.labels=none" in one_line(
+        f"{one},{tree(tmp_path / 'flat', '5.png')[7:]}"
+    )
+    assert len(make_source(f"folder:{one},{tmp_path}/flat", labels="none")) == 3
+    assert "its images would count twice" in one_line(f"folder:{one},{tmp_path}")
+    assert "would count twice" in one_line(f"folder:{one},{one}")
+    assert one_line(f"folder:{one},{tmp_path}/gone") == f"folder:{tmp_path}/gone does not exist"
+
+
+def test_the_kind_of_a_bare_path_is_recognized(tmp_path):
+    images, _ = make_shapes(3, image_size=16)
+    specs = [write_list(tmp_path), write_shards(tmp_path), "arrays:" + stored(tmp_path / "x.npz", False, images=images)]
+    for spec in specs:
+        bare = spec.partition(":")[2]
+        assert type(make_source(bare)) is type(make_source(spec)) and len(make_source(bare)) == 3
+    relative = make_source("list.txt", data_dir=str(tmp_path))
+    assert relative[2]["image"] == BYTES[2]
+
+
+def test_specs_are_made_absolute(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a, b").mkdir()
+    for spec, expected in {
+        "folder:a, b": f"folder:{tmp_path}/a, b",
+        "folder:x, y": f"folder:{tmp_path}/x,{tmp_path}/y",
+        "tar:x/*.tar": f"tar:{tmp_path}/x/*.tar",
+        "list:/l.txt": "list:/l.txt",
+        "arrays:gs://b/x.npz": "arrays:gs://b/x.npz",
+        "x.npz": f"{tmp_path}/x.npz",
+        "tfds:cifar10:test": "tfds:cifar10:test",
+        "hf:owner/name:test": "hf:owner/name:test",
+        "shapes": "shapes",
+    }.items():
+        assert absolute_spec(spec) == expected
+    assert source_of(["x", "y"]) == f"folder:{tmp_path}/x,{tmp_path}/y" and source_of(["x"]) == f"folder:{tmp_path}/x"
+    (tmp_path / "l.txt").write_text("a.png")
+    assert source_of(["l.txt"]) == f"{tmp_path}/l.txt" and source_of(["*.tar"]) == f"{tmp_path}/*.tar"
+    assert source_of(["shapes"]) == "shapes" and source_of(["tar:s-*.tar"]) == f"tar:{tmp_path}/s-*.tar"
+
+
+def test_lists(tmp_path):
+    def listing(text):
+        (tmp_path / "l.txt").write_bytes(text if isinstance(text, bytes) else text.encode())
+        return f"list:{tmp_path}/l.txt"
+
+    write_list(tmp_path)
+    (tmp_path / "plain.png").write_bytes(BYTES[0])
+    source = make_source(listing(f"{tmp_path}/plain.png\t7\r\nplain.png\nplain.png\t0"))
+    assert source.labels().tolist() == [7, -1, 0] and source.num_classes == 8 and source.class_names is None
+    unlabelled = make_source(listing("plain.png\ngone.png\n"))
+    assert unlabelled.labels() is None
+    with pytest.raises(BadImage, match=r"gone.png: No such file"):  # counted like any bad file
+        unlabelled[1]
+    assert "a label follows a tab, not a space" in one_line(listing("plain.png 7\n"))
+    assert "does not exist, nor do those after it: paths are relative to" in one_line(listing("a.png\nb.png"))
+    assert "a.png has 3 columns" in one_line(listing("a.png\t1\t2"))
+    assert "lists nothing" in one_line(listing("\n \n"))
+    assert "is no text file" in one_line(listing(b"PK\0\0"))
+    assert one_line(f"list:{tmp_path}/none.txt") == f"list:{tmp_path}/none.txt does not exist"
+
+
+def test_a_tar_files_index_is_kept_and_renewed(tmp_path, monkeypatch):
+    shard, index = str(tmp_path / "a.tar"), tmp_path / "a.tar.index.npz"
+    write_tar(shard, [("a.png", BYTES[0]), ("b.png", BYTES[1])])
+    scans = []
+    monkeypatch.setattr(tar, "_scan", lambda path, scan=tar._scan: scans.append(path) or scan(path))
+    first = make_source(f"tar:{shard}")
+    assert scans == [shard] and index.exists()
+    again = make_source(f"tar:{shard}")
+    assert scans == [shard] and [again[i] for i in (0, 1)] == [first[i] for i in (0, 1)]
+    write_tar(shard, [("b.png", BYTES[1]), ("a.png", BYTES[2])])  # of the same size
+    os.utime(shard, ns=(1, 1))
+    assert make_source(f"tar:{shard}")[1]["image"] == BYTES[2] and len(scans) == 2
+    write_tar(shard, [("only.png", BYTES[0])] * 30)
+    os.utime(shard, ns=(1, 1))  # of the same time
+    assert len(make_source(f"tar:{shard}")) == 30 and len(scans) == 3
+    index.write_bytes(b"damaged")
+    assert len(make_source(f"tar:{shard}")) == 30 and len(scans) == 4
+    assert len(make_source(f"tar:{shard}")) == 30 and len(scans) == 4
+
+
+def test_the_index_goes_into_the_cache_where_the_folder_cannot_be_written_to(tmp_path, monkeypatch, caplog):
+    write_tar(tmp_path / "a.tar", [("a.png", BYTES[0])])
+    save, scans = tar._save, []
+    monkeypatch.setattr(tar, "_scan", lambda path, scan=tar._scan: scans.append(path) or scan(path))
+
+    def refuse(place, *rest):
+        if os.path.dirname(place) == str(tmp_path):
+            raise PermissionError(13, "Permission denied")  # root may write anywhere
+        save(place, *rest)
+
+    monkeypatch.setattr(tar, "_save", refuse)
+    for _ in range(2):
+        assert make_source(f"tar:{tmp_path}/a.tar", data_cache=str(tmp_path / "cache"))[0]["image"] == BYTES[0]
+    assert len(scans) == 1 and len(list((tmp_path / "cache").rglob("*.npz"))) == 1 and not caplog.records
+    assert len(make_source(f"tar:{tmp_path}/a.tar")) == 1
+    assert "cannot be kept" in caplog.text
+
+
+def test_labels_in_tar_files(tmp_path):
+    def source(*members, **options):
+        return make_source("tar:" + write_tar(tmp_path / "x.tar", members), **options)
+
+    png = BYTES[0]
+    numbers = source(
+        ("a/1.png", png), ("a/1.cls", b"3\n"), ("b/1.png", png), ("c.2.png", png), ("c.json", b'{"label": 0}')
+    )
+    assert numbers.labels().tolist() == [3, -1, 0] and numbers.num_classes == 4
+    folders = ("./p/dog/1.png", png), ("./p/cat/2.png", png), ("./p/dog/._1.png", b""), ("./p/notes.txt", b"x")
+    by_folder = source(*folders)
+    assert by_folder.class_names == ["cat", "dog"] and by_folder.labels().tolist() == [1, 0]
+    assert "its 2 sub-folders (cat, dog) are taken as the classes" in by_folder.labels_note
+    assert source(*folders, labels="none").labels() is None
+    assert source(("1.png", png), ("1.json", b"no json")).labels() is None
+
+
+def test_tar_mistakes_are_one_line(tmp_path):
+    shard = write_tar(tmp_path / "train-000.tar", [(f"{i}.png", BYTES[i]) for i in range(3)])
+    data = (tmp_path / "train-000.tar").read_bytes()
+    assert one_line(f"tar:{tmp_path}/trian-000.tar").endswith("; did you mean train-000.tar?")
+    assert "does not exist" in one_line(f"tar:{tmp_path}/none/*.tar")
+    (tmp_path / "z.tar").write_bytes(gzip.compress(data))
+    assert "is compressed" in one_line(f"tar:{tmp_path}/z.tar")
+    (tmp_path / "z.tar").write_bytes(b"text" * 300)
+    assert "cannot be read as a tar file" in one_line(f"tar:{tmp_path}/z.tar")
+    (tmp_path / "z.tar").write_bytes(data[:1600])
+    assert "cannot be read as a tar file" in one_line(f"tar:{tmp_path}/z.tar")
+    write_tar(tmp_path / "z.tar", [("a.txt", b"x")])
+    assert "no member is an image (jpg, " in one_line(f"tar:{tmp_path}/z.tar")
+    source = make_source(f"tar:{shard}")
+    (tmp_path / "train-000.tar").write_bytes(data[:600])  # while it is in use
+    with pytest.raises(BadImage, match=r"train-000.tar/2.png: the tar file ends before it"):
+        source[2]
+
+
+def test_parquet_files_of_others(tmp_path):
+    pa = pytest.importorskip("pyarrow", reason="pyarrow is not installed: pip install -e '.[dev]'")
+    import pyarrow.parquet as pq
+
+    def written(name="x", **columns):
+        pq.write_table(pa.table(columns), tmp_path / f"{name}.parquet", row_group_size=2)
+        return f"parquet:{tmp_path}/{name}.parquet"
+
+    plain = make_source(written(id=[5, 6, 7], img=[*BYTES[:2], None], label=["dog", None, "cat"]))
+    assert (
+        plain.class_names == ["cat", "dog"] and plain.labels().tolist() == [1, -1, 0] and plain[1]["image"] == BYTES[1]
+    )
+    with pytest.raises(BadImage, match=r"x.parquet, row 2: the row holds no image"):
+        plain[2]
+    (tmp_path / "1.png").write_bytes(BYTES[1])
+    by_path = make_source(written(image=[{"bytes": None, "path": "1.png"}, {"bytes": b"", "path": "gone.png"}]))
+    assert by_path[0] == {"image": BYTES[1]}
+    two = written(left=BYTES, right=BYTES[::-1], fine=[1, 2, 3])
+    assert "several columns of images: it has left (binary), right" in one_line(two)
+    right = make_source(two, image_column="right", label_column="fine")
+    assert right[0] == {"image": BYTES[2], "label": 1}
+    assert "no column of labels 'coarse'" in one_line(two, image_column="left", label_column="coarse")
+    assert "no column of images 'fine'" in one_line(two, image_column="fine")
+    assert "no column of image bytes" in one_line(written(text=["a"]))
+    written("y-1", img=BYTES[:1], label=[0])
+    written("y-2", img=BYTES[:1])
+    assert "y-2.parquet has no column 'label', which" in one_line(f"parquet:{tmp_path}/y-*")
+    (tmp_path / "z.parquet").write_bytes(b"PAR1" * 9)
+    assert "z.parquet cannot be read: " in one_line(f"parquet:{tmp_path}/z.parquet")
+
+
+def test_parquet_keeps_no_more_row_groups_than_it_may(tmp_path, monkeypatch):
+    source = make_source(write_parquet(tmp_path))
+    monkeypatch.setattr(parquet, "CACHE_BYTES", 1)
+    for index in (0, 1, 2, 0):
+        assert source[index]["image"] == BYTES[index] and len(source._kept) == 1
+
+
+def test_hf_data_sets(tmp_path, monkeypatch):
+    datasets = pytest.importorskip("datasets", reason="datasets is not installed: pip install -e '.[dev]'")
+    datasets.DatasetDict({"train": table(), "test": table([1])}).save_to_disk(tmp_path / "splits")
+    assert len(make_source(f"hf:{tmp_path}/splits")) == 3
+    test = make_source(f"hf:{tmp_path}/splits:test")
+    assert test[0] == {"image": BYTES[1], "label": 1} and test.name(0) == f"hf:{tmp_path}/splits:test, row 0"
+    assert "has no split 'val' (it has: train, test)" in one_line(f"hf:{tmp_path}/splits:val")
+    # A copy of a repository of the Hub, which the library reads into its cache.
+    (tmp_path / "copy").mkdir()
+    write_parquet(tmp_path / "copy")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    copy = make_source(f"hf:{tmp_path}/copy")
+    assert [copy[i]["image"] for i in range(3)] == BYTES and copy.class_names == ["cat", "dog"]
+    assert "'val'" in one_line(f"hf:{tmp_path}/copy:val") or '"val"' in one_line(f"hf:{tmp_path}/copy:val")
+    datasets.Dataset.from_dict({"x": [1]}).save_to_disk(tmp_path / "no images")
+    assert "has no column of images: it has x (Value)" in one_line(f"hf:{tmp_path}/no images")
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert one_line("hf:nobody/nothing:train").startswith("hf:nobody/nothing:train cannot be opened: ")
+
+
+def test_frames_of_videos(tmp_path):
+    write_video(tmp_path / "v" / "1.mp4")
+    source = make_source(f"video:{tmp_path}/v/*.mp4", video_seconds=0.5)
+    assert len(source) == 6 and source.labels() is None and source.name(3) == f"{tmp_path}/v/1.mp4 at 1.5 s"
+    values = [float(source[i]["image"].mean()) for i in (5, 0, 1, 2, 3, 4)]  # in any order
+    np.testing.assert_allclose(values, [160, 0, 0, 80, 80, 160], atol=6)
+    (tmp_path / "v" / "broken.mp4").write_bytes(b"no video")
+    both = make_source(f"video:{tmp_path}/v")
+    assert len(both) == 4 and both.name(3) == f"{tmp_path}/v/broken.mp4 at 0 s"
+    with pytest.raises(BadImage, match=r"broken.mp4 at 0 s: unreadable video: "):
+        both[3]
+    assert "must be positive" in one_line(f"video:{tmp_path}/v", video_seconds=0.0)
+    assert "holds no video (mp4, " in one_line(f"video:{tree(tmp_path / 'p', '1.png')[7:]}")
+
+
+def test_bad_images_in_a_tar_file_are_replaced_and_counted(tmp_path, caplog):
+    members = [("0.png", BYTES[0]), ("1.png", b"no image"), ("2.png", BYTES[2])]
+    source = make_source("tar:" + write_tar(tmp_path / "x.tar", members))
+    image, label, failed = read_or_replace(source, 1, 1)
+    assert failed == [1] and label == -1
+    np.testing.assert_array_equal(image, decode(BYTES[2], "2.png"))
+    BadImages(source, 0.5).add(failed)
+    assert f"cannot read {tmp_path}/x.tar/1.png: its slot is filled by the next readable image" in caplog.text
+
+
+@pytest.mark.parametrize("kind, package", [("parquet", "pyarrow"), ("hf", "datasets"), ("video", "av")])
+def test_a_missing_package_is_named(tmp_path, kind, package, monkeypatch):
+    (tmp_path / "x").write_bytes(b"")
+    for name in [name for name in sys.modules if name == package or name.startswith(package + ".")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, package, None)
+    assert one_line(f"{kind}:{tmp_path}/x").endswith(f"pip install {package}")
+
+
+def sources_of_each_kind(tmp_path, packed=PACKED) -> list:
     for name in ("a/1.png", "b/2.png", "b/3.png"):
         write_image(tmp_path / "folder" / name)
+    specs = [PACKED[kind](tmp_path) for kind in packed]
     images, labels = make_shapes(3, image_size=16)
     path = stored(tmp_path / "x.npz", False, images=images, labels=labels)
     return [
@@ -302,6 +676,7 @@ def sources_of_each_kind(tmp_path) -> list:
         load_arrays(path),
         ArraySource(images, labels),
         ShapesSource(num_examples=3, image_size=16),
+        *map(make_source, specs),
     ]
 
 
@@ -319,7 +694,8 @@ def read_all(source):
 
 @pytest.mark.parametrize("method", ["spawn", "forkserver"])
 def test_sources_travel_to_worker_processes(tmp_path, method):
-    every = sources_of_each_kind(tmp_path)
+    # The import of datasets takes seconds: in one of the two.
+    every = sources_of_each_kind(tmp_path, PACKED if method == "spawn" else ("list", "tar", "video"))
     with warnings.catch_warnings(), multiprocessing.get_context(method).Pool(1) as pool:
         for source, there in zip(every, pool.map(read_all, every), strict=True):
             for here, other in zip(read_all(source), there, strict=True):
@@ -328,7 +704,7 @@ def test_sources_travel_to_worker_processes(tmp_path, method):
 
 
 def test_a_million_paths_stay_small(monkeypatch):
-    monkeypatch.setattr(sources, "_walk", lambda directory: (f"n{i % 100:08d}/{i}.JPEG" for i in range(100_000)))
+    monkeypatch.setattr(folder, "_walk", lambda directory: (f"n{i % 100:08d}/{i}.JPEG" for i in range(100_000)))
     source = FolderSource("/")
     assert len(pickle.dumps(source)) < 100_000 * 40
     assert source.num_classes == 100 and source.name(0) == "/n00000000/0.JPEG"

@@ -7,6 +7,16 @@ import pytest
 from small import SmallRun, largest_difference, small_config
 
 METHODS = ("moco", "simclr", "deepcluster", "swav", "byol", "supervised")
+# One method sees crops with all that they can have.
+SETTINGS = {
+    "moco": {
+        "data.flip": "both",
+        "data.quarter_turns": True,
+        "data.aspect_ratio": (0.5, 2.0),
+        "data.pixel_mean": (0.6, 0.5, 0.4),
+        "data.pixel_std": (0.3, 0.2, 0.1),
+    }
+}
 LAYOUTS = {"8 devices": (8, 1), "4 microbatches": (1, 4)}
 
 
@@ -14,13 +24,13 @@ LAYOUTS = {"8 devices": (8, 1), "4 microbatches": (1, 4)}
 def reference():
     """Four float64 steps (two epochs) on one device, per method."""
     with jax.enable_x64(True):
-        return {method: SmallRun(small_config(method)).train(4) for method in METHODS}
+        return {method: SmallRun(small_config(method, **SETTINGS.get(method, {}))).train(4) for method in METHODS}
 
 
 def assert_layout_does_not_change(method, layout, expected):
     """Four steps in a layout end where they do on one device: in the state `expected`."""
     devices, microbatches = LAYOUTS[layout]
-    config = small_config(method, **{"runtime.microbatches": microbatches})
+    config = small_config(method, **{"runtime.microbatches": microbatches}, **SETTINGS.get(method, {}))
     state = SmallRun(config, devices).train(4)
     assert largest_difference(state.params, expected.params) < 1e-9
     assert largest_difference(state.batch_stats, expected.batch_stats) < 1e-9
@@ -46,7 +56,7 @@ def test_the_layout_does_not_change_the_run(reference, method, layout, x64):
 def test_the_reference_run_learns_and_uses_its_views(reference):
     """The comparison above would hold for a step that does nothing, too."""
     with jax.enable_x64(True):
-        fresh = jax.device_get(SmallRun(small_config("moco")).state)
+        fresh = jax.device_get(SmallRun(small_config("moco", **SETTINGS["moco"])).state)
     assert largest_difference(reference["moco"].params, fresh.params) > 1e-4
     for branch in ("clean", "adversarial"):
         name = f"{branch}_batch_stats"

@@ -116,7 +116,7 @@ class Unread(ShapesSource):
 
 @pytest.mark.parametrize("on_device", [False, True])
 def test_too_little_memory_is_one_line_before_data_are_read(on_device, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("hexa_jax.data.sources.ShapesSource", Unread)
+    monkeypatch.setattr("hexa_jax.data.sources.shapes.ShapesSource", Unread)
     monkeypatch.setattr(memory, "available", lambda mesh: 300_000)
     workdir = tmp_path / "run"
     assert main.main(words(workdir, **{"data.on_device": on_device})) == 2

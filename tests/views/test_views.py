@@ -764,7 +764,11 @@ def page_sections():
 
 @pytest.mark.parametrize(
     "title, losses",
-    [("A view", {"clean", "erased"}), ("A method", {"clean", "adversarial", "cutmix"})],
+    [
+        ("A view", {"clean", "erased"}),
+        ("A method", {"clean", "adversarial", "cutmix"}),
+        ("A source", {"clean"}),
+    ],
 )
 def test_the_page_on_extending_runs_as_printed(tmp_path, title, losses):
     files, command = page_sections()[title]
@@ -782,13 +786,16 @@ def test_the_page_on_extending_runs_as_printed(tmp_path, title, losses):
     assert all(np.isfinite(line["loss"]) for line in steps)
     config = json.loads((workdir / "config.json").read_text())
     # The command's own setting went into the block that the config file added.
-    assert (
-        (config["views"]["erased"]["share"] == 0.4) if title == "A view" else (config["plain_byol"]["momentum"] == 0.9)
-    )
+    settings = {
+        "A view": lambda: config["views"]["erased"]["share"] == 0.4,
+        "A method": lambda: config["plain_byol"]["momentum"] == 0.9,
+        "A source": lambda: config["data"]["source"] == "sky:64",
+    }
+    assert settings[title]()
 
 
 def test_every_runnable_section_of_the_page_is_run_above():
-    assert set(page_sections()) == {"A view", "A method"}
+    assert set(page_sections()) == {"A view", "A method", "A source"}
 
 
 def test_until_its_first_pass_the_adversarial_set_is_a_copy_of_the_clean_one(x64):

@@ -23,7 +23,7 @@ from hexa_jax.evals.tasks.image_size import with_size
 from hexa_jax.models.norm import CLEAN, NormMode, stats_collection
 from hexa_jax.parallel import processes
 from hexa_jax.parallel.mesh import make_mesh
-from hexa_jax.training.factory import make_devices, open_source
+from hexa_jax.training.factory import SOURCE_SETTINGS, make_devices, open_source
 
 _FEATURES_OF = ("checkpoint", "random", "seed", "data", "grid", "precision")  # what else has no influence on features
 PART_BATCHES = 50  # what a kill can cost
@@ -67,8 +67,10 @@ def open_split(config: ConfigDict, backbone: Backbone, name: str, *, labelled: b
     labels = config.data.labels
     if labels == "auto" and not config.data[name] and data.get("labels") == "folders":
         labels = "folders"  # the run's own data, whose classes it was told of
-    data = {"shapes_size": data.shapes_size, "shapes_count": data.shapes_count, "labels": labels}
-    source = open_source(ConfigDict({"runtime": runtime, "data": data}), spec)
+    own = config.data if config.data[name] else data
+    settings = {key: own.get(key, default) for key, default in SOURCE_SETTINGS.items()} | {"labels": labels}
+    settings |= {"shapes_size": data.shapes_size, "shapes_count": data.shapes_count}
+    source = open_source(ConfigDict({"runtime": runtime, "data": settings}), spec)
     if labelled and source.num_classes is None:
         raise DataError(f"{spec} has no labels, which config.task={config.task} needs")
     if name == "source" and config.data.list:

@@ -1,4 +1,4 @@
-"""Examples of a prepared tfds data set, without TensorFlow."""
+"""`tfds:NAME`: examples of a prepared TensorFlow Datasets data set, without TensorFlow."""
 
 import os
 import pathlib
@@ -9,6 +9,7 @@ import numpy as np
 
 from hexa_jax.data.decode import BadImage
 from hexa_jax.data.source import DataError, checked_index, one_line
+from hexa_jax.data.sources.registry import Options, register
 from hexa_jax.storage.gcs import fetch, files, filesystem, is_remote
 
 
@@ -131,3 +132,17 @@ class TfdsSource:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._open()
+
+
+def open_tfds(where: str, options: Options) -> TfdsSource:
+    """Return the split of a prepared data set."""
+    return TfdsSource(where, data_dir=options.data_dir, data_cache=options.data_cache)
+
+
+register(
+    "tfds",
+    open_tfds,
+    usage="tfds:NAME[/CONFIG][:VERSION][:SPLIT]",
+    summary="a TensorFlow Datasets data set in ArrayRecord format, also from a bucket; "
+    "`python -m hexa_jax.prepare` makes it, of a folder, too; the split may be a slice, `train[:10%]`",
+)

@@ -1,0 +1,55 @@
+"""Pixel statistics of a run that measures them: taken once, recorded in the workdir, the same ever after."""
+
+import pathlib
+
+from ml_collections import ConfigDict
+
+from hexa_jax.core.console import log
+from hexa_jax.core.errors import choose
+from hexa_jax.data.source import Source
+from hexa_jax.data.statistics import DIGITS, PixelStatistics, measure_pixels
+from hexa_jax.parallel import processes
+from hexa_jax.storage.workdir import NORMALIZATION, apply_normalization, write_json
+
+
+def settle_normalization(config: ConfigDict, workdir: pathlib.Path, source: Source) -> None:
+    """Set `config.data.pixel_mean` and `pixel_std` where `data.normalization` is "measured".
+
+    The first start of a run measures, and writes what it found into the workdir: into a file of its
+    own, by which later starts know that it was measured, and into config.json, where evaluations and
+    exports look.
+
+    Args:
+        config: of the run; changed in place.
+        workdir: of the run.
+        source: the training images.
+
+    Raises:
+        ConfigError: `data.normalization` is not known.
+        DataError: no image can be read.
+    """
+    choose("data.normalization", config.data.normalization, dict.fromkeys(("fixed", "measured")))
+    if config.data.normalization != "measured":
+        return
+    known = processes.broadcast_from_main(int((workdir / NORMALIZATION).exists()))
+    if known:
+        apply_normalization(config, workdir)
+        found = PixelStatistics(tuple(config.data.pixel_mean), tuple(config.data.pixel_std), 0)
+    else:
+        found = measure_pixels(source)
+    mean, std, images = _of_main(found)
+    config.data.pixel_mean, config.data.pixel_std = mean, std
+    if not known:
+        write_json(workdir / NORMALIZATION, {"pixel_mean": mean, "pixel_std": std, "images": images})
+        shown = ["({})".format(", ".join(f"{value:.4f}" for value in values)) for values in (mean, std)]
+        log(f"pixels of {images} images: mean {shown[0]}, standard deviation {shown[1]}")
+    write_json(workdir / "config.json", config.to_dict())
+
+
+def _of_main(found: PixelStatistics) -> PixelStatistics:
+    """What the main process found, on all of them: as whole numbers, which are broadcast exactly."""
+    mean, std = (
+        tuple(processes.broadcast_from_main(round(value * 10**DIGITS)) / 10**DIGITS for value in values)
+        for values in (found.mean, found.std)
+    )
+    return PixelStatistics(mean, std, processes.broadcast_from_main(found.images))
