@@ -1,6 +1,7 @@
 """A bank of an epoch's embeddings, and its clusters: what DeepCluster-v2 and PCL share.
 
-An embedding stays on the device that computed it; centroids, and a label per example, are all that travels.
+An embedding stays on the device that computed it; centroids, and a label per example, are all that
+travels.
 
 Legend: T steps of an epoch, B batch, A crops, D embedding, K clusters, H sets of clusters.
 """
@@ -57,7 +58,8 @@ class Bank(NamedTuple):
                 as no example, too. None: all are.
         """
         valid = batch.valid if known is None else batch.valid & known
-        # Axis 1 is the split one: moving it to the front before joining the two keeps every row on its device.
+        # Axis 1 is the split one: moving it to the front before joining the two keeps every row on
+        # its device.
         join = lambda x: jnp.swapaxes(x, 0, 1).reshape(1, -1, *x.shape[2:])  # noqa: E731
         index = join(jnp.where(valid, batch.index, -1))
         write = jax.lax.dynamic_update_slice_in_dim
@@ -79,7 +81,8 @@ class Bank(NamedTuple):
             iterations: updates of the centroids.
 
         Returns:
-            Clustering whose assignments are [T, B], split like the bank; -1 for rows without an example.
+            Clustering whose assignments are [T, B], split like the bank; -1 for rows without an
+            example.
         """
         x = self.rows[:, :, crop]  # [T, B, D]
 
@@ -100,7 +103,7 @@ class Bank(NamedTuple):
         return sharded(x, self.index, first_centroids(key, x, self.index, num_clusters))
 
     def distances(self, crop: int, clusters: Clustering) -> tuple[jax.Array, jax.Array]:
-        """Per cluster the sum of its members' distances to its centroid, and the number of members; each [K]."""
+        """Return each cluster's sum of distances to its centroid, and its size; each [K]."""
 
         def local(x: jax.Array, centroids: jax.Array, labels: jax.Array) -> tuple[jax.Array, jax.Array]:
             return distances_by_cluster(x.reshape(-1, x.shape[-1]), centroids, labels.reshape(-1), axis_name="data")
@@ -109,7 +112,7 @@ class Bank(NamedTuple):
         return sharded(self.rows[:, :, crop], clusters.centroids, clusters.assignments)
 
     def by_example(self, labels: jax.Array, num_examples: int) -> jax.Array:
-        """Labels [T, B] of the rows as labels int32 [num_examples] of the examples, -1 for those not in the bank."""
+        """Scatter labels [T, B] of rows to int32 [num_examples]; -1 for those not in the bank."""
         # Out-of-range positions are dropped: rows without an example write nothing.
         place = jnp.where(self.index >= 0, self.index, num_examples).reshape(-1)
         empty = jnp.full(num_examples, -1, jnp.int32)
@@ -117,7 +120,9 @@ class Bank(NamedTuple):
 
 
 def first_centroids(key: jax.Array, x: jax.Array, index: jax.Array, num_clusters: int) -> jax.Array:
-    """K random examples' embeddings, chosen by example and not by position: the bank's order depends on the devices.
+    """Return the embeddings of K random examples.
+
+    They are chosen by example, not by position: the bank's order depends on the devices.
 
     Args:
         key: typed key.
@@ -169,12 +174,13 @@ def describe_clusters(
 
 
 def _moved(was: jax.Array, now: jax.Array, num_clusters: int) -> jax.Array:
-    """How many of the examples with a cluster before and after left the group that most of the old one moved to.
+    """Count the examples that left the group which most of their old cluster moved to.
 
     Clusters are numbered anew each time, so their numbers cannot be compared.
     """
     both = (was >= 0) & (now >= 0)
-    # Sorted by both clusters, a group is a run; a table of all pairs of 100,000 clusters would need 40 GB.
+    # Sorted by both clusters, a group is a run; a table of all pairs of 100,000 clusters would need
+    # 40 GB.
     old, new = jax.lax.sort([jnp.where(both, was, num_clusters), now], num_keys=2)
     start = (old != jnp.roll(old, 1)) | (new != jnp.roll(new, 1))
     group = jnp.cumsum(start.at[0].set(True)) - 1

@@ -1,9 +1,11 @@
 """The interface of a method: where pseudo-labels come from and how a prediction is scored.
 
-A loss is per example and a pseudo-label is a leaf with leading axis N; so attacks (grad of the loss) and CutMix (labels of a
-permuted batch) are written once, in the views and the step, and no method mentions them.
+A loss is per example and a pseudo-label is a leaf with leading axis N; so attacks (grad of the
+loss) and CutMix (labels of a permuted batch) are written once, in the views and the step, and no
+method mentions them.
 
-Legend: M microbatches, n rows of a microbatch, V crops, D embedding. Whole-step arrays are [M, n, ...].
+Legend: M microbatches, n rows of a microbatch, V crops, D embedding. Whole-step arrays are [M, n,
+    ...].
 """
 
 from collections.abc import Callable
@@ -18,10 +20,13 @@ from hexa_jax.core.batch import Batch
 
 
 class Encode(NamedTuple):
-    """Projections by a target network, as functions of its parameters: training mode, nothing written, no gradient.
+    """Functions of a target network's parameters that return its projections.
+
+    Training mode; no statistics are written, and no gradient flows.
 
     Attributes:
-        key_crops: -> [M, n, 1, D] of the batch's key crops, in their shuffled order (`Batch.key_row` puts them back).
+        key_crops: -> [M, n, 1, D] of the batch's key crops, in their shuffled order
+            (`Batch.key_row` puts them back).
         crops: -> [M, n, V, D] of the crops that the network itself learns from.
     """
 
@@ -34,8 +39,10 @@ class Targets(NamedTuple):
 
     Attributes:
         y: leaves [M, n, ...], one pseudo-label per example; CutMix permutes it.
-        dictionary: shared by the batch (queue, centroids); never permuted, constant for differentiation.
-        known: bool [M, n], False where an example has no pseudo-label yet; those rows are left out of means.
+        dictionary: shared by the batch (queue, centroids); never permuted, constant for
+            differentiation.
+        known: bool [M, n], False where an example has no pseudo-label yet; those rows are left out
+            of means.
     """
 
     y: Any
@@ -72,13 +79,15 @@ class Spec(NamedTuple):
 class Method:
     """What the train step asks of a method; what most methods do alike is done here.
 
-    A subclass is a frozen dataclass whose fields are its block `config.NAME`. It is one of two kinds: `LabelsBeforeStep`
-    or `LabelsFromOutputs`. Its own trainable parameters, if it has any, are `params["method"]`.
+    A subclass is a frozen dataclass whose fields are its block `config.NAME`. It is one of two
+    kinds: `LabelsBeforeStep` or `LabelsFromOutputs`. Its own trainable parameters, if it has any,
+    are `params["method"]`.
     """
 
     key_crops = 0  # views per example that only a target encoder sees
     needs_first_pass = False  # whether an epoch of forward passes comes before the first step
-    live_dictionary = False  # whether the clean loss, and the attack on it, differentiate through the dictionary
+    # whether the clean loss, and the attack on it, differentiate through the dictionary
+    live_dictionary = False
     has_head = True  # whether outputs are unit vectors from a projection head; else pooled features
     pairs_own_crop = False  # whether a view may predict its own clean crop (`own_crop_labels`)
 
@@ -90,15 +99,23 @@ class Method:
         return []
 
     def for_run(self, spec: Spec) -> "Method":
-        """The method as a run of these sizes uses it; for schedules over the run, which may be extended later."""
+        """Return the method for a run of these sizes.
+
+        For schedules over the run, which may be extended later.
+        """
         return self
 
     def prepare(self, keys: jax.Array, crops: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-        """The network's input, where the task is a change of the input; crops as in `Batch`, keys [N] of the examples."""
+        """Return the network's input, for methods whose task is a change of the input.
+
+        Crops are as in `Batch`; keys [N] are those of the examples.
+        """
         return crops
 
     def make_predictor(self, embedding_dim: int, dtype: Any, auxiliary_norm: bool) -> nn.Module | None:
-        """A module (z [R, D], mode: NormMode) -> [R, D] behind the projection head of the online network only, or None.
+        """Return a module behind the projection head of the online network only, or None.
+
+        It maps (z [R, D], mode: NormMode) to [R, D].
 
         Args:
             embedding_dim: D.
@@ -132,18 +149,24 @@ class Method:
         raise NotImplementedError
 
     def loss(self, params: dict, outputs: jax.Array, y: Any, dictionary: Any) -> jax.Array:
-        """Losses [N, V] of outputs [N, V, D]; the objective is the mean over V, then over valid N."""
+        """Return losses [N, V] of outputs [N, V, D].
+
+        The objective is their mean over V, then over the valid N.
+        """
         raise NotImplementedError
 
     def mixed_loss(
         self, params: dict, outputs: jax.Array, y: Any, y_partner: Any, lam: jax.Array, dictionary: Any
     ) -> jax.Array:
-        """Losses [N, V] of outputs of mixed images, lam [N, V] the share of y, 1 - lam that of y_partner (equation 9)."""
+        """Return losses [N, V] of mixed images (equation 9).
+
+        lam [N, V] is the share of y; y_partner has the rest.
+        """
         own = self.loss(params, outputs, y, dictionary)
         return lam * own + (1 - lam) * self.loss(params, outputs, y_partner, dictionary)
 
     def own_crop_labels(self, y: Any, dictionary: Any, outputs: jax.Array) -> tuple[Any, Any]:
-        """(y, dictionary) by which each crop predicts its own clean output, constants, instead of its pseudo-label.
+        """Return (y, dictionary) by which each crop predicts its own clean output.
 
         Args:
             y: leaves [N, ...].
@@ -153,11 +176,11 @@ class Method:
         raise NotImplementedError(f"{type(self).__name__} has no label for a crop of its own")
 
     def freeze(self, gradients: dict, step: jax.Array) -> dict:
-        """Gradients of the method's own parameters as the optimizer shall see them at step `step` (from 0)."""
+        """Return the gradients of the method's own parameters that the optimizer gets."""
         return gradients
 
     def project(self, params: dict) -> dict:
-        """The method's own parameters after the optimizer's step, put back where they have to be."""
+        """Return the method's own parameters, put back in place after the optimizer's step."""
         return params
 
     def update(
@@ -190,7 +213,10 @@ class LabelsBeforeStep(Method):
 
 
 class LabelsFromOutputs(Method):
-    """A method that makes its pseudo-labels from the step's own clean outputs: it defines `targets_from_outputs`."""
+    """A method whose pseudo-labels come from the step's own clean outputs.
+
+    It defines `targets_from_outputs`.
+    """
 
     def targets(self, encode: Encode, params: Any, state: Any, batch: Batch, keys: jax.Array) -> Targets:
         """Nothing yet."""
@@ -199,6 +225,7 @@ class LabelsFromOutputs(Method):
     def targets_from_outputs(self, params: dict, state: Any, batch: Batch, outputs: jax.Array) -> Targets:
         """Pseudo-labels of the whole step from its clean outputs [M, n, V, D].
 
-        Runs on one device's rows; what needs all rows communicates over the mesh axis "data". `params` are the method's own.
+        Runs on one device's rows; what needs all rows communicates over the mesh axis "data".
+        `params` are the method's own.
         """
         raise NotImplementedError

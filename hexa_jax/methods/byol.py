@@ -1,6 +1,7 @@
 """BYOL and SimSiam: the pseudo-label of a crop is what a target network makes of the other crop.
 
-Legend: M microbatches, n rows of a microbatch, N rows, V = 2 crops, D embedding, K steps of the run.
+Legend: M microbatches, n rows of a microbatch, N rows, V = 2 crops, D embedding, K steps of the
+    run.
 """
 
 import dataclasses
@@ -50,7 +51,8 @@ class BYOL(LabelsBeforeStep):
             )
 
     def for_run(self, spec: Spec) -> "BYOL":
-        # Not part of the state: a run that is extended gets a longer cosine, like its learning rate.
+        # Not part of the state: a run that is extended gets a longer cosine, like its learning
+        # rate.
         return dataclasses.replace(self, total_steps=spec.total_steps)
 
     def make_predictor(self, embedding_dim: int, dtype: Any, auxiliary_norm: bool) -> nn.Module:
@@ -65,9 +67,12 @@ class BYOL(LabelsBeforeStep):
         return Targets(y=projections[:, :, ::-1], dictionary=(), known=known)
 
     def loss(self, params: dict, outputs: jax.Array, y: jax.Array, dictionary: Any) -> jax.Array:
-        """Squared distances [N, 2] of unit vectors; SimSiam's negative cosines are half of it, less 1.
+        """Return squared distances [N, 2] of unit vectors.
 
-        The constant is kept: an attack or a mixture is not changed by it, and 0 is a perfect prediction.
+        SimSiam's negative cosines are half of them, less 1.
+
+        The constant is kept: an attack or a mixture is not changed by it, and 0 is a perfect
+        prediction.
         """
         distance = 1 - jnp.sum(outputs * y, axis=-1)
         return distance if self.simsiam else 2 * distance

@@ -1,4 +1,6 @@
-"""DeepCluster-v2: the pseudo-label of an example is its cluster of the epoch before (equations 3 and 4, Algorithm 2).
+"""DeepCluster-v2: predict an example's cluster of the epoch before.
+
+Equations 3 and 4, Algorithm 2.
 
 Legend: A assign crops, H heads, K clusters, D embedding.
 """
@@ -37,7 +39,8 @@ class DeepClusterState(NamedTuple):
 class DeepCluster(LabelsBeforeStep):
     """DeepCluster-v2 (facebookresearch/swav main_deepclusterv2.py).
 
-    Prototypes are the centroids and get no gradient: in the reference they are frozen for longer than any run lasts.
+    Prototypes are the centroids and get no gradient: in the reference they are frozen for longer
+    than any run lasts.
 
     The bank holds embeddings of clean crops only. An example whose clean crops a hard view replaces
     (`views.*.replace`) has none in that epoch, hence no cluster and no loss in the next one.
@@ -115,7 +118,10 @@ class DeepCluster(LabelsBeforeStep):
         targets: Targets | None,
         step: jax.Array,
     ) -> DeepClusterState:
-        """Write the step's clean embeddings into the bank; called with targets None by the first pass."""
+        """Write the step's clean embeddings into the bank.
+
+        The first pass calls this with targets None.
+        """
         embeddings = outputs[:, :, : self.assign_crops]
         return state._replace(bank=state.bank.write(embeddings, batch, batch.clean))
 

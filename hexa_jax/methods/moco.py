@@ -1,4 +1,7 @@
-"""MoCo-v2: the pseudo-label of a query is its own key, among a queue of older keys (equations 1 and 2, Algorithm 1)."""
+"""MoCo-v2: find the query's own key among a queue of older keys.
+
+Equations 1 and 2, Algorithm 1.
+"""
 
 import dataclasses
 from typing import Any, NamedTuple
@@ -12,7 +15,13 @@ from hexa_jax.methods.base import Encode, LabelsBeforeStep, Spec, Targets
 
 
 class MoCoState(NamedTuple):
-    """Key encoder parameters, queue [K, D] of unit-norm keys, and the next position to overwrite (int32)."""
+    """State of MoCo.
+
+    Attributes:
+        key_params: parameters of the key encoder.
+        queue: [K, D] keys of unit norm.
+        position: int32, the row of the queue that is overwritten next.
+    """
 
     key_params: Any
     queue: jax.Array
@@ -20,7 +29,11 @@ class MoCoState(NamedTuple):
 
 
 def check_queue(block: str, queue_size: int, spec: Spec) -> None:
-    """Raises ValueError, naming the method's block, if crops or queue do not fit a query and its key."""
+    """Check that crops and queue fit a query and its key.
+
+    Raises:
+        ValueError: they do not; one line that names the method's block.
+    """
     if spec.num_crops != (1,):
         raise ValueError(
             f"{block} takes two crops of one size, a query and a key: data.num_crops=(2,) with one data.crop_size; "
@@ -63,7 +76,8 @@ class MoCo(LabelsBeforeStep):
         encoded = encode.key_crops(state.key_params)  # [M, n, 1, D], rows in shuffled order
         shape = encoded.shape[:2]
         assert batch.key_row is not None
-        # Only embeddings travel back to their rows; the images were shuffled by the input (shuffle-BN).
+        # Only embeddings travel back to their rows; the images were shuffled by the input
+        # (shuffle-BN).
         positives = encoded.reshape(-1, encoded.shape[-1])[batch.key_row.reshape(-1)].reshape(*shape, -1)
         return Targets(y=positives, dictionary=state.queue, known=jnp.ones(shape, bool))
 
@@ -77,7 +91,8 @@ class MoCo(LabelsBeforeStep):
     def update(
         self, state: MoCoState, params: Any, batch: Batch, outputs: jax.Array, targets: Targets | None, step: jax.Array
     ) -> MoCoState:
-        # Algorithm 1 moves the key encoder after the step; the reference moves it at the start of the next, which is the same.
+        # Algorithm 1 moves the key encoder after the step; the reference moves it at the start of
+        # the next, which is the same.
         assert targets is not None
         m = self.momentum
         key_params = jax.tree.map(

@@ -1,12 +1,14 @@
-"""PCL-v2: MoCo-v2's instance contrast, and beside it the example's prototype among those of several clusterings.
+"""PCL-v2: MoCo-v2's task, and the example's prototypes in several clusterings.
 
     L = InfoNCE + mean over h of ProtoNCE_h
     ProtoNCE_h = -log( exp(q . c_s / phi_s) / sum over k of exp(q . c_k / phi_k) )
 
-with c_k the K_h prototypes of clustering h, phi_k their concentrations, and s the cluster of the example (Li et al. 2021,
-"Prototypical Contrastive Learning of Unsupervised Representations", equations 11 and 12).
+with c_k the K_h prototypes of clustering h, phi_k their concentrations, and s the cluster of the
+example (Li et al. 2021, "Prototypical Contrastive Learning of Unsupervised Representations",
+equations 11 and 12).
 
-Legend: H clusterings of K_h clusters each, Q queue, D embedding, M microbatches of n rows, N rows, V crops.
+Legend: H clusterings of K_h clusters each, Q queue, D embedding, M microbatches of n rows, N rows,
+    V crops.
 """
 
 import dataclasses
@@ -27,14 +29,22 @@ CLIPPED = (10.0, 90.0)  # percentiles that bound the concentrations
 
 
 class PCLLabels(NamedTuple):
-    """Pseudo-labels: each example's key [..., D], and its clusters int32 [..., H], -1 where it has none yet."""
+    """Pseudo-labels.
+
+    Attributes:
+        key: [..., D], each example's key.
+        clusters: int32 [..., H], its clusters; -1 where it has none yet.
+    """
 
     key: jax.Array
     clusters: jax.Array
 
 
 class PCLDictionary(NamedTuple):
-    """What all rows are compared with: queue [Q, D], and per clustering prototypes [K_h, D] and concentrations [K_h]."""
+    """What all rows are compared with.
+
+    The queue [Q, D], and per clustering prototypes [K_h, D] and concentrations [K_h].
+    """
 
     queue: jax.Array
     prototypes: tuple[jax.Array, ...]
@@ -46,8 +56,8 @@ class PCLState(NamedTuple):
 
     Attributes:
         moco: key encoder and queue.
-        assignments: int32 [H, num_examples], -1 for an example without clusters: all of them during warm-up, later those not
-            seen in the last epoch.
+        assignments: int32 [H, num_examples], -1 for an example without clusters: all of them during
+            warm-up, later those not seen in the last epoch.
         prototypes: per clustering [K_h, D] centroids, unit norm; zeros during warm-up.
         concentration: per clustering [K_h], their mean is the temperature.
         objective: [H] mean cosine of the last k-means.
@@ -68,17 +78,21 @@ class PCLState(NamedTuple):
 class PCL(LabelsBeforeStep):
     """PCL-v2 (salesforce/PCL).
 
-    As there: the momentum encoder's embeddings are clustered anew before each epoch, an example's InfoNCE and ProtoNCE are
-    scored on the same query, and the first epochs have InfoNCE alone. Otherwise than there:
+    As there: the momentum encoder's embeddings are clustered anew before each epoch, an example's
+    InfoNCE and ProtoNCE are scored on the same query, and the first epochs have InfoNCE alone.
+    Otherwise than there:
 
-    * The clustered embeddings are the keys that the epoch before has made anyway. The reference passes over all images once
-      more, center crops in evaluation mode; this saves a forward pass over the data in each epoch, and the keys are up to an
-      epoch older.
-    * k-means is spherical: an example's cluster is the prototype with the highest cosine, which is what ProtoNCE scores. The
-      reference runs faiss' Euclidean k-means, the best of 5 starts, and normalizes its centroids afterwards. Distances in the
-      concentration are to the unit-norm centroids here.
-    * All prototypes of a clustering are negatives. The reference draws 16,000 of them for each batch to save memory.
-    * A row that was not in the last epoch, which leaves out the examples beyond the last whole batch, has InfoNCE alone.
+    * The clustered embeddings are the keys that the epoch before has made anyway. The reference
+      passes over all images once more, center crops in evaluation mode; this saves a forward pass
+      over the data in each epoch, and the keys are up to an epoch older.
+    * k-means is spherical: an example's cluster is the prototype with the highest cosine, which is
+      what ProtoNCE scores. The reference runs faiss' Euclidean k-means, the best of 5 starts, and
+      normalizes its centroids afterwards. Distances in the concentration are to the unit-norm
+      centroids here.
+    * All prototypes of a clustering are negatives. The reference draws 16,000 of them for each
+      batch to save memory.
+    * A row that was not in the last epoch, which leaves out the examples beyond the last whole
+      batch, has InfoNCE alone.
 
     Attributes:
         queue_size: Q, number of negatives; a multiple of the batch size.
@@ -159,7 +173,10 @@ class PCL(LabelsBeforeStep):
     def own_crop_labels(
         self, y: PCLLabels, dictionary: PCLDictionary, outputs: jax.Array
     ) -> tuple[PCLLabels, PCLDictionary]:
-        """The crop's own output takes the key's place; the clusters stay, they are the example's and not a crop's."""
+        """Put the crop's own output in the key's place.
+
+        The clusters stay: they belong to the example, not to a crop.
+        """
         key, queue = self._moco.own_crop_labels(y.key, dictionary.queue, outputs)
         return y._replace(key=key), dictionary._replace(queue=queue)
 
@@ -203,10 +220,13 @@ class PCL(LabelsBeforeStep):
 
 
 def concentration(distances: jax.Array, counts: jax.Array, temperature: float) -> jax.Array:
-    """Concentrations phi of equation 12, by the reference's rules for what the equation leaves open.
+    """Return the concentrations phi of equation 12.
 
-    Mean distance / log(size + 10); a cluster of one member or none gets the largest phi, as its distances say nothing, and so
-    does one whose members coincide; bounded by the 10th and 90th percentiles; then scaled.
+    What the equation leaves open follows the reference's code.
+
+    Mean distance / log(size + 10); a cluster of one member or none gets the largest phi, as its
+    distances say nothing, and so does one whose members coincide; bounded by the 10th and 90th
+    percentiles; then scaled.
 
     Args:
         distances: [K] sums of the members' distances to their centroid.
@@ -214,7 +234,8 @@ def concentration(distances: jax.Array, counts: jax.Array, temperature: float) -
         temperature: the mean of the result.
 
     Returns:
-        [K] positive numbers, large for loose clusters; all equal to the temperature if no cluster has a distance.
+        [K] positive numbers, large for loose clusters; all equal to the temperature if no cluster
+        has a distance.
     """
     phi = distances / jnp.maximum(counts, 1) / jnp.log(counts + SMOOTHING)
     phi = jnp.where((counts > 1) & (distances > 0), phi, 0)

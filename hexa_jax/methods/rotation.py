@@ -1,4 +1,4 @@
-"""Rotation prediction, a handcrafted pretext task: the pseudo-label of a view is how far it was turned.
+"""Rotation prediction: the pseudo-label of a view is how far it was turned.
 
 Legend: N rows, V crops, D feature.
 """
@@ -17,10 +17,12 @@ TURNS = 4
 
 @dataclasses.dataclass(frozen=True)
 class Rotation(LabelsBeforeStep):
-    """RotNet (Gidaris et al., 2018): every crop is seen in all four orientations, and a linear layer tells which is which.
+    """RotNet (Gidaris et al., 2018): tell how far each crop was turned.
 
-    The order of the four is drawn per example. So the two images in a cut-mixed view are turned differently, and its
-    pseudo-label is a true mixture.
+    Every crop is seen in all four orientations, which a linear layer tells apart.
+
+    The order of the four is drawn per example. So the two images in a cut-mixed view are turned
+    differently, and its pseudo-label is a true mixture.
     """
 
     has_head = False
@@ -33,7 +35,10 @@ class Rotation(LabelsBeforeStep):
             )
 
     def prepare(self, keys: jax.Array, crops: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-        """[N, V, S, S, C] -> [N, 4 V, S, S, C]: the four orientations of each crop, in the example's own order."""
+        """Return the four orientations of each crop, [N, V, S, S, C] -> [N, 4 V, S, S, C].
+
+        Their order is the example's own.
+        """
 
         def all_turns(x: jax.Array) -> jax.Array:
             turned = jnp.stack(
@@ -59,5 +64,6 @@ class Rotation(LabelsBeforeStep):
 
     def loss(self, params: dict, outputs: jax.Array, y: jax.Array, dictionary: Any) -> jax.Array:
         logits = jnp.matmul(outputs, params["kernel"], precision="highest") + params["bias"][None, None]
-        labels = jnp.tile(y, (1, outputs.shape[1] // TURNS))  # [N, V], the same order for every crop of an example
+        # [N, V], the same order for every crop of an example
+        labels = jnp.tile(y, (1, outputs.shape[1] // TURNS))
         return -jnp.take_along_axis(jax.nn.log_softmax(logits), labels[..., None], axis=-1)[..., 0]

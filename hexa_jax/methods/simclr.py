@@ -15,7 +15,10 @@ from hexa_jax.methods.base import LabelsFromOutputs, Spec, Targets
 
 
 class Candidates(NamedTuple):
-    """All clean views of the step: embeddings [B, 2, D], and the row number int32 [B] of the example that each shows."""
+    """All clean views of the step.
+
+    Embeddings [B, 2, D], and the row int32 [B] of the example that each shows.
+    """
 
     embeddings: jax.Array
     rows: jax.Array
@@ -25,8 +28,9 @@ class Candidates(NamedTuple):
 class SimCLR(LabelsFromOutputs):
     """SimCLR (google-research/simclr), NT-Xent over the whole step.
 
-    The pseudo-label of an example is its row number; for its crop v that means the other crop of the row. The row's crop v
-    itself is no candidate, so that a hard view is not compared with the view it was made from.
+    The pseudo-label of an example is its row number; for its crop v that means the other crop of
+    the row. The row's crop v itself is no candidate, so that a hard view is not compared with the
+    view it was made from.
     """
 
     temperature: float
@@ -42,7 +46,8 @@ class SimCLR(LabelsFromOutputs):
             )
 
     def targets_from_outputs(self, params: dict, state: Any, batch: Batch, outputs: jax.Array) -> Targets:
-        def everywhere(leaf: jax.Array) -> jax.Array:  # [M, n, ...] of each device -> [B, ...] of all
+        # [M, n, ...] of each device -> [B, ...] of all
+        def everywhere(leaf: jax.Array) -> jax.Array:
             whole = jax.lax.all_gather(leaf, "data", axis=1, tiled=True)
             return whole.reshape(-1, *leaf.shape[2:])
 
@@ -62,7 +67,10 @@ class SimCLR(LabelsFromOutputs):
         lam: jax.Array,
         dictionary: Candidates,
     ) -> jax.Array:
-        """A mixed crop shows two clean crops, and is compared with neither of them, whichever sibling it looks for."""
+        """Score mixed crops without their two source crops among the candidates.
+
+        That holds for either sibling that a crop looks for.
+        """
         own, partner = (label[:, None] == dictionary.rows[None, :] for label in (y, y_partner))
         # A crop with lambda 1 shows its own image alone.
         shown = own[:, None] | (partner[:, None] & (lam < 1)[..., None])  # [N, 2, B]
@@ -76,7 +84,8 @@ class SimCLR(LabelsFromOutputs):
 
         Args:
             outputs: of any views.
-            shown: bool [N, 2, B], the rows that a crop shows: their crops of its own side are no candidates.
+            shown: bool [N, 2, B], the rows that a crop shows: their crops of its own side are no
+                candidates.
             positives: bool [N, B] each, the row whose sibling is to be found.
             dictionary: all clean views.
         """
@@ -92,5 +101,8 @@ class SimCLR(LabelsFromOutputs):
         return [jnp.stack(pair, axis=1) for pair in zip(*by_crop, strict=True)]
 
     def own_crop_labels(self, y: jax.Array, dictionary: Candidates, outputs: jax.Array) -> tuple[jax.Array, Candidates]:
-        """With the two sides of the candidates swapped, a crop finds itself, and its sibling is no candidate."""
+        """Swap the two sides of the candidates.
+
+        A crop then finds itself, and its sibling is no candidate.
+        """
         return y, dictionary._replace(embeddings=jax.lax.stop_gradient(dictionary.embeddings[:, ::-1]))

@@ -17,7 +17,7 @@ from hexa_jax.methods.base import Encode, LabelsBeforeStep, Spec, Targets
 
 @dataclasses.dataclass(frozen=True)
 class Supervised(LabelsBeforeStep):
-    """Softmax cross-entropy of a linear classifier on pooled features, every crop against its label.
+    """Supervised learning: a linear classifier on pooled features, every crop against its label.
 
     Attributes:
         label_smoothing: Share of the label that is spread evenly over all classes.
@@ -50,7 +50,10 @@ class Supervised(LabelsBeforeStep):
         return Targets(y=batch.label, dictionary=(), known=batch.label >= 0)
 
     def loss(self, params: dict, outputs: jax.Array, y: jax.Array, dictionary: Any) -> jax.Array:
-        """Cross-entropies [N, V]; 0 where the label y int32 [N] is -1, as a mixed image's partner may be."""
+        """Return cross-entropies [N, V]; 0 where y int32 [N] is -1.
+
+        The partner of a mixed image may have no label.
+        """
         logits = jnp.matmul(outputs, params["kernel"], precision="highest")
         log_probability = jax.nn.log_softmax(logits + params["bias"][None, None])
         own = jnp.take_along_axis(log_probability, jnp.maximum(y, 0)[:, None, None], axis=-1)

@@ -1,6 +1,9 @@
-"""SwAV: the pseudo-label of a view is the code of the same image's other view, a soft assignment to trained prototypes.
+"""SwAV: predict the code of the same image's other view.
 
-Legend: M microbatches, n rows of a microbatch, N rows, V crops, A assign crops, K prototypes, D embedding, B batch, Q queue steps.
+A code is a soft assignment to trained prototypes.
+
+Legend: M microbatches, n rows of a microbatch, N rows, V crops, A assign crops, K prototypes, D
+    embedding, B batch, Q queue steps.
 """
 
 import dataclasses
@@ -17,7 +20,10 @@ from hexa_jax.methods.base import LabelsFromOutputs, Spec, Targets
 
 
 class SwAVState(NamedTuple):
-    """Queue [Q, B, A, D] of the last clean embeddings, split over devices along axis 1, and the int32 step that writes it next.
+    """State of SwAV.
+
+    The queue [Q, B, A, D] of the last clean embeddings, split over devices along axis 1, and the
+    int32 step that writes it next.
 
     Steps count from the one in which the queue starts to fill; they are negative before.
     """
@@ -30,16 +36,20 @@ class SwAVState(NamedTuple):
 class SwAV(LabelsFromOutputs):
     """SwAV (facebookresearch/swav main_swav.py).
 
-    The codes come from the clean crops of the whole step. An attacked or mixed crop keeps the codes of its clean crops.
+    The codes come from the clean crops of the whole step. An attacked or mixed crop keeps the codes
+    of its clean crops.
 
     Attributes:
         num_prototypes: K.
-        assign_crops: A, how many of the first crops get codes; crop v predicts the codes of the others.
+        assign_crops: A, how many of the first crops get codes; crop v predicts the codes of the
+            others.
         temperature: of the softmax.
         epsilon: of Sinkhorn-Knopp.
         iterations: of Sinkhorn-Knopp.
-        queue_length: older embeddings that take part in Sinkhorn-Knopp, a multiple of the batch size; 0: none.
-        queue_start_epoch: epoch (from 0) in which the queue starts to fill; it is used once it is full.
+        queue_length: older embeddings that take part in Sinkhorn-Knopp, a multiple of the batch
+            size; 0: none.
+        queue_start_epoch: epoch (from 0) in which the queue starts to fill; it is used once it is
+            full.
         freeze_steps: steps in which prototypes get no gradient.
     """
 
@@ -103,7 +113,8 @@ class SwAV(LabelsFromOutputs):
     def loss(self, params: dict, outputs: jax.Array, y: jax.Array, dictionary: Any) -> jax.Array:
         """Swapped prediction: crop v against the codes of every assign crop but its own.
 
-        The reference averages over the V - 1 other crops of a code, then over the A codes; the mean over V here is the same.
+        The reference averages over the V - 1 other crops of a code, then over the A codes; the mean
+        over V here is the same.
         """
         num_crops, assign = outputs.shape[1], self.assign_crops
         scores = jnp.einsum("nvd,kd->nvk", outputs, params["prototypes"], precision="highest")
@@ -126,7 +137,8 @@ class SwAV(LabelsFromOutputs):
         """Enqueue the step's clean embeddings; rows keep their devices."""
         if not self.queue_length:
             return state
-        # Axis 1 is the split one: moving it to the front before joining the two keeps every row on its device.
+        # Axis 1 is the split one: moving it to the front before joining the two keeps every row on
+        # its device.
         rows = jnp.swapaxes(outputs[:, :, : self.assign_crops], 0, 1)
         rows = rows.reshape(1, -1, *rows.shape[2:]).astype(state.queue.dtype)
         slot = state.step % len(state.queue)

@@ -23,8 +23,9 @@ def torch_bias(fan_in: int):
 class ProjectionHead(nn.Module):
     """Maps features [N, F] to [N, out_dim]: linear layers with ReLU, optionally BatchNorm, between.
 
-    MoCo-v1 has one layer; MoCo-v2 two without BatchNorm, the hidden one as wide as the feature; SimCLR,
-    DeepCluster-v2, SwAV and BYOL two with BatchNorm between; SimSiam three with BatchNorm behind each.
+    MoCo-v1 has one layer; MoCo-v2 two without BatchNorm, the hidden one as wide as the feature;
+    SimCLR, DeepCluster-v2, SwAV and BYOL two with BatchNorm between; SimSiam three with BatchNorm
+    behind each.
 
     Attributes:
         hidden_dim: Width of every layer but the last.
@@ -67,8 +68,9 @@ class ProjectionHead(nn.Module):
 class Network(nn.Module):
     """Backbone and head on multi-resolution crops.
 
-    Each resolution goes through the backbone in one call, with BatchNorm statistics of its own; the head sees all crops at
-    once, as in DeepCluster-v2. Pixels in [0, 1] are normalised here, after any attack.
+    Each resolution goes through the backbone in one call, with BatchNorm statistics of its own; the
+    head sees all crops at once, as in DeepCluster-v2. Pixels in [0, 1] are normalised here, after
+    any attack.
 
     Attributes:
         backbone: the ResNet.
@@ -87,7 +89,9 @@ class Network(nn.Module):
     predictor: nn.Module | None = None
 
     def __call__(self, crops: Sequence[jax.Array], mode: NormMode, predict: bool = True) -> jax.Array:
-        """Outputs [N, V, D] of crops: one array [N, V_r, H, W, 3] per resolution, V = sum of V_r, in order.
+        """Return outputs [N, V, D] of crops.
+
+        Crops are one array [N, V_r, H, W, 3] per resolution, in order; V is the sum of all V_r.
 
         Args:
             crops: float pixels in [0, 1].
@@ -111,7 +115,10 @@ class Network(nn.Module):
         return z.reshape(num, stacked.shape[1], -1)
 
     def features(self, images: jax.Array, mode: NormMode, grid: int = 1) -> jax.Array:
-        """Backbone features [N, grid * grid * F] of images [N, H, W, 3] in [0, 1], pooled as in `ResNet.__call__`."""
+        """Return features [N, grid * grid * F] of images [N, H, W, 3] in [0, 1].
+
+        They are pooled as in `ResNet.__call__`.
+        """
         shape = (1, 1, 1, 3)
         mean = jnp.asarray(self.pixel_mean, images.dtype).reshape(shape)
         std = jnp.asarray(self.pixel_std, images.dtype).reshape(shape)

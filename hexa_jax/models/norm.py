@@ -1,4 +1,6 @@
-"""BatchNorm over groups of examples, with a second set of statistics, scale and bias for adversarial views (AdvProp).
+"""BatchNorm over groups of examples, with a second set for adversarial views (AdvProp).
+
+Each set has its own statistics, scale and bias.
 
 Legend: G groups, n rows of a group, C channels.
 """
@@ -22,8 +24,10 @@ class NormMode:
 
     Attributes:
         branch: which scale, bias and statistics: "clean" or "adversarial".
-        groups: number of groups of consecutive rows with statistics of their own; None normalises with the running ones.
-        axis_name: mesh axis to average the moments over when one group spans several devices, else None.
+        groups: number of groups of consecutive rows with statistics of their own; None normalises
+            with the running ones.
+        axis_name: mesh axis to average the moments over when one group spans several devices, else
+            None.
         device_groups: which devices along that axis share a group.
     """
 
@@ -43,7 +47,10 @@ def stats_collection(branch: str) -> str:
 
 
 def set_of_parameters(params: Any) -> Any:
-    """A tree like the parameters: which set a leaf belongs to, "clean" or "adversarial"; "" for what all passes use."""
+    """Return a tree like the parameters that names the BatchNorm set of each leaf.
+
+    "clean", "adversarial", or "" for what all passes use.
+    """
     if not isinstance(params, Mapping):
         return jax.tree.map(lambda _: "", params)
     prefix = f"{ADVERSARIAL}_"
@@ -53,7 +60,9 @@ def set_of_parameters(params: Any) -> Any:
 
 
 def follow_clean(tree: Any) -> Any:
-    """A copy in which each adversarial set's own leaves equal the clean ones, wherever in the tree both sets stand.
+    """Return a copy whose adversarial sets equal the clean ones.
+
+    That holds wherever in the tree both sets stand.
 
     Args:
         tree: parameters, or an optimizer's state with trees like them inside.
@@ -70,12 +79,13 @@ def follow_clean(tree: Any) -> Any:
 
 
 def fill_both_sets(variables: Mapping[str, Any], backbone: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a network's variables with another backbone's weights: each set's are the clean ones of it.
+    """Return a network's variables with another backbone's clean weights in both sets.
 
     Args:
-        variables: {"params": {"backbone": ..., ...}, "clean_batch_stats": ..., and the adversarial set's if there is one}.
-        backbone: {"params": {"backbone": ...}, "clean_batch_stats": {"backbone": ...}} of the same architecture, clean
-            leaves alone.
+        variables: {"params": {"backbone": ..., ...}, "clean_batch_stats": ..., and the adversarial
+            set's if there is one}.
+        backbone: {"params": {"backbone": ...}, "clean_batch_stats": {"backbone": ...}} of the same
+            architecture, clean leaves alone.
     """
 
     def filled(own: Any, given: Any) -> Any:
@@ -91,10 +101,13 @@ def fill_both_sets(variables: Mapping[str, Any], backbone: Mapping[str, Any]) ->
 
 
 class BatchNorm(nn.Module):
-    """Normalises [N, ..., C] and returns the same shape in `dtype`; moments are computed in float32 or wider.
+    """Normalize [N, ..., C] to the same shape in `dtype`.
 
-    A training pass writes no statistics: it sows the moments of the pass ("moments" collection: mean, unbiased variance,
-    averaged over the local groups), and the train step blends them into the running ones once per pass.
+    Moments are computed in float32 or wider.
+
+    A training pass writes no statistics: it sows the moments of the pass ("moments" collection:
+    mean, unbiased variance, averaged over the local groups), and the train step blends them into
+    the running ones once per pass.
     """
 
     dtype: jnp.dtype = jnp.float32
@@ -104,10 +117,13 @@ class BatchNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, mode: NormMode, pool: Pool | None = None) -> jax.Array:
-        """With `pool`, which takes maxima, the same as pool(BatchNorm(x)), but scale and bias touch only what it leaves.
+        """Return pool(BatchNorm(x)) for a `pool` that takes maxima.
 
-        Normalising keeps the order of a channel's values, or turns it round where its scale is negative: such a channel is
-        turned round first. What is normalised, masked and kept for the backward pass is then a quarter as large.
+        Scale and bias are applied to what it leaves: fewer values, the same result.
+
+        Normalising keeps the order of a channel's values, or turns it round where its scale is
+        negative: such a channel is turned round first. What is normalised, masked and kept for the
+        backward pass is then a quarter as large.
         """
         channels = x.shape[-1]
         wide = jnp.promote_types(jnp.float32, self.dtype)
@@ -143,13 +159,14 @@ class BatchNorm(nn.Module):
             shape = (1,) * (x.ndim - 1) + (channels,)
             return (x.astype(wide) * factor.reshape(shape) + shift.reshape(shape)).astype(self.dtype)
 
-        # Per example first, then per group: XLA's CPU back end is several times slower over [G, n, C] when G is small, and
-        # accelerators are indifferent.
+        # Per example first, then per group: XLA's CPU back end is several times slower over [G, n,
+        # C] when G is small, and accelerators are indifferent.
         values = x.reshape(x.shape[0], -1, channels).astype(wide)  # [N, H * W, C]
         count = values.shape[0] // mode.groups * values.shape[1]
 
         def group_mean(v: jax.Array) -> jax.Array:
-            return jnp.sum(jnp.sum(v, axis=1).reshape(mode.groups, -1, channels), axis=1) / count  # [G, C]
+            # [G, C]
+            return jnp.sum(jnp.sum(v, axis=1).reshape(mode.groups, -1, channels), axis=1) / count
 
         moments = jnp.stack([group_mean(values), group_mean(jnp.square(values))])
         if mode.axis_name is not None:
@@ -179,7 +196,8 @@ def blend(running: dict, moments: dict) -> dict:
 
     Args:
         running: collection of a branch: {module: {"mean", "var"}} of [C] arrays.
-        moments: the pass's sown moments, same tree with a tuple in each leaf's place: one entry per resolution, in order.
+        moments: the pass's sown moments, same tree with a tuple in each leaf's place: one entry per
+            resolution, in order.
     """
 
     def update(value: jax.Array, sown: tuple[jax.Array, ...]) -> jax.Array:

@@ -1,4 +1,7 @@
-"""The max-pool of the ResNet stem, whose gradient is left to XLA's select-and-scatter on TPUs alone."""
+"""The max-pool of the ResNet stem.
+
+Only on TPUs is its gradient left to XLA's select-and-scatter.
+"""
 
 import itertools
 
@@ -13,9 +16,11 @@ PLACES = list(itertools.product(range(SIZE), range(SIZE)))
 def max_pool(x: jax.Array) -> jax.Array:
     """Return maxima of 3x3 windows at every other pixel, the border being -inf.
 
-    Of equal maxima the first has the gradient, in the order of rows. XLA's own gradient is a select-and-scatter, which TPUs have
-    an operation for; elsewhere the gradient is added up from the nine places of a window. On a CPU that is many times faster. On
-    a GPU XLA would write four int32 maps and add into the result with atomics; here it is one map of bytes, found with the maxima.
+    Of equal maxima the first has the gradient, in the order of rows. XLA's own gradient is a
+    select-and-scatter, which TPUs have an operation for; elsewhere the gradient is added up from
+    the nine places of a window. On a CPU that is many times faster. On a GPU XLA would write four
+    int32 maps and add into the result with atomics; here it is one map of bytes, found with the
+    maxima.
 
     Args:
         x: [N, H, W, C].
@@ -28,7 +33,8 @@ def max_pool(x: jax.Array) -> jax.Array:
     return jax.lax.reduce_window(x, -jnp.inf, jax.lax.max, window, strides, padding)
 
 
-Saved = tuple[jax.Array, jax.Array, jax.Array]  # x, y, and the place of each maximum, found in either pass
+# x, y, and the place of each maximum, found in either pass
+Saved = tuple[jax.Array, jax.Array, jax.Array]
 
 
 def _forward(x: jax.Array) -> tuple[jax.Array, Saved]:
@@ -41,7 +47,8 @@ def _backward(saved: Saved, dy: jax.Array) -> tuple[jax.Array]:
     return (jax.lax.platform_dependent(*saved, dy, **branches),)
 
 
-# What a platform does in both passes; XLA drops what its backward pass does not use of (x, y, places).
+# What a platform does in both passes; XLA drops what its backward pass does not use of (x, y,
+# places).
 
 
 def _maxima(x: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -79,7 +86,7 @@ def _gradient_by_known_place(x: jax.Array, y: jax.Array, places: jax.Array, dy: 
 
 
 def _windows(x: jax.Array) -> list[jax.Array]:
-    """The nine places of all windows, in the order of rows: [N, ceil(H / 2), ceil(W / 2), C] each."""
+    """Return the nine places of all windows, row by row: [N, ceil(H / 2), ceil(W / 2), C] each."""
     padded = jnp.pad(x, ((0, 0), (PADDING, PADDING), (PADDING, PADDING), (0, 0)), constant_values=-jnp.inf)
     ends = [STRIDE * (-(-side // STRIDE) - 1) + 1 for side in x.shape[1:3]]
     return [padded[:, i : i + ends[0] : STRIDE, j : j + ends[1] : STRIDE] for i, j in PLACES]
@@ -89,12 +96,13 @@ def _from_places(places: jax.Array, dy: jax.Array, shape: tuple[int, ...]) -> ja
     """The gradient of x, of `shape`, from the places of maxima."""
 
     def at(i: int, j: int) -> jax.Array:
-        """dy where the maximum is at place (i, j) of its window, by pairs of rows and of columns."""
+        """Return dy where the maximum is at place (i, j) of its window."""
         shifts = ((i // 2, 1 - i // 2), (j // 2, 1 - j // 2))
         here = places == PLACES.index((i, j))
         return jnp.pad(jnp.where(here, dy, jnp.zeros([], dy.dtype)), ((0, 0), *shifts, (0, 0)))
 
-    # Even rows are the first of one window and the last of the window above, odd ones in the middle; columns, too.
+    # Even rows are the first of one window and the last of the window above, odd ones in the
+    # middle; columns, too.
     kinds = ((0, 2), (1,))
     parts = [sum(at(i, j) for i, j in itertools.product(rows, columns)) for rows in kinds for columns in kinds]
     num, pairs_down, pairs_across, channels = parts[0].shape

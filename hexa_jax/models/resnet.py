@@ -1,6 +1,9 @@
-"""ResNet with torchvision's geometry: explicit padding, stride on the 3x3 convolution, the same initialisation.
+"""ResNet with torchvision's geometry and initialization.
 
-'SAME' padding would shift every strided convolution by a pixel against torch, and weights could not be exchanged.
+Padding is explicit, and the 3x3 convolution has the stride.
+
+'SAME' padding would shift every strided convolution by a pixel against torch, and weights could not
+be exchanged.
 """
 
 import itertools
@@ -22,9 +25,12 @@ he_normal = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
 
 
 def _conv_of_any_map(x: jax.Array, kernel: jax.Array, strides: Any, padding: Any, **settings: Any) -> jax.Array:
-    """A convolution as `nn.Conv` asks for it; one over a map smaller than its kernel becomes a product of patches.
+    """Convolve as `nn.Conv` asks.
 
-    XLA's convolution takes ten times as long for such maps on a CPU: 3x3 over 2x2, the last stage of images of 64 pixels.
+    Over a map smaller than its kernel the convolution becomes a product of patches.
+
+    XLA's convolution takes ten times as long for such maps on a CPU: 3x3 over 2x2, the last stage
+    of images of 64 pixels.
     """
     height, width, channels, features = kernel.shape
     if set(strides) != {1} or min(height - x.shape[1], width - x.shape[2]) < 1:
@@ -52,7 +58,10 @@ def make_conv(features: int, size: int, stride: int, dtype: jnp.dtype, name: str
 
 @jax.custom_vjp
 def _narrow_gradient(x: jax.Array) -> jax.Array:
-    """x, whose gradient stays in its dtype until it has arrived: XLA would widen it before the stem sorts its blocks back."""
+    """Return x, and keep its gradient in its dtype until it has arrived.
+
+    XLA would widen it before the stem sorts its blocks back.
+    """
     return x
 
 
@@ -60,7 +69,7 @@ _narrow_gradient.defvjp(lambda x: (x, None), lambda _, dx: (jax.lax.optimization
 
 
 class StemConv(nn.Module):
-    """torchvision's first convolution, 7x7 with stride 2, of [N, H, W, 3] as a 4x4 one of 2x2 blocks of pixels.
+    """Compute torchvision's first convolution, 7x7 with stride 2, as a 4x4 one of 2x2 blocks.
 
     The same sums: three channels fill a matrix unit badly, twelve do better. Sides must be even.
     """
@@ -72,7 +81,8 @@ class StemConv(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         num, height, width, channels = x.shape
         kernel = self.param("kernel", he_normal, (7, 7, channels, self.features)).astype(self.dtype)
-        # A row and a column of zeros in front make it 8x8, whose taps fall on 4x4 blocks, two blocks above the centre first.
+        # A row and a column of zeros in front make it 8x8, whose taps fall on 4x4 blocks, two
+        # blocks above the centre first.
         kernel = jnp.pad(kernel, ((1, 0), (1, 0), (0, 0), (0, 0))).reshape(4, 2, 4, 2, channels, self.features)
         kernel = kernel.transpose(0, 2, 1, 3, 4, 5).reshape(4, 4, 4 * channels, self.features)
         x = _narrow_gradient(x)
@@ -84,7 +94,10 @@ class StemConv(nn.Module):
 
 
 class Block(nn.Module):
-    """Residual block of [N, H, W, C]: two 3x3 convolutions, or 1x1, 3x3, 1x1 with four times the channels."""
+    """Residual block of [N, H, W, C].
+
+    Two 3x3 convolutions, or 1x1, 3x3 and 1x1 with four times the channels.
+    """
 
     channels: int
     stride: int
@@ -116,8 +129,9 @@ class ResNet(nn.Module):
     Attributes:
         depth: 10, 18, 34, 50 or 101 (10 is for tests and small experiments).
         base_channels: channels of the stem; 64 is standard, 128 is the "w2" network.
-        stem: "imagenet" (7x7 stride 2, max-pool), "cifar" (3x3 stride 1) or "small" (3x3 stride 2, for images of 32 to 64
-            pixels on a CPU: a quarter of the cifar stem's work, and still a map of 2x2 behind 32 pixels).
+        stem: "imagenet" (7x7 stride 2, max-pool), "cifar" (3x3 stride 1) or "small" (3x3 stride 2,
+            for images of 32 to 64 pixels on a CPU: a quarter of the cifar stem's work, and still a
+            map of 2x2 behind 32 pixels).
         dtype: compute precision; parameters stay float32.
         auxiliary_norm: whether each BatchNorm has an adversarial set.
         zero_init_residual: start each block as the identity.
@@ -136,7 +150,10 @@ class ResNet(nn.Module):
         return self.base_channels * 8 * (4 if self.depth >= 50 else 1)
 
     def __call__(self, x: jax.Array, mode: NormMode, grid: int = 1) -> jax.Array:
-        """Means over the whole last map, or over grid x grid windows of it that overlap as far as they can (7 x 7: two of 6)."""
+        """Average over the whole last map, or over grid x grid windows of it.
+
+        Windows overlap as far as they can: for a 7 x 7 map and grid 2 they have side 6.
+        """
         last = self.stages(x, mode)[-1].astype(jnp.promote_types(jnp.float32, self.dtype))
         if grid == 1:
             return last.mean(axis=(1, 2))
@@ -149,7 +166,10 @@ class ResNet(nn.Module):
 
     @nn.compact
     def stages(self, x: jax.Array, mode: NormMode, frozen: int = 0) -> Sequence[jax.Array]:
-        """Feature maps of the four stages, [N, H, W, C] each; the first `frozen` of stem and stages read running statistics."""
+        """Return the feature maps [N, H, W, C] of the four stages.
+
+        The first `frozen` of stem and stages read running statistics.
+        """
         modes = [EVALUATION] * frozen + [mode] * (5 - frozen)
         x = x.astype(self.dtype)
         if self.stem in ("cifar", "small"):
@@ -177,7 +197,9 @@ class ResNet(nn.Module):
 
 
 def make_resnet(name: str, base_channels: int = 64, **settings) -> ResNet:
-    """Build a backbone from its name: resnet10, resnet18, resnet34, resnet50, resnet101, each with an optional width: resnet50w2.
+    """Build a backbone from its name, such as resnet50 or resnet50w2 (twice as wide).
+
+    ResNets of 10, 18, 34, 50 and 101 layers are known.
 
     Raises:
         ValueError: unknown name or stem.

@@ -1,4 +1,4 @@
-"""Which accelerators the machine has, told without JAX, and what to install where JAX does not see them."""
+"""Find accelerators without JAX, and say what to install where JAX misses them."""
 
 import importlib.metadata
 import os
@@ -81,7 +81,7 @@ def unused_accelerator(
     environment: Mapping[str, str],
     plugins: Mapping[str, str],
 ) -> str:
-    """Return one line about an accelerator that JAX does not use, with the remedy; empty where all is well.
+    """Return a line about an accelerator that JAX does not use; empty where all is well.
 
     Args:
         accelerator: of the machine.

@@ -139,6 +139,6 @@ def local_rows(mesh: Mesh, layout: Layout) -> np.ndarray:
 
 
 def shard_batch(mesh: Mesh, layout: Layout, leaf: np.ndarray) -> jax.Array:
-    """Put this process's rows [M, local, ...] on its devices as part of the global array [M, B / M, ...]."""
+    """Put this process's rows [M, local, ...] into the global array [M, B / M, ...]."""
     shape = (layout.microbatches, layout.batch_size // layout.microbatches, *leaf.shape[2:])
     return jax.make_array_from_process_local_data(row_sharding(mesh), leaf, shape)

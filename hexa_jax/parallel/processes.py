@@ -1,8 +1,9 @@
 """The processes of a run: how they connect, and what they tell each other.
 
 All processes execute the same program on the same values; each reads its own rows of every batch
-and puts them on its devices. The first process writes the files of the workdir and all read them, so
-the workdir is on storage that all see: a shared file system, or a bucket (storage/workdir_sync.py).
+and puts them on its devices. The first process writes the files of the workdir and all read them,
+so the workdir is on storage that all see: a shared file system, or a bucket
+(storage/workdir_sync.py).
 """
 
 import os

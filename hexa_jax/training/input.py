@@ -25,7 +25,7 @@ from hexa_jax.training.step import Trainer
 
 @dataclasses.dataclass
 class TrainingData:
-    """The data of a run: its source, the batches of any step, and the resident images if there are any."""
+    """The data of a run: its source, its batches, and resident images if there are any."""
 
     config: ConfigDict
     source: Source
@@ -40,8 +40,10 @@ class TrainingData:
         bad_images, resident = BadImages(source, config.data.max_bad_fraction), None
         if config.data.on_device:
             images = resident_images(source, bad_images, cls._max_failures(config, source))
-            resident = jax.device_put(images, NamedSharding(trainer.mesh, PartitionSpec()))  # once, not in every step
-        known = source.labels() if resident is not None or labels_are_free(source) else None  # else as they pass by
+            # once, not in every step
+            resident = jax.device_put(images, NamedSharding(trainer.mesh, PartitionSpec()))
+        # else as they pass by
+        known = source.labels() if resident is not None or labels_are_free(source) else None
         labels = np.full(len(source), -1, np.int32) if known is None else np.array(known)
         return cls(config, source, trainer, bad_images, resident, labels)
 
@@ -50,7 +52,10 @@ class TrainingData:
         return tolerated(config.data.max_bad_fraction, len(source))
 
     def batches(self, start: int) -> Generator[Batch, None, None]:
-        """Batches from step `start` on, where the first pass is steps 0 to steps_per_epoch - 1 and training follows."""
+        """Yield batches from step `start` on.
+
+        The first pass is steps 0 to steps_per_epoch - 1; training follows.
+        """
         objective, spec, runtime = self.trainer.objective, self.trainer.spec, self.config.runtime
         on_device = self.resident is not None
         steps = HostSteps(

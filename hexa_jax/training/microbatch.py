@@ -1,4 +1,7 @@
-"""Loops over the microbatches of a step, on leaves [M, ...]; with one microbatch there is no loop."""
+"""Loops over the microbatches of a step, on leaves [M, ...].
+
+With one microbatch there is no loop.
+"""
 
 from collections.abc import Callable
 from typing import Any
@@ -8,7 +11,10 @@ import jax.numpy as jnp
 
 
 def accumulate(function: Callable[[Any], tuple[Any, Any]], leaves: Any) -> tuple[Any, Any]:
-    """function(one microbatch's leaves) -> (totals, stacked): the totals added up, the rest stacked to [M, ...]."""
+    """Map a function that returns (totals, stacked) over microbatches.
+
+    Totals are added up, the rest is stacked to [M, ...].
+    """
     first = jax.tree.map(lambda leaf: leaf[0], leaves)
     if _count(leaves) == 1:
         totals, stacked = function(first)
@@ -29,12 +35,14 @@ def map_with_recompute(
     """First results of all microbatches now, second ones later.
 
     Args:
-        function: one microbatch's leaves -> (first, second); `second` may be anything, a function's pullback for example.
+        function: one microbatch's leaves -> (first, second); `second` may be anything, a function's
+            pullback for example.
         leaves: [M, ...].
 
     Returns:
-        The first results, stacked to [M, ...]; and a function that gives (first, second) of one microbatch's leaves: kept in
-        memory if there is one microbatch only, computed anew if there are several.
+        The first results, stacked to [M, ...]; and a function that gives (first, second) of one
+        microbatch's leaves: kept in memory if there is one microbatch only, computed anew if there
+        are several.
     """
     if _count(leaves) == 1:
         kept = function(jax.tree.map(lambda leaf: leaf[0], leaves))

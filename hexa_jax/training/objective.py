@@ -2,11 +2,12 @@
 
     L = L_clean + sum over hard views of weight * L_view
 
-A view says which input is scored and with which mixture of labels (`hexa_jax.views`), a method where labels come from and
-how a prediction is scored (`hexa_jax.methods`); here they meet. Nothing in here communicates, except BatchNorm groups that
-span devices: an image never leaves its device.
+A view says which input is scored and with which mixture of labels (`hexa_jax.views`), a method
+where labels come from and how a prediction is scored (`hexa_jax.methods`); here they meet. Nothing
+in here communicates, except BatchNorm groups that span devices: an image never leaves its device.
 
-Legend: M microbatches, n rows of a microbatch on one device, N the same, V crops, H W C image, D embedding.
+Legend: M microbatches, n rows of a microbatch on one device, N the same, V crops, H W C image, D
+    embedding.
 """
 
 import dataclasses
@@ -33,14 +34,20 @@ Views = tuple[HardView, ...]
 
 
 class Crops(Protocol):
-    """Makes float crops in [0, 1] from a batch [N, ...]; `data` is the whole data set when it lives on the device."""
+    """Makes float crops in [0, 1] from a batch [N, ...].
+
+    `data` is the whole data set where it lives on the device.
+    """
 
     @property
     def resolutions(self) -> Sequence[Any]:
         """Each with `count` crops of side `size`."""
 
     def online(self, keys: jax.Array, batch: Batch, data: jax.Array | None, crop_set: int = 0) -> tuple[jax.Array, ...]:
-        """Per resolution [N, V_r, S, S, 3], drawn from one key per example; `crop_set` counts independent sets."""
+        """Return crops [N, V_r, S, S, 3] per resolution, keyed by example.
+
+        `crop_set` numbers independent sets.
+        """
 
     def target(self, keys: jax.Array, batch: Batch, data: jax.Array | None) -> jax.Array:
         """Key crops [N, 1, S, S, 3] of the examples `batch.key_index`."""
@@ -70,8 +77,10 @@ class Gradients(NamedTuple):
     Attributes:
         params: gradients, like the parameters.
         moments: per training pass, the BatchNorm moments it sowed.
-        losses: per training pass, the weighted sum of its example losses, without the pass's own weight.
-        outputs: embeddings [N, V, D], or [M, n, V, D]: clean ones, or those of the view that replaced the clean one.
+        losses: per training pass, the weighted sum of its example losses, without the pass's own
+            weight.
+        outputs: embeddings [N, V, D], or [M, n, V, D]: clean ones, or those of the view that
+            replaced the clean one.
     """
 
     params: Any
@@ -82,7 +91,10 @@ class Gradients(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Objective:
-    """The objective of a method that knows its pseudo-labels before the step, as a function of parameters and rows."""
+    """The objective of a method that knows its pseudo-labels before the step.
+
+    A function of parameters and rows.
+    """
 
     network: Network
     method: Method
@@ -90,12 +102,13 @@ class Objective:
     layout: Layout
     crops: Crops
 
-    # ---- One device ---------------------------------------------------------------------------------------------------
+    # ---- One device ------------------------------------------------------------------------------
 
     def device_gradients(self, params: Any, inputs: Inputs, rngs: Rngs, data: jax.Array | None) -> Gradients:
         """Gradients of one device's rows [M, n, ...]; moments are averaged over microbatches.
 
-        The set of active views changes at each start epoch; `lax.switch` selects the branch of the current phase.
+        The set of active views changes at each start epoch; `lax.switch` selects the branch of the
+        current phase.
         """
         (_, first), *later = self.scheme.phases
         if not later:
@@ -108,7 +121,10 @@ class Objective:
         return jax.lax.switch(self.scheme.phase(rngs.step), branches, params, inputs, rngs, data)
 
     def _complete(self, result: Gradients) -> Gradients:
-        """Add zero losses and moments for passes that are not made, so that all branches return the same tree."""
+        """Add zero losses and moments for passes that are not made.
+
+        All branches then return the same tree.
+        """
         moments = jax.tree.map(jnp.zeros_like, next(iter(result.moments.values())))
         names = [CLEAN, *(view.name for view in self.scheme.views)]
         zero = jnp.zeros((), next(iter(result.losses.values())).dtype)
@@ -143,7 +159,7 @@ class Objective:
 
         return accumulate(one, inputs[:3])[1]
 
-    # ---- One microbatch -----------------------------------------------------------------------------------------------
+    # ---- One microbatch --------------------------------------------------------------------------
 
     def gradients(self, views: Views, params: Any, inputs: Inputs, rngs: Rngs, data: jax.Array | None) -> Gradients:
         """Gradients of equation 10 for N rows: the clean pass, and each of `views`."""
@@ -208,7 +224,10 @@ class Objective:
         return result, outputs
 
     def row_losses(self, params: Any, view: View, inputs: Inputs, norm: str) -> tuple[jax.Array, Any]:
-        """Weighted losses [N, V] of a view, summing to its part of the objective; and (moments, outputs) of the pass."""
+        """Return a view's weighted losses [N, V], and (moments, outputs) of its pass.
+
+        The losses sum to the view's part of the objective.
+        """
         outputs, moments = self.forward(params, view.crops, norm)
         own = params["method"]
         if view.lam is None:
@@ -225,7 +244,10 @@ class Objective:
         return outputs, sown["moments"]
 
     def encode(self, network_params: Any, crops: tuple[jax.Array, ...]) -> jax.Array:
-        """Projections [N, V, D] by a target network: training mode, no predictor, nothing written."""
+        """Return projections [N, V, D] by a target network.
+
+        Training mode, without predictor; nothing is written.
+        """
         mode = self.layout.norm_mode(CLEAN)
         return self.network.apply({"params": network_params}, crops, mode, predict=False, mutable=["moments"])[0]
 
@@ -241,7 +263,10 @@ class Objective:
         return self.crops.target(rngs.per_example_keys(Purpose.AUGMENT, batch.key_index), batch, data)
 
     def attacked(self, params: Any, context: "StepContext") -> Any:
-        """The context's crops after the attack on their own pseudo-labels; no statistics are written."""
+        """Return the context's crops after the attack on their own pseudo-labels.
+
+        No statistics are written.
+        """
         attack, inputs = self.scheme.attack, context.inputs
 
         def losses(x: Any) -> jax.Array:
@@ -262,7 +287,10 @@ class Objective:
         )
 
     def has_pass(self, name: str, step: jax.Array) -> bool | jax.Array:
-        """Whether the clean pass, or that of the view of this name, is made at step int32; constant where it always is."""
+        """Return whether the pass of this name is made at step int32.
+
+        A Python bool where it always or never is.
+        """
         if name != CLEAN:
             return self.scheme.active(next(view for view in self.scheme.views if view.name == name), step)
         if not self.scheme.replaces_all:
@@ -274,7 +302,10 @@ class Objective:
         return weight / sum(x.shape[1] for x in crops)
 
     def rows_of(self, views: Views) -> dict[str, "RowShare"]:
-        """The rows of the clean pass and of each view that replaces it; shares of `layout.unit` consecutive rows."""
+        """Return the rows of the clean pass and of each view that replaces it.
+
+        A view gets its share of each `layout.unit` consecutive rows.
+        """
         if not any(view.replace for view in views):
             return {CLEAN: RowShare(0, 1, 1)}
         unit, first = self.layout.unit, 0
@@ -336,7 +367,10 @@ class Objective:
         return rows if self.rows_of(views)[CLEAN].empty else rows | {CLEAN}
 
     def preview(self, context: "StepContext") -> ViewPreview:
-        """What a step learns from once all views count, to look at: PICTURES rows of images, all rows of outputs."""
+        """Return what a step learns from once all views count.
+
+        PICTURES rows of images, all rows of outputs.
+        """
         views = {view: view.make(dataclasses.replace(context, view=view)) for view in self.scheme.views}
         images = {CLEAN: context.crops} | {view.name: made.crops for view, made in views.items()}
         norms = {CLEAN: CLEAN} | {view.name: view.norm for view in views}
@@ -392,7 +426,9 @@ def rejoin(parts: Sequence[jax.Array], rows: Sequence[RowShare]) -> jax.Array:
 
 @dataclasses.dataclass(frozen=True)
 class StepContext:
-    """What a view may ask of the step (`hexa_jax.views.Context`), for N rows of one device and microbatch.
+    """What a view may ask of the step (`hexa_jax.views.Context`).
+
+    For N rows of one device and microbatch.
 
     Attributes:
         objective: equation 10.
@@ -405,7 +441,8 @@ class StepContext:
         rows: which rows of the microbatch these are; None: all.
         outputs: clean outputs [N, V, D]; () where the view replaces the clean pass.
         attack_gradient: the losses' gradient at the crops, where the clean pass gave it.
-        attacked: the clean crops after the attack on their own labels; () where no view asks for them.
+        attacked: the clean crops after the attack on their own labels; () where no view asks for
+            them.
     """
 
     objective: Objective
@@ -443,7 +480,10 @@ class StepContext:
         return self.rngs.per_row_keys(purpose_of(purpose), jnp.zeros(1, jnp.int32))[0]
 
     def partners(self) -> jax.Array:
-        """int32 [N], partners from the same block of rows, hence from the same device; keyed by (seed, step, block)."""
+        """Return partners int32 [N] from the same block of rows, hence on the same device.
+
+        Keyed by (seed, step, block).
+        """
         row, block = self.inputs.batch.row, self.objective.layout.cutmix_block
         if self.rows is not None:
             block = block * (self.rows.stop - self.rows.first) // self.rows.unit
@@ -457,7 +497,10 @@ class StepContext:
         return self.objective.online_crops(self.inputs.batch, self.rngs, self.data, crop_set)
 
     def losses(self, crops: tuple[jax.Array, ...]) -> jax.Array:
-        """The method's own losses [N, V] of crops, by the view's BatchNorm set; writes no statistics."""
+        """Return the method's own losses [N, V] of crops, by the view's BatchNorm set.
+
+        No statistics are written.
+        """
         assert self.view is not None
         outputs, _ = self.objective.forward(self.params, crops, self.view.norm)
         losses = self.objective.method.loss(self.params["method"], outputs, self.inputs.y, self.inputs.dictionary)

@@ -1,15 +1,19 @@
-"""Equation 10 for methods whose pseudo-labels come from the step's own outputs (SimCLR, SwAV), in exact microbatches.
+"""Equation 10 for methods whose pseudo-labels come from outputs (SimCLR, SwAV).
 
-Gradients are cached at the embeddings, in three phases on each device's rows: embed all microbatches; make pseudo-labels,
-loss and its gradient with respect to the embeddings, which needs all of them but no image; then replay each microbatch to
-carry that gradient on to the parameters. With one microbatch nothing is replayed. Only embeddings are held for the whole
-step, and for an attack of several steps through a live dictionary its iterates.
+Microbatches are exact here, too.
 
-Where the clean loss also differentiates through its dictionary (SimCLR), so does the attack, and it takes the same three
-phases. A view that replaces the clean one on some rows takes their weight in the loss; their clean outputs are still
-computed, because the labels of others are made from them.
+Gradients are cached at the embeddings, in three phases on each device's rows: embed all
+microbatches; make pseudo-labels, loss and its gradient with respect to the embeddings, which needs
+all of them but no image; then replay each microbatch to carry that gradient on to the parameters.
+With one microbatch nothing is replayed. Only embeddings are held for the whole step, and for an
+attack of several steps through a live dictionary its iterates.
 
-Legend: M microbatches, n rows of a microbatch, V crops, D embedding. Arrays are [M, n, ...] unless said otherwise.
+Where the clean loss also differentiates through its dictionary (SimCLR), so does the attack, and it
+takes the same three phases. A view that replaces the clean one on some rows takes their weight in
+the loss; their clean outputs are still computed, because the labels of others are made from them.
+
+Legend: M microbatches, n rows of a microbatch, V crops, D embedding. Arrays are [M, n, ...] unless
+    said otherwise.
 """
 
 import dataclasses
@@ -97,7 +101,10 @@ class ObjectiveFromOutputs(Objective):
 
 @dataclasses.dataclass(frozen=True)
 class _Step:
-    """One device's part of a step, phase by phase; attributes as the arguments of `Objective.device_gradients`."""
+    """One device's part of a step, phase by phase.
+
+    Attributes are the arguments of `Objective.device_gradients`.
+    """
 
     objective: ObjectiveFromOutputs
     views: Views
@@ -106,14 +113,14 @@ class _Step:
     rngs: Rngs
     data: jax.Array | None
 
-    # ---- The whole step -----------------------------------------------------------------------------------------------
+    # ---- The whole step --------------------------------------------------------------------------
 
     def first_phases(self) -> tuple[BatchTargets, Again, Again]:
         """Run what needs the whole step.
 
         Returns:
-            (what the hard views wait for; two functions that return, or recompute, a microbatch's clean and attacked forward
-            passes).
+            (what the hard views wait for; two functions that return, or recompute, a microbatch's
+            clean and attacked forward passes).
         """
 
         def clean(batch: Batch) -> tuple[jax.Array, Any]:
@@ -143,7 +150,10 @@ class _Step:
         return ((place >= rows.first) & (place < rows.stop)).astype(self.inputs.weight.dtype)
 
     def _score(self, outputs: jax.Array, own: dict, weight: jax.Array) -> tuple[jax.Array, Targets]:
-        """This device's part of the loss of outputs [M, n, V, D], with the pseudo-labels that they give."""
+        """Return this device's part of the loss of outputs [M, n, V, D].
+
+        The pseudo-labels come from the same outputs.
+        """
         method = self.objective.method
         targets = method.targets_from_outputs(own, self.inputs.method_state, self.inputs.batch, outputs)
         flat = lambda leaf: leaf.reshape(-1, *leaf.shape[2:])  # noqa: E731
@@ -156,13 +166,16 @@ class _Step:
 
     @property
     def _shares_gradient(self) -> bool:
-        """Whether the clean pass's gradient serves the attack: not where some rows have no clean loss."""
+        """Return whether the clean pass's gradient serves the attack.
+
+        It does not where some rows have no clean loss.
+        """
         whole = self.objective.rows_of(self.views)[CLEAN].whole
         return self._attacks and whole and self.objective.scheme.attack.shares_gradient
 
     @property
     def _attacks_whole_step(self) -> bool:
-        """Whether the attack needs all outputs, too, and cannot take its gradient from the clean pass."""
+        """Return whether the attack needs all outputs and a gradient of its own."""
         alone = self._shares_gradient and self.objective.scheme.attack.steps == 1
         return self._attacks and self.objective.method.live_dictionary and not alone
 
@@ -170,7 +183,8 @@ class _Step:
         """Run the attack up to its last gradient.
 
         Returns:
-            (the iterate there, the radius, the gradient with respect to the outputs there, attacked passes again).
+            (the iterate there, the radius, the gradient with respect to the outputs there, attacked
+            passes again).
         """
         objective, attack = self.objective, self.objective.scheme.attack
 
@@ -201,7 +215,7 @@ class _Step:
                 iterates, radii = accumulate(move, leaves)[1]
         return iterates, radii, grad, again
 
-    # ---- One microbatch -----------------------------------------------------------------------------------------------
+    # ---- One microbatch --------------------------------------------------------------------------
 
     def _rows(self, batch: Batch, y: Any = (), weight: Any = (), dictionary: Any = ()) -> Inputs:
         return Inputs(batch, y, weight, dictionary, self.inputs.method_state)
@@ -214,7 +228,7 @@ class _Step:
     def context(
         self, leaves: Any, known: BatchTargets, clean_again: Again, attack_again: Again
     ) -> tuple[StepContext, jax.Array]:
-        """The context of one microbatch's hard views, and the clean loss's gradient at its outputs."""
+        """Return the context of a microbatch's hard views, and the clean loss's output gradient."""
         batch, weight, y, grad, outputs, (iterate, radius, attack_grad) = leaves
         _, (x, pull, _) = clean_again(batch)
         inputs = self._rows(batch, y, weight, known.targets.dictionary)

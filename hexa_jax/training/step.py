@@ -1,7 +1,8 @@
-"""Where method, objective and optimiser meet: the pure functions of a training run, and how they are compiled.
+"""The pure functions of a training run, and how they are compiled.
 
-What touches images runs device by device under shard_map: gradients are summed over views and microbatches first, then over
-devices, once, in the parameters' own precision. The small rest (keys, queue, bank, optimiser) is written for whole arrays.
+What touches images runs device by device under shard_map: gradients are summed over views and
+microbatches first, then over devices, once, in the parameters' own precision. The small rest (keys,
+queue, bank, optimiser) is written for whole arrays.
 
 Legend: M microbatches, n rows of a microbatch, V crops, D embedding.
 """
@@ -40,8 +41,8 @@ class TrainState(NamedTuple):
     Attributes:
         seed: uint32, decides every random number of the run.
         step: int32, optimiser steps taken.
-        params: {"network": the network's parameters, "method": the method's own}, float32 (float64 under precision
-            "float64").
+        params: {"network": the network's parameters, "method": the method's own}, float32 (float64
+            under precision "float64").
         batch_stats: running mean and variance, one collection per BatchNorm set.
         opt_state: the optimiser's.
         method: the method's: queue and key encoder, or bank and clusters.
@@ -70,8 +71,9 @@ class Trainer:
 
         Args:
             seed: uint32 scalar.
-            backbone: weights to start from, as `fill_both_sets` takes them, float32; None: random ones. What a method
-                derives from the network, such as a key encoder, is derived from them.
+            backbone: weights to start from, as `fill_both_sets` takes them, float32; None: random
+                ones. What a method derives from the network, such as a key encoder, is derived from
+                them.
         """
         seed = jnp.asarray(seed, jnp.uint32)
         network_key, method_key = jax.random.split(purpose_key(seed, Purpose.INIT))
@@ -162,7 +164,7 @@ class Trainer:
         return new_state, {name: jnp.asarray(value, jnp.float32) for name, value in metrics.items()}
 
     def forward_only_step(self, state: TrainState, batch: Batch, data: jax.Array | None = None) -> TrainState:
-        """Training-mode forward without gradient: writes BatchNorm statistics and what a first pass is there for."""
+        """Run forward in training mode: write BatchNorm statistics and fill what a first pass fills."""
         outputs, moments = self._forward(state, batch, data)
         collection = stats_collection(CLEAN)
         batch_stats = state.batch_stats | {collection: blend(state.batch_stats[collection], moments)}
@@ -172,7 +174,7 @@ class Trainer:
         return state._replace(method=method.update(state.method, state.params, batch, outputs, None, state.step))
 
     def moments_step(self, state: TrainState, batch: Batch, data: jax.Array | None = None) -> Any:
-        """The clean BatchNorm moments of a batch of training crops, like the running statistics; writes nothing."""
+        """Return the clean BatchNorm moments of a batch of training crops; write nothing."""
         moments = self._forward(state, batch, data)[1]
         return average_moments(state.batch_stats[stats_collection(CLEAN)], moments)
 
@@ -190,7 +192,10 @@ class Trainer:
         return self._per_device(local, (P(), ROWS, P(), P()), (ROWS, P()))(state.params, batch, rngs, data)
 
     def augment_step(self, state: TrainState, batch: Batch, data: jax.Array | None = None) -> Any:
-        """The next step's crops as the networks get them, [M, rows, V, H, W, 3] a resolution, and the key crops after them."""
+        """Return the next step's crops as the networks get them.
+
+        [M, rows, V, H, W, 3] per resolution, and the key crops after them.
+        """
         objective, rngs = self.objective, self._rngs(state)
 
         def local(batch: Batch, rngs: Rngs, data: jax.Array | None) -> Any:
@@ -235,7 +240,7 @@ class Trainer:
         return Rngs(state.seed, epoch=1 + state.step // self.spec.steps_per_epoch, step=state.step)
 
     def _inputs(self, state: TrainState, batch: Batch, rngs: Rngs, data: jax.Array | None) -> tuple[Inputs, Targets]:
-        """What is known of a step's rows before it: pseudo-labels, as far as the method has them, and weights."""
+        """Return what is known of a step's rows before it: pseudo-labels, if any, and weights."""
         objective = self.objective
 
         def encoder(crops: Callable[[Batch, Rngs, Any], tuple[jax.Array, ...]]) -> Callable[[Any], jax.Array]:
@@ -262,7 +267,7 @@ class Trainer:
         return P(), inputs, P(), P()
 
     def _reduced_gradients(self, params: Any, inputs: Inputs, rngs: Rngs, data: jax.Array | None) -> Gradients:
-        """The objective over all microbatches and devices: one reduction of gradients, after all views are added up."""
+        """Return the gradients over all microbatches and devices, reduced once."""
 
         def local(*arguments: Any) -> Gradients:
             grads, moments, losses, outputs = self.objective.device_gradients(*arguments)
@@ -273,14 +278,20 @@ class Trainer:
         return self._per_device(local, self._input_specs, out_specs)(params, inputs, rngs, data)
 
     def preview_step(self, state: TrainState, batch: Batch, data: jax.Array | None = None) -> ViewPreview:
-        """What the next step would learn from, to look at: leaves [M, rows, ...], PICTURES rows of images a device."""
+        """Return what the next step would learn from, to look at.
+
+        Leaves [M, rows, ...], PICTURES rows of images per device.
+        """
         rngs = self._rngs(state)
         inputs, _ = self._inputs(state, batch, rngs, data)
         preview = self._per_device(self.objective.device_preview, self._input_specs, ROWS)
         return preview(state.params, inputs, rngs, data)
 
     def _blend(self, batch_stats: dict[str, Any], moments: dict[str, Any], step: jax.Array) -> dict[str, Any]:
-        """Running statistics after step int32: one update per training pass that counted, in the order of the passes."""
+        """Return the running statistics after step int32.
+
+        One update per training pass that counted, in the order of the passes.
+        """
         objective, batch_stats = self.objective, dict(batch_stats)
         norms = {CLEAN: CLEAN} | {view.name: view.norm for view in objective.scheme.views}
         for name in (name for name in norms if name in moments):
@@ -295,8 +306,8 @@ class Trainer:
     def _before_first_attack(self, params: Any, opt_state: Any, batch_stats: Any, step: jax.Array) -> tuple:
         """Until its first pass, the adversarial BatchNorm set is a copy of the clean one.
 
-        It would otherwise start from a fresh network's values, or from what weight decay has left of them: without a gradient
-        Adam makes whole steps of it.
+        It would otherwise start from a fresh network's values, or from what weight decay has left
+        of them: without a gradient Adam makes whole steps of it.
         """
         started = self.objective.scheme.auxiliary_norm_started(step)
         if started is True:
@@ -308,7 +319,10 @@ class Trainer:
 
 
 class CompiledSteps(NamedTuple):
-    """Compiled functions of a run: init(seed[, backbone]); refresh(state, epoch); others take (state, batch, data)."""
+    """Compiled functions of a run.
+
+    init(seed[, backbone]); refresh(state, epoch); the others take (state, batch, data).
+    """
 
     init: Any
     train: Any

@@ -10,14 +10,17 @@ from hexa_jax.views.hard_crop import HardCrop
 from hexa_jax.views.mixup import Mixup
 from hexa_jax.views.noise import Noise
 
-# `hexa_jax.views.adversarial` and `.cutmix` are the public functions; the modules of these names stay importable by path.
+# `hexa_jax.views.adversarial` and `.cutmix` are the public functions; the modules of these names
+# stay importable by path.
 __all__ = ["VIEWS", "Attack", "Context", "HardView", "View", "adversarial", "cutmix", "register"]
 
 VIEWS: dict[str, type[HardView]] = {}
 
 
 def register(view: type[HardView]) -> type[HardView]:
-    """Make a view known to configs: `config.views[view.name]` holds its fields, `config.scheme` its scheme name.
+    """Make a view known to configs.
+
+    `config.views[view.name]` holds its fields; `config.scheme` knows its scheme name.
 
     Raises:
         ValueError: another view has the name or the scheme name, or it is std, all or a sum.

@@ -1,4 +1,4 @@
-"""Adversarial views: each crop moved uphill on the method's own loss against its own pseudo-label (equations 5 to 7)."""
+"""Adversarial views: crops moved uphill on the method's own loss (equations 5 to 7)."""
 
 import dataclasses
 from typing import ClassVar

@@ -1,6 +1,7 @@
 """Projected gradient ascent on a method's own loss (equations 5 to 7).
 
-Legend: N examples, V crops, H W C image. Pixels are in [0, 1]; epsilon and step sizes are in the same unit.
+Legend: N examples, V crops, H W C image. Pixels are in [0, 1]; epsilon and step sizes are in the
+    same unit.
 """
 
 import dataclasses
@@ -26,22 +27,27 @@ def _l2_norm(x: jax.Array) -> jax.Array:
 class Attack:
     """How strong an attack is and how it is made.
 
-    The paper gives epsilon = eta = 1 without a unit. Our reading is one grey level of 255, as in AdvProp. A PyTorch port of
-    AdvProp applies the same numbers as 2/255 of *normalized* pixels, about 0.45 of a grey level: the second reading.
-    Under precision "bfloat16" the attack is made in float32, but the network rounds normalized pixels to 8 bits: a move of
-    one level arrives as 0.9 to 1.8 levels (computed over all 256 levels and ImageNet's means and deviations), and one of less
-    than half a level may not arrive at all.
+    The paper gives epsilon = eta = 1 without a unit. Our reading is one grey level of 255, as in
+    AdvProp. A PyTorch port of AdvProp applies the same numbers as 2/255 of *normalized* pixels,
+    about 0.45 of a grey level: the second reading. Under precision "bfloat16" the attack is made in
+    float32, but the network rounds normalized pixels to 8 bits: a move of one level arrives as 0.9
+    to 1.8 levels (computed over all 256 levels and ImageNet's means and deviations), and one of
+    less than half a level may not arrive at all.
 
     Attributes:
-        epsilon: radius of the ball around each crop image, in pixels of [0, 1]: 1/255 is one grey level.
+        epsilon: radius of the ball around each crop image, in pixels of [0, 1]: 1/255 is one grey
+            level.
         step_size: eta of equation 6, same unit.
         steps: number of ascent steps.
-        norm: "linf" (a step moves every pixel by step_size) or "l2" (a step has length step_size per crop image).
+        norm: "linf" (a step moves every pixel by step_size) or "l2" (a step has length step_size
+            per crop image).
         random_start: start from a uniform point of the ball.
-        norm_set: BatchNorm set of the passes that make the attack: "adversarial" (AdvProp) or "clean".
+        norm_set: BatchNorm set of the passes that make the attack: "adversarial" (AdvProp) or
+            "clean".
         share_gradient: with norm_set "clean", take the first gradient from the clean training pass.
-        max_increase: t of the adaptive radius min(epsilon, t / |gradient|), with the dual norm, in units of the loss: to
-            first order no crop raises the sum of losses by more than t, at any age of the network. 0: always epsilon.
+        max_increase: t of the adaptive radius min(epsilon, t / |gradient|), with the dual norm, in
+            units of the loss: to first order no crop raises the sum of losses by more than t, at
+            any age of the network. 0: always epsilon.
 
     Raises:
         ValueError: a setting that makes no sense, in one line that names it.
@@ -131,7 +137,7 @@ class Attack:
         return jax.tree.map(one, gradient)
 
     def ascend(self, center: Any, point: Any, gradient: Any, radius: Any) -> Any:
-        """One step of equation 6 from `point`, around the clean images `center`: trees of [N, (V,) H, W, C]."""
+        """Make one step of equation 6 from `point`, around the clean images `center`."""
 
         def move(center: jax.Array, point: jax.Array, gradient: jax.Array, radius: Any) -> jax.Array:
             direction = jnp.sign(gradient) if self.norm == "linf" else gradient / _l2_norm(gradient)
@@ -140,7 +146,10 @@ class Attack:
         return jax.tree.map(move, center, point, gradient, radius)
 
     def noise(self, keys: jax.Array, x: Any) -> Any:
-        """x moved in a random direction by as much as one attack moves it; keys [N], x a pytree of [N, V, H, W, C]."""
+        """Move x in a random direction by as much as one attack moves it.
+
+        Keys are [N], x is a pytree of [N, V, H, W, C].
+        """
         length = min(self.epsilon, self.steps * self.step_size)
         leaves, treedef = jax.tree.flatten(x)
 
@@ -157,7 +166,10 @@ class Attack:
         return treedef.unflatten([shift(position, leaf) for position, leaf in enumerate(leaves)])
 
     def _project(self, candidate: jax.Array, center: jax.Array, radius: Any) -> jax.Array:
-        """Back into the ball, then into the pixel range (which never leaves the ball: both are convex)."""
+        """Project into the ball, then into the pixel range.
+
+        Both are convex: the second never leaves the first.
+        """
         delta = candidate - center
         if self.norm == "linf":
             delta = jnp.clip(delta, -radius, radius)
@@ -180,23 +192,30 @@ def adversarial(
     max_increase: float = 0.0,
     loss_scale: jax.Array | None = None,
 ) -> Any:
-    """Make views that a method finds hard: projected gradient ascent on its own loss (equations 5 to 7).
+    """Make adversarial views: projected gradient ascent on a method's own loss.
+
+    Equations 5 to 7 of the paper.
 
     Args:
         key: one typed key, or [N] keys (one per example); read only for a random start.
         x: array or pytree of arrays [N, H, W, C] or [N, V, H, W, C], float pixels in [0, 1].
-        objective: maps an input like x to losses [N] or [N, V]; called once per step for all crops together.
+        objective: maps an input like x to losses [N] or [N, V]; called once per step for all crops
+            together.
         epsilon: radius of the ball around each crop image, in pixel units: 1/255 is one grey level.
         step_size: eta of equation 6, same unit.
         steps: number of ascent steps.
-        norm: "linf" (a step moves every pixel by step_size) or "l2" (a step has length step_size per crop image).
+        norm: "linf" (a step moves every pixel by step_size) or "l2" (a step has length step_size
+            per crop image).
         random_start: start from a uniform point of the ball instead of x.
-        gradient: the objective's gradient at x when the caller already has it; saves the first step's pass.
+        gradient: the objective's gradient at x when the caller already has it; saves the first
+            step's pass.
         max_increase: see `Attack`; the radius is chosen once, at the starting point.
-        loss_scale: [N], what the objective multiplied each example's losses by; read only with max_increase.
+        loss_scale: [N], what the objective multiplied each example's losses by; read only with
+            max_increase.
 
     Returns:
-        Views like x, within epsilon of x per crop image and within [0, 1]; constants for differentiation.
+        Views like x, within epsilon of x per crop image and within [0, 1]; constants for
+        differentiation.
 
     Raises:
         ValueError: a setting that `Attack` refuses, or a gradient together with a random start.

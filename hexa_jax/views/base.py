@@ -1,4 +1,4 @@
-"""What a hard view is: which input is scored, with which mixture of labels, from when on and with what weight.
+"""Hard views: which input is scored, with which mixture of labels, when and how much.
 
 Legend: N rows of one device and microbatch, V crops, H W C image. Pixels are in [0, 1].
 """
@@ -21,7 +21,8 @@ class View(NamedTuple):
     Attributes:
         crops: per resolution [N, V_r, H, W, 3] in [0, 1], constant for differentiation.
         lam: [N, V] share of the row's own label; None where labels are not mixed.
-        partner: int32 [N], the row whose label has the share 1 - lam; None where labels are not mixed.
+        partner: int32 [N], the row whose label has the share 1 - lam; None where labels are not
+            mixed.
         mask: per resolution bool [N, V_r, H, W, 1], where the partner's pixels are; () without.
     """
 
@@ -44,7 +45,7 @@ class Context(Protocol):
 
     @property
     def attacked(self) -> tuple[jax.Array, ...]:
-        """The clean crops after the attack on their own labels; made once for all views that ask."""
+        """The clean crops after the attack on their own labels, made once for all views."""
 
     def keys(self, purpose: str) -> jax.Array:
         """Typed PRNG keys [N], a function of (seed, purpose, epoch, example) only."""
@@ -53,27 +54,34 @@ class Context(Protocol):
         """A typed PRNG key, a function of (seed, purpose, step) only."""
 
     def partners(self) -> jax.Array:
-        """int32 [N], a random permutation within blocks of rows, the same for all views of a step."""
+        """Return a permutation int32 [N] within blocks of rows, one for all views of a step."""
 
     def new_crops(self, number: int) -> tuple[jax.Array, ...]:
-        """The number-th of the view's own `crop_sets` of augmented clean crops, shaped like `crops`."""
+        """Return one of the view's own `crop_sets` of clean crops, shaped like `crops`."""
 
     def losses(self, crops: tuple[jax.Array, ...]) -> jax.Array:
-        """The method's own losses [N, V] of crops, by the view's BatchNorm set; writes no statistics."""
+        """Return the method's own losses [N, V] of crops, by the view's BatchNorm set.
+
+        No statistics are written.
+        """
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class HardView:
-    """A term of equation 10. A subclass says what the view shows; its fields are its block `config.views.NAME`.
+    """A term of equation 10.
+
+    A subclass says what the view shows; its fields are its block `config.views.NAME`.
 
     Attributes:
         weight: alpha of equation 10; 0 leaves the view out.
         start_epoch: epoch (from 0, fractions allowed) from which on the view counts.
         ramp_epochs: epochs after `start_epoch` over which the weight grows linearly; 0: at once.
-        replace: share of the rows that show this view instead of the clean one; 0: the view is added. Costs no more than
-            the plain step, except for methods that make labels from their outputs (SimCLR, SwAV).
-        target: "label" (the row's pseudo-label), or "own_crop" (the embedding of the very crop that the view was made
-            from, constant for differentiation; for methods with `pairs_own_crop`). An attack is on the label all the same.
+        replace: share of the rows that show this view instead of the clean one; 0: the view is
+            added. Costs no more than the plain step, except for methods that make labels from their
+            outputs (SimCLR, SwAV).
+        target: "label" (the row's pseudo-label), or "own_crop" (the embedding of the very crop that
+            the view was made from, constant for differentiation; for methods with
+            `pairs_own_crop`). An attack is on the label all the same.
     """
 
     name: ClassVar[str]  # of its config block, its loss and its pictures
@@ -81,7 +89,8 @@ class HardView:
     norm: ClassVar[str] = CLEAN  # BatchNorm set of its training pass
     attacks: ClassVar[bool] = False  # whether it reads `Context.attacked`
     mixes: ClassVar[bool] = False  # whether it reads `Context.partners`
-    shows_clean_crop: ClassVar[bool] = True  # whether it is made from the clean crops, not from others of the image
+    # whether it is made from the clean crops, not from others of the image
+    shows_clean_crop: ClassVar[bool] = True
 
     weight: float = 0.0
     start_epoch: float = 0.0
@@ -106,7 +115,7 @@ class HardView:
 
     @property
     def crop_sets(self) -> int:
-        """How many sets of clean crops of the same image the view needs besides the method's own."""
+        """Number of sets of clean crops that the view needs besides the method's own."""
         return 0
 
     @property
@@ -125,7 +134,7 @@ def fold_in(keys: jax.Array, number: int) -> jax.Array:
 
 
 def block_permutation(keys: jax.Array, count: int, block: int) -> jax.Array:
-    """A random order of `count` rows that only moves rows within blocks of `block` consecutive ones.
+    """Draw a random order of `count` rows that moves rows only within blocks.
 
     Args:
         keys: [count // block] typed keys, one per block.

@@ -11,7 +11,8 @@ TABLE = 8192  # cells of the quantile table that Beta variates are read from
 def sample_beta(uniform: jax.Array, alpha: float, beta: float) -> jax.Array:
     """Turn uniform variates into Beta(alpha, beta) ones through a tabulated quantile function.
 
-    jax.random.beta rejects in a loop whose length depends on the whole batch; across devices that is a collective per turn.
+    jax.random.beta rejects in a loop whose length depends on the whole batch; across devices that
+    is a collective per turn.
 
     Args:
         uniform: float [...] in [0, 1).

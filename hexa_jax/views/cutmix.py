@@ -1,4 +1,6 @@
-"""Cut-mixed views: a box of another image's crop is pasted in, and the label is the same mixture (equations 8 and 9).
+"""Cut-mixed views: paste a box of another image's crop, mix the labels alike.
+
+Equations 8 and 9.
 
 Legend: N examples, V crops, H W C image.
 """
@@ -108,7 +110,8 @@ def paste(x: jax.Array, partner: jax.Array, box: jax.Array) -> tuple[jax.Array, 
         box: int32 [..., 4].
 
     Returns:
-        (mixed like x; [...] the exact share of pixels that still show x; bool [..., H, W, 1], True in the box).
+        (mixed like x; [...] the exact share of pixels that still show x; bool [..., H, W, 1], True
+        in the box).
     """
     height, width = x.shape[-3:-1]
     top, bottom, left, right = (box[..., side, None] for side in range(4))
@@ -132,15 +135,18 @@ def cutmix(
 ) -> tuple[Any, Any, jax.Array]:
     """Make cut-mixed views (equation 8): a box of another example's crop is pasted into each crop.
 
-    The box has side sqrt(1 - lambda0) of the crop with lambda0 ~ Beta(alpha, beta) and a uniform center, and is clipped to
-    the image; lambda is what is left of the first image, counted in pixels (clovaai/CutMix-PyTorch, with one box per crop).
+    The box has side sqrt(1 - lambda0) of the crop with lambda0 ~ Beta(alpha, beta) and a uniform
+    center, and is clipped to the image; lambda is what is left of the first image, counted in
+    pixels (clovaai/CutMix-PyTorch, with one box per crop).
 
     Args:
-        key: one typed key, or [N] keys (one per example; then the partner's permutation must be given).
+        key: one typed key, or [N] keys (one per example; then the partner's permutation must be
+            given).
         x: array or pytree of arrays [N, H, W, C] or [N, V, H, W, C].
         alpha: first parameter of the Beta distribution, static.
         beta: second parameter of the Beta distribution, static.
-        permutation: int [N], the partner of each example, the same for all its crops; drawn from the key when None.
+        permutation: int [N], the partner of each example, the same for all its crops; drawn from
+            the key when None.
         one_box: use the first example's boxes for the whole batch.
 
     Returns:

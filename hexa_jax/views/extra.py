@@ -1,4 +1,4 @@
-"""A second clean view of each image: the control of equal passes, without which no hard view can claim a gain."""
+"""A second clean view of each image: the control of equal passes."""
 
 import dataclasses
 from typing import ClassVar

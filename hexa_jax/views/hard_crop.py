@@ -1,4 +1,4 @@
-"""The hardest of several crops by the method's own loss, chosen without a gradient (HVP: Ferreira et al., 2023)."""
+"""The hardest of several crops by the method's own loss (HVP: Ferreira et al., 2023)."""
 
 import dataclasses
 from typing import ClassVar

@@ -1,4 +1,4 @@
-"""Mixup: each crop is a blend of itself and another image's crop, its label the same blend (Zhang et al., 2018).
+"""Mixup: blend each crop with another image's, and the labels alike (Zhang et al., 2018).
 
 Legend: N rows, V crops, H W C image.
 """
@@ -40,11 +40,13 @@ class Mixup(HardView):
 
     def make(self, context: Context) -> View:
         keys, partner = context.keys("mixup"), context.partners()
-        blended = jax.vmap(lambda key: jax.random.uniform(key))(fold_in(keys, 0)) < self.probability  # [N]
+        # [N]
+        blended = jax.vmap(lambda key: jax.random.uniform(key))(fold_in(keys, 0)) < self.probability
         mixed, shares = [], []
         for number, x in enumerate(context.crops, start=1):
             uniform = jax.vmap(lambda key, x=x: jax.random.uniform(key, x.shape[1:2], x.dtype))(fold_in(keys, number))
-            lam = jnp.where(blended[:, None], sample_beta(uniform, self.alpha, self.beta), 1)  # [N, V_r]
+            # [N, V_r]
+            lam = jnp.where(blended[:, None], sample_beta(uniform, self.alpha, self.beta), 1)
             share = lam[..., None, None, None]
             # Where lambda is 1 the image itself is taken, so that unblended images keep every bit.
             mixed.append(jnp.where(share == 1, x, share * x + (1 - share) * x[partner]))

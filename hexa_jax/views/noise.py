@@ -1,4 +1,4 @@
-"""Random noise of the attack's size: the control that tells an attack's direction from its length."""
+"""Random noise of the attack's size: tells an attack's direction from its length."""
 
 import dataclasses
 from typing import ClassVar
@@ -9,7 +9,10 @@ from hexa_jax.views.base import Context, HardView, View
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Noise(HardView):
-    """The clean crops moved by random signs (l2: in a random direction), by the BatchNorm set that attacked crops use."""
+    """The clean crops moved by random signs (l2: in a random direction).
+
+    By the BatchNorm set that attacked crops use.
+    """
 
     name: ClassVar[str] = "noise"
     scheme_name: ClassVar[str] = "noise"

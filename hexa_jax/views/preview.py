@@ -14,7 +14,8 @@ class ViewPreview(NamedTuple):
 
     Attributes:
         images: per view, per resolution [N, V, S, S, 3].
-        mask: per resolution bool [N, V, S, S, 1], where the first cut-mixed view shows the partner; () without one.
+        mask: per resolution bool [N, V, S, S, 1], where the first cut-mixed view shows the partner;
+            () without one.
         lam: per mixed view [N, V], the share of the image itself.
         row: int32 position in the step's batch.
         partner: int32, that of the partner in mixed views; its own without such views.

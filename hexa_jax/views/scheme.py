@@ -1,4 +1,4 @@
-"""Equation 10: which hard views there are, what each counts in a step, and what the step divides the sum by."""
+"""Equation 10: the hard views, their weights in a step, and the divisor of the sum."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -21,7 +21,8 @@ class Scheme:
     Attributes:
         views: in the order of their passes.
         attack: settings of the attack.
-        average: whether the step divides equation 10 by the sum of the weights, so that it is as long as the plain method's.
+        average: whether the step divides equation 10 by the sum of the weights, so that it is as
+            long as the plain method's.
         steps_per_epoch: turns the views' epochs into steps.
     """
 
@@ -65,7 +66,7 @@ class Scheme:
 
     @property
     def crop_sets(self) -> int:
-        """Sets of clean crops that the input makes of each image: the method's own, and those of views."""
+        """Number of sets of clean crops that the input makes, those of views included."""
         return 1 + sum(view.crop_sets for view in self.views)
 
     def first_crop_set(self, view: HardView) -> int:
@@ -78,7 +79,7 @@ class Scheme:
 
     @property
     def phases(self) -> tuple[tuple[int, tuple[HardView, ...]], ...]:
-        """Stretches of the run with the same views: (first step, views), the first one from step 0."""
+        """Stretches of the run with the same views: (first step, views), the first from step 0."""
         starts = sorted({0} | {self.start_step(view) for view in self.views})
         return tuple((start, tuple(view for view in self.views if self.start_step(view) <= start)) for start in starts)
 
@@ -87,12 +88,15 @@ class Scheme:
         return sum((step >= start) * 1 for start, _ in self.phases[1:])
 
     def active(self, view: HardView, step: jax.Array) -> bool | jax.Array:
-        """Whether a view counts at step int32; a constant for a view that counts from the beginning."""
+        """Return whether a view counts at step int32; True where it counts from the beginning."""
         start = self.start_step(view)
         return True if start == 0 else step >= start
 
     def auxiliary_norm_started(self, step: jax.Array) -> bool | jax.Array:
-        """Whether a pass with the adversarial BatchNorm set has come by step int32; True, too, where no view uses the set."""
+        """Return whether the adversarial BatchNorm set has had a pass by step int32.
+
+        True, too, where no view uses that set.
+        """
         starts = [self.start_step(view) for view in self.views if view.norm == ADVERSARIAL]
         return True if not starts or min(starts) == 0 else step >= min(starts)
 
@@ -107,7 +111,10 @@ class Scheme:
         return self.replaced > 1 - 1e-9
 
     def weights(self, step: jax.Array) -> dict[str, Number]:
-        """Weight of each training pass at step int32, in order; the clean one has what replaced rows leave of 1."""
+        """Return the weight of each training pass at step int32, in order.
+
+        The clean pass has what replaced rows leave of 1.
+        """
         weights: dict[str, Number] = {}
         clean: Number = 1.0
         for view in self.views:
@@ -127,10 +134,11 @@ class Scheme:
         return weight * next((view.row_share for view in self.views if view.name == name), 1.0)
 
     def divisors(self, step: jax.Array) -> dict[str | None, Number]:
-        """What gradients are divided by: those of each BatchNorm set's own parameters, and (None) all others.
+        """Return the divisors of gradients per BatchNorm set, and (None) of all other parameters.
 
-        Without `average` 1. A parameter that only some passes reach is divided by the weights of those, not of all: else
-        the steps of each set's scale and bias would be shorter than the plain method's.
+        Without `average` 1. A parameter that only some passes reach is divided by the weights of
+        those, not of all: else the steps of each set's scale and bias would be shorter than the
+        plain method's.
         """
         if not self.average:
             return {CLEAN: 1.0, ADVERSARIAL: 1.0, None: 1.0}

@@ -449,7 +449,7 @@ def test_processes_that_read_different_weights_stop(tmp_path, monkeypatch):
         monkeypatch.setattr(
             processes, "gather", lambda mine, other=other: np.concatenate([mine, mine + np.uint8(other)])
         )
-        with pytest.raises(WeightsError, match="is not the same for all processes$") if refused else nullcontext():
+        with pytest.raises(WeightsError, match=r"is not the same for all processes$") if refused else nullcontext():
             read_initial_weights(config, backbone.network, shapes)
 
 
