@@ -1,6 +1,7 @@
-"""Anchors of a feature pyramid: boxes of a few shapes around each cell, constants of a compiled program.
+"""Anchors of a feature pyramid: boxes of a few shapes around each cell.
 
-Sizes, rounding and order are torchvision's (AnchorGenerator), so that its weights mean the same here.
+Sizes, rounding and order are torchvision's (AnchorGenerator), so that its weights mean the same
+here.
 """
 
 from collections.abc import Sequence
@@ -12,7 +13,10 @@ RATIOS = (0.5, 1.0, 2.0)
 
 
 def base_anchors(size: float, ratios: Sequence[float] = RATIOS) -> np.ndarray:
-    """Boxes around the origin, float32 [len(ratios), 4]: `size` squared pixels, height / width = ratio, rounded half to even."""
+    """Return boxes float32 [len(ratios), 4] around the origin.
+
+    Their area is `size` squared, height / width is `ratio`; corners are rounded half to even.
+    """
     stretch = np.sqrt(np.asarray(ratios, np.float32))
     width, height = size / stretch, size * stretch
     return np.round(np.stack([-width, -height, width, height], axis=1) / 2).astype(np.float32)
@@ -25,8 +29,8 @@ def grid_anchors(
 
     Args:
         image: (height, width) of the padded input.
-        feature: (h, w) of the level's map. Cells are H // h and W // w pixels apart: whole numbers, whatever the rounding
-            of the strides made of the map.
+        feature: (h, w) of the level's map. Cells are H // h and W // w pixels apart: whole numbers,
+            whatever the rounding of the strides made of the map.
         size: of the base anchor in pixels.
         ratios: height / width.
     """

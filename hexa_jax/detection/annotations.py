@@ -1,4 +1,4 @@
-"""What one of VOC's annotation files says of an image: its size, and the boxes, names and difficulty of its objects."""
+"""Read VOC's annotation files: an image's size, and boxes, names and difficulty of objects."""
 
 import pathlib
 from typing import Any, NamedTuple, NoReturn
@@ -17,7 +17,8 @@ class Scene(NamedTuple):
     Attributes:
         size: (height, width) in pixels; None where it is not said.
         names: of the m objects' classes.
-        boxes: float32 [m, 4] (x1, y1, x2, y2), continuous pixel coordinates; they may lie outside of the image.
+        boxes: float32 [m, 4] (x1, y1, x2, y2), continuous pixel coordinates; they may lie outside
+            of the image.
         difficult: bool [m].
     """
 
@@ -28,17 +29,23 @@ class Scene(NamedTuple):
 
 
 class _NoDoctype(ElementTree.TreeBuilder):
-    """Stops at a document type, before its entities could be declared: annotations need none, and some are bombs."""
+    """Refuse a document type before its entities could be declared.
+
+    Annotations need none, and some are bombs.
+    """
 
     def doctype(self, name: str, public: str | None, system: str | None) -> NoReturn:
         raise ElementTree.ParseError("it has a document type (DTD), which annotations have no need for")
 
 
 def read_annotation(path: pathlib.Path) -> Scene:
-    """An annotation file. VOC counts pixels from 1 and includes both corners: 1, 1, 2, 1 is the box 0, 0, 2, 1.
+    """Read an annotation file.
+
+    VOC counts pixels from 1 and includes both corners: 1, 1, 2, 1 is the box 0, 0, 2, 1.
 
     Raises:
-        DataError: it is missing or no well-formed XML, or a corner is no number or in the wrong order; one line with the file.
+        DataError: it is missing or no well-formed XML, or a corner is no number or in the wrong
+            order; one line with the file.
     """
     try:
         root = ElementTree.fromstring(path.read_bytes(), ElementTree.XMLParser(target=_NoDoctype()))

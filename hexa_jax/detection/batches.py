@@ -1,4 +1,6 @@
-"""Batches of images with boxes on the devices: training's, augmented and without end, and evaluation's, each image once.
+"""Batches of images with boxes on the devices.
+
+Training's are augmented and without end; evaluation's have each image once.
 
 Legend: N rows of a batch, H W of its canvas, M boxes of an image (padded).
 """
@@ -78,7 +80,8 @@ class DetectionSteps:
         rows: int [local], this process's.
         flip: probability of mirroring an image.
         max_boxes: M.
-        max_failures: consecutive unreadable images after which to give up; None: at the first, with its name.
+        max_failures: consecutive unreadable images after which to give up; None: at the first, with
+            its name.
     """
 
     source: DetectionSource
@@ -118,7 +121,7 @@ class DetectionSteps:
         return element | {"original": originals, "bad": np.array(bad, np.int64)}
 
     def _read(self, index: int) -> tuple[np.ndarray, int, list[int]]:
-        """Pixels of an image or of the next readable one, which one that is, and those before it."""
+        """Return pixels of an image or the next readable one, its index, and those before it."""
         if self.max_failures is None:
             try:
                 return pixels_of(self.source, index), index, []
@@ -129,7 +132,10 @@ class DetectionSteps:
 
 
 def pixels_of(source: DetectionSource, index: int) -> np.ndarray:
-    """uint8 [h, w, 3] as the annotation means them: as stored, or turned as EXIF says where only then the size is right."""
+    """Return uint8 [h, w, 3] as the annotation means it.
+
+    As stored, or turned as EXIF says where only then the size is right.
+    """
     data, name = source[index].image, source.name(index)
     pixels = decode(data, name, turn=False)
     said = tuple(source.sizes[index].tolist())
@@ -140,7 +146,7 @@ def pixels_of(source: DetectionSource, index: int) -> np.ndarray:
 
 
 def largest_boxes(truth: Truth, count: int) -> Truth:
-    """The objects to train on: no difficult ones, and at most `count`, the largest, in the order given."""
+    """Return the objects to train on: the `count` largest that are not difficult, in order."""
     sides = truth.boxes[:, 2:] - truth.boxes[:, :2]
     easy = np.flatnonzero(~truth.difficult)
     order = np.argsort(-sides.prod(axis=1)[easy], kind="stable")[:count]

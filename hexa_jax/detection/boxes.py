@@ -1,4 +1,4 @@
-"""Boxes (x1, y1, x2, y2) in continuous pixels: areas, overlaps, the coding that networks predict, and suppression of doubles.
+"""Boxes (x1, y1, x2, y2) in continuous pixels: areas, overlaps, coding, suppression.
 
 Legend: A and B, R boxes.
 """
@@ -8,7 +8,8 @@ import math
 import jax
 import jax.numpy as jnp
 
-LARGEST_LOG_SCALE = math.log(1000 / 16)  # a prediction may not stretch a box further: exp of it stays finite
+# a prediction may not stretch a box further: exp of it stays finite
+LARGEST_LOG_SCALE = math.log(1000 / 16)
 Weights = tuple[float, float, float, float]
 
 
@@ -18,7 +19,7 @@ def area(boxes: jax.Array) -> jax.Array:
 
 
 def iou(a: jax.Array, b: jax.Array) -> jax.Array:
-    """Intersection over union of each of [A, 4] with each of [B, 4] -> [A, B]; 0 where both are empty."""
+    """Return intersection over union [A, B] of boxes [A, 4] and [B, 4]; 0 where both are empty."""
     low = jnp.maximum(a[:, None, :2], b[None, :, :2])
     high = jnp.minimum(a[:, None, 2:], b[None, :, 2:])
     intersection = jnp.prod(jnp.maximum(high - low, 0), axis=-1)
@@ -50,7 +51,7 @@ def _scales(weights: Weights, dtype: jnp.dtype, ndim: int) -> jax.Array:
 
 
 def encode(boxes: jax.Array, references: jax.Array, weights: Weights) -> jax.Array:
-    """What a network should predict to turn references into boxes (R-CNN, appendix C), all [..., 4].
+    """Encode what turns references into boxes (R-CNN, appendix C), all [..., 4].
 
     Args:
         boxes: targets.
@@ -74,10 +75,12 @@ def decode(deltas: jax.Array, references: jax.Array, weights: Weights) -> jax.Ar
 def nms(boxes: jax.Array, scores: jax.Array, threshold: float, valid: jax.Array | None = None) -> jax.Array:
     """Greedy non-maximum suppression: which boxes stay, bool [R].
 
-    A box goes when one that stays, with a higher score (or the same one and a lower index), overlaps it by more than `threshold`.
+    A box goes when one that stays, with a higher score (or the same one and a lower index),
+    overlaps it by more than `threshold`.
 
-    All boxes are decided at once, again and again until nothing changes. What is said of a box depends only on better ones, so
-    after n rounds the best n are right; in practice a few rounds are enough. A loop over boxes would be slow on accelerators.
+    All boxes are decided at once, again and again until nothing changes. What is said of a box
+    depends only on better ones, so after n rounds the best n are right; in practice a few rounds
+    are enough. A loop over boxes would be slow on accelerators.
 
     Args:
         boxes: [R, 4].

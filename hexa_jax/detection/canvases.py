@@ -14,13 +14,15 @@ STRIDE = 32  # canvases are multiples of it: the last map of the backbone then h
 def content_sizes(sizes: np.ndarray, short: int, limit: int, canvas: tuple[int, int] | None = None) -> np.ndarray:
     """How large images become: the short side `short`, unless the long one then exceeds `limit`.
 
-    As in torchvision's detection transform, the scale is one quotient in float64, and sides are rounded down after they were
-    multiplied by it. What should be a whole number may then lie just below it: 334 pixels at short=800 become 799.
+    As in torchvision's detection transform, the scale is one quotient in float64, and sides are
+    rounded down after they were multiplied by it. What should be a whole number may then lie just
+    below it: 334 pixels at short=800 become 799.
 
     Args:
         sizes: int [..., 2] (height, width).
         short, limit: pixels.
-        canvas: (height, width) that images must fit; they are scaled down further where they do not.
+        canvas: (height, width) that images must fit; they are scaled down further where they do
+            not.
 
     Returns:
         int64 [..., 2], at least 1.
@@ -82,9 +84,12 @@ class Canvases:
         return list(dict.fromkeys(shape for portrait in (False, True) for shape in self.shapes(portrait)))
 
     def smallest(self, sizes: np.ndarray, short: int) -> tuple[int, int]:
-        """The smallest canvas that holds images int [n, 2] of a batch; it lies or stands as most of them do.
+        """Return the smallest canvas that holds images int [n, 2] of a batch.
 
-        If none holds all, the smallest that holds those that lie or stand like it: the others must be scaled down to fit.
+        It lies or stands as most of them do.
+
+        If none holds all, the smallest that holds those that lie or stand like it: the others must
+        be scaled down to fit.
         """
         tall = is_portrait(sizes)
         portrait = bool(2 * tall.sum() > len(tall))
@@ -102,14 +107,20 @@ def is_portrait(sizes: np.ndarray) -> np.ndarray:
 
 
 def draw(pixels: np.ndarray, content: Size, mirrored: bool, canvas: np.ndarray) -> None:
-    """An image uint8 [h, w, 3], resized bilinearly without anti-aliasing, in the top left corner of a canvas of zeros."""
+    """Draw a resized image uint8 [h, w, 3] in the top left corner of a canvas of zeros.
+
+    Bilinear, without anti-aliasing.
+    """
     height, width = content
     resized = cv2.resize(pixels, (width, height), interpolation=cv2.INTER_LINEAR)
     canvas[:height, :width] = cv2.flip(resized, 1) if mirrored else resized
 
 
 def move_boxes(boxes: np.ndarray, size: Size, content: Size, mirrored: bool = False) -> np.ndarray:
-    """float32 [..., 4] boxes of an image of one size (height, width) after it was resized to another, then perhaps mirrored."""
+    """Return boxes float32 [..., 4] after an image was resized and perhaps mirrored.
+
+    Sizes are (height, width).
+    """
     ratio_y, ratio_x = np.array(content, np.float32) / np.array(size, np.float32)
     x1, y1, x2, y2 = np.moveaxis(boxes * np.array([ratio_x, ratio_y, ratio_x, ratio_y], np.float32), -1, 0)
     if mirrored:

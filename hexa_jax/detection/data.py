@@ -1,4 +1,4 @@
-"""Images with boxes: `voc:DIR[:SPLIT]` reads folders in VOC's layout, `tfds:voc/2007:SPLIT` prepared ones; "+" joins them."""
+"""Images with boxes: `voc:DIR[:SPLIT]`, `tfds:voc/2007:SPLIT`, or several joined by "+"."""
 
 import os
 import pathlib
@@ -43,15 +43,19 @@ class DetectionSource:
 
     Attributes:
         class_names: what labels mean.
-        sizes: int32 [n, 2] (height, width) as the annotations say, or the image's header where they do not.
-        found: sizes of images that turned out to be of another size than `sizes` when they were decoded.
-        counts: how many of each of KINDS. Difficult boxes are left out of training and ignored in evaluation; images without a
-            box are background to train on, and evaluated, too; wrong sizes are those in `found`.
+        sizes: int32 [n, 2] (height, width) as the annotations say, or the image's header where they
+            do not.
+        found: sizes of images that turned out to be of another size than `sizes` when they were
+            decoded.
+        counts: how many of each of KINDS. Difficult boxes are left out of training and ignored in
+            evaluation; images without a box are background to train on, and evaluated, too; wrong
+            sizes are those in `found`.
 
     Args:
         files: the encoded images.
         scenes: what is on them.
-        class_names: known classes; None: VOC's 20 where all objects are of those, else the names that occur, sorted.
+        class_names: known classes; None: VOC's 20 where all objects are of those, else the names
+            that occur, sorted.
         limit: keep at most so many images, spread evenly; 0: all.
 
     Raises:
@@ -90,7 +94,10 @@ class DetectionSource:
             return _UNREADABLE  # whoever wants its pixels is told why
 
     def _keep_known(self, scenes: list[Scene]) -> None:
-        """Objects of known classes, one after the other; those of image i lie from ends[i] to ends[i + 1]."""
+        """Objects of known classes, one after the other.
+
+        Those of image i lie from ends[i] to ends[i + 1].
+        """
         number = {name: label for label, name in enumerate(self.class_names)}
         labels = np.array([number.get(name, -1) for scene in scenes for name in scene.names], np.int32)
         known = labels >= 0
@@ -147,7 +154,8 @@ class DetectionSource:
 
         Args:
             index: of the image.
-            size: (height, width) of the image where it is known better than from `found` or `sizes`.
+            size: (height, width) of the image where it is known better than from `found` or
+                `sizes`.
         """
         height, width = size or self.found.get(index, self.sizes[index])
         mine = slice(self._ends[index], self._ends[index + 1])
@@ -162,7 +170,8 @@ def open_detection(
     """The images with boxes that a config's string names.
 
     Args:
-        spec: `voc:DIR[:SPLIT]`, split by default trainval, or `tfds:voc/2007[:SPLIT]`; several joined with "+".
+        spec: `voc:DIR[:SPLIT]`, split by default trainval, or `tfds:voc/2007[:SPLIT]`; several
+            joined with "+".
         data_dir: where tfds data sets were prepared.
         class_names, limit: see `DetectionSource`.
 
@@ -187,7 +196,10 @@ def _some(names: Sequence[str]) -> str:
 
 
 def _parts(spec: str) -> list[str]:
-    """voc:a:train+b:val+tfds:voc/2007:train+test as [voc:a:train, voc:b:val, tfds:voc/2007:train+test]."""
+    """Split a sum of sources; kind and data set carry over.
+
+    voc:a:train+b:val+tfds:voc/2007:train+test is voc:a:train, voc:b:val, tfds:voc/2007:train+test.
+    """
     parts: list[str] = []
     for piece in spec.split("+"):
         kind = parts[-1].partition(":")[0] if parts else ""
@@ -253,7 +265,10 @@ class _Records:
         self.scenes = [self._scene(index) for index in range(len(self.records))]
 
     def _scene(self, index: int) -> Scene:
-        """tfds divides VOC's corners, counted from 1, by the annotated size, which it does not keep: it is the image's."""
+        """Return VOC's corners from tfds's, which are divided by the annotated size.
+
+        That size is not kept: it is the image's.
+        """
         nothing = Scene(_UNREADABLE, [], np.zeros((0, 4), np.float32), np.zeros(0, bool))
         try:
             height, width = header_size(self.read(index), self.name(index))
@@ -266,7 +281,8 @@ class _Records:
             )
         y1, x1, y2, x2 = np.asarray(objects["bbox"], np.float64).reshape(-1, 4).T
         corners = np.stack([x1 * width, y1 * height, x2 * width, y2 * height], axis=1)
-        whole = np.round(corners)  # as almost all corners were before they were stored as float32 fractions
+        # as almost all corners were before they were stored as float32 fractions
+        whole = np.round(corners)
         corners = np.where(np.abs(corners - whole) < 1e-3, whole, corners)
         names = [CLASSES[label] for label in objects["label"]]
         boxes = (corners - [1, 1, 0, 0]).astype(np.float32)
@@ -283,7 +299,10 @@ class _Records:
 
 
 class _Joined:
-    """Chosen images of several parts, one after the other; places int64 [n, 2] are (part, row of it)."""
+    """Chosen images of several parts, one after the other.
+
+    Places int64 [n, 2] are (part, row of it).
+    """
 
     def __init__(self, parts: Sequence[Any], places: np.ndarray | None = None):
         if places is None:

@@ -1,6 +1,7 @@
-"""Networks of Faster R-CNN with a feature pyramid (FPN), in torchvision's geometry; training and boxes are in `evals/detection`.
+"""Networks of Faster R-CNN with a feature pyramid (FPN), in torchvision's geometry.
 
-Legend: N images, H W of a map, D channels of the pyramid, R regions of an image, A anchors of a cell, C classes without background.
+Legend: N images, H W of a map, D channels of the pyramid, R regions of an image, A anchors of a
+    cell, C classes without background.
 """
 
 from collections.abc import Sequence
@@ -19,7 +20,9 @@ xavier = nn.initializers.variance_scaling(1.0, "fan_in", "uniform")
 
 
 class FeaturePyramid(nn.Module):
-    """Maps of the four stages -> five maps of D channels, finest first; the fifth is every second cell of the fourth.
+    """Turn maps of the four stages into five of D channels, finest first.
+
+    The fifth is every second cell of the fourth.
 
     Attributes:
         dim: D.
@@ -57,7 +60,10 @@ class FeaturePyramid(nn.Module):
 
 
 class ProposalHead(nn.Module):
-    """Objectness and box deltas of each anchor of a map [N, H, W, D]: float32 [N, H * W * A] and [N, H * W * A, 4]."""
+    """Predict objectness [N, H * W * A] and box deltas [N, H * W * A, 4] of each anchor.
+
+    From a map [N, H, W, D]; both are float32.
+    """
 
     num_anchors: int = 3
     dtype: jnp.dtype = jnp.float32
@@ -75,7 +81,9 @@ class ProposalHead(nn.Module):
 
 
 class BoxHead(nn.Module):
-    """Class scores and box deltas of pooled regions [R, 7, 7, D]: float32 [R, C + 1] (0 is background) and [R, C + 1, 4].
+    """Predict class scores and box deltas of pooled regions [R, 7, 7, D].
+
+    float32 [R, C + 1] (0 is background) and [R, C + 1, 4].
 
     Attributes:
         num_classes: C.
@@ -111,7 +119,8 @@ class Detector(nn.Module):
         num_classes: C.
         pixel_mean: per-channel mean of the pixels in [0, 1].
         pixel_std: per-channel standard deviation.
-        frozen_stages: how many of the backbone's stem and four stages read running statistics in training, too.
+        frozen_stages: how many of the backbone's stem and four stages read running statistics in
+            training, too.
         dim: D, 256 in torchvision and detectron2.
         hidden: width of the box head, there 1024.
         pyramid_norm: BatchNorm in the pyramid.
@@ -142,7 +151,10 @@ class Detector(nn.Module):
         self.regions(jnp.zeros((1, 7, 7, self.dim), self.dtype), EVALUATION)
 
     def normalised(self, images: jax.Array, sizes: jax.Array) -> jax.Array:
-        """Pixels [N, H, W, 3], uint8 or float in [0, 1], minus mean over deviation; 0 outside the content `sizes` [N, 2]."""
+        """Normalize pixels [N, H, W, 3], uint8 or float in [0, 1].
+
+        0 outside the content `sizes` [N, 2].
+        """
         pixels = images.astype(jnp.float32) / 255 if images.dtype == jnp.uint8 else images
         mean, std = (jnp.asarray(v, pixels.dtype).reshape(1, 1, 1, 3) for v in (self.pixel_mean, self.pixel_std))
         rows = jnp.arange(images.shape[1])[None] < sizes[:, :1]

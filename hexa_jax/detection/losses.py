@@ -1,4 +1,6 @@
-"""The four losses of Faster R-CNN, as sums over an image with the numbers to divide by (torchvision's rpn.py, roi_heads.py).
+"""The four losses of Faster R-CNN, as sums over an image and numbers to divide by.
+
+The rules of torchvision's rpn.py and roi_heads.py.
 
 Legend: A anchors of an image, S sampled regions, C classes.
 """
@@ -15,7 +17,7 @@ BETA = 1 / 9  # where the box losses turn from squares to absolute values
 
 
 class LossSums(NamedTuple):
-    """Scalars of an image or of several: sums of losses, and how many anchors and regions were sampled."""
+    """Scalars of one or more images: sums of losses, numbers of sampled anchors and regions."""
 
     objectness: jax.Array
     rpn_box: jax.Array
@@ -63,7 +65,8 @@ def loss_sums(
     binary = optax.sigmoid_binary_cross_entropy(objectness, anchors.positive.astype(objectness.dtype))
     labels = jnp.maximum(regions.labels, 0)
     entropy = optax.softmax_cross_entropy_with_integer_labels(scores, labels)
-    own = jnp.take_along_axis(box_deltas, labels[:, None, None], axis=1)[:, 0]  # each class has deltas of its own
+    # each class has deltas of its own
+    own = jnp.take_along_axis(box_deltas, labels[:, None, None], axis=1)[:, 0]
     return LossSums(
         objectness=jnp.sum(jnp.where(used, binary, 0)),
         rpn_box=smooth_l1(jnp.where(anchors.positive[:, None], deltas - anchors.deltas, 0)),

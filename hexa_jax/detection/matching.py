@@ -10,15 +10,18 @@ NEGATIVE, IGNORED = -1, -2
 
 
 def match(overlaps: jax.Array, valid: jax.Array, high: float, low: float, allow_low_quality: bool) -> jax.Array:
-    """The box of each anchor, int32 [A]: its index, NEGATIVE below `low`, IGNORED from `low` to `high`.
+    """Match each anchor with a box, int32 [A].
+
+    Its index; NEGATIVE below `low`, IGNORED from `low` to `high`.
 
     Args:
         overlaps: IoU [G, A].
         valid: bool [G]; the other rows are padding.
         high: IoU from which an anchor belongs to the box that it overlaps most.
         low: IoU below which it is background.
-        allow_low_quality: the anchors that overlap a box most belong to their own best box however little they overlap it, so
-            that each box has anchors (Faster R-CNN, section 3.1.2). As in torchvision, all anchors with that same overlap do.
+        allow_low_quality: the anchors that overlap a box most belong to their own best box however
+            little they overlap it, so that each box has anchors (Faster R-CNN, section 3.1.2). As
+            in torchvision, all anchors with that same overlap do.
     """
     overlaps = jnp.where(valid[:, None], overlaps, -1)
     best, box = jnp.max(overlaps, axis=0), jnp.argmax(overlaps, axis=0).astype(jnp.int32)
@@ -31,7 +34,9 @@ def match(overlaps: jax.Array, valid: jax.Array, high: float, low: float, allow_
 
 
 def sample(key: jax.Array, labels: jax.Array, count: int, positive_fraction: float) -> tuple[jax.Array, jax.Array]:
-    """Which anchors enter the losses: positives and negatives, bool [A] each, drawn without replacement.
+    """Draw the anchors that enter the losses: positives and negatives, bool [A] each.
+
+    Without replacement.
 
     Args:
         key: typed key.

@@ -1,15 +1,16 @@
 """Average precision of detections: COCO's, by pycocotools, and Pascal VOC's two.
 
-A detection is right when it overlaps an object of its class that no better-scored detection has taken. Average precision (AP) is
-the area under the curve of precision over recall, with precision made to fall; the protocols differ in this:
+A detection is right when it overlaps an object of its class that no better-scored detection has
+taken. Average precision (AP) is the area under the curve of precision over recall, with precision
+made to fall; the protocols differ in this:
 
-    COCO        the mean over ten overlaps, 0.5, 0.55, ... 0.95; precision is read off at the 101 recalls 0, 0.01, ... 1
-    VOC 2010+   overlap 0.5; the exact area
-    VOC 2007    overlap 0.5; precision is read off at the 11 recalls 0, 0.1, ... 1
+    COCO        the mean over ten overlaps, 0.5, 0.55, ... 0.95; precision is read off at the 101
+    recalls 0, 0.01, ... 1 VOC 2010+   overlap 0.5; the exact area VOC 2007    overlap 0.5;
+    precision is read off at the 11 recalls 0, 0.1, ... 1
 
-Overlap is intersection over union. VOC's devkit counts it in whole pixels, corners included: a box from pixel 3 to pixel 5, both
-counted from 1, is 3 wide. `data.py` makes that the interval [2, 5], which is 3 wide, too; so the overlap of continuous boxes here
-is the devkit's.
+Overlap is intersection over union. VOC's devkit counts it in whole pixels, corners included: a box
+from pixel 3 to pixel 5, both counted from 1, is 3 wide. `data.py` makes that the interval [2, 5],
+which is 3 wide, too; so the overlap of continuous boxes here is the devkit's.
 """
 
 import contextlib
@@ -19,7 +20,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-MAX_DETECTIONS = 100  # of a class in an image, the best by score, as pycocotools does; VOC counts all
+# of a class in an image, the best by score, as pycocotools does; VOC counts all
+MAX_DETECTIONS = 100
 VOC_OVERLAP = 0.5
 
 
@@ -42,7 +44,8 @@ class Detections(NamedTuple):
 
     Attributes:
         boxes: float32 [n, 4] (x1, y1, x2, y2), pixels of the original image.
-        scores: float32 [n]; of equal ones, the earlier image's and then the earlier row counts first.
+        scores: float32 [n]; of equal ones, the earlier image's and then the earlier row counts
+            first.
         labels: int32 [n].
     """
 
@@ -56,17 +59,18 @@ def coco_metrics(
 ) -> dict[str, float]:
     """COCO's average precision for boxes of any size, in per cent.
 
-    Difficult objects are what COCO calls ignored: a detection whose best free object is a difficult one counts neither as right nor
-    as wrong. They are no crowds (iscrowd), which COCO ignores, too: a crowd's overlap is measured differently, and it excuses any
-    number of detections. A difficult object excuses one; in VOC's own protocol, any number.
+    Difficult objects are what COCO calls ignored: a detection whose best free object is a difficult
+    one counts neither as right nor as wrong. They are no crowds (iscrowd), which COCO ignores, too:
+    a crowd's overlap is measured differently, and it excuses any number of detections. A difficult
+    object excuses one; in VOC's own protocol, any number.
 
     Args:
         truths, detections: one of each per image.
         class_names: what labels mean.
 
     Returns:
-        AP, AP50 and AP75 (the overlaps 0.5 and 0.75 alone), means over the classes that have objects; and AP_NAME of every class,
-        NaN where it has none.
+        AP, AP50 and AP75 (the overlaps 0.5 and 0.75 alone), means over the classes that have
+        objects; and AP_NAME of every class, NaN where it has none.
     """
     from pycocotools.coco import COCO
     from pycocotools.cocoeval import COCOeval
@@ -83,7 +87,8 @@ def coco_metrics(
         evaluation.params.maxDets = [MAX_DETECTIONS]
         evaluation.evaluate()
         evaluation.accumulate()
-    precision = evaluation.eval["precision"][:, :, :, 0, 0]  # [overlaps, recalls, classes], -1 without objects
+    # [overlaps, recalls, classes], -1 without objects
+    precision = evaluation.eval["precision"][:, :, :, 0, 0]
     present = precision[0, 0] >= 0
     values = np.where(present, 100 * precision.mean(axis=1), np.nan)  # [overlaps, classes]
     means = {"AP": _mean(values), "AP50": _mean(values[0]), "AP75": _mean(values[5])}
@@ -98,8 +103,9 @@ def voc_metrics(
 ) -> dict[str, float]:
     """Pascal VOC's average precision, in per cent, as the challenge's devkit computes it.
 
-    Of the objects of its class, a detection can only take the one that it overlaps most (COCO also looks at others that are free).
-    If that one is difficult, the detection counts neither as right nor as wrong.
+    Of the objects of its class, a detection can only take the one that it overlaps most (COCO also
+    looks at others that are free). If that one is difficult, the detection counts neither as right
+    nor as wrong.
 
     Args:
         truths, detections: one of each per image.
@@ -107,7 +113,8 @@ def voc_metrics(
         eleven_point: as in 2007, instead of 2010 and later.
 
     Returns:
-        VOC_AP50, the mean over the classes that have objects; and VOC_AP50_NAME of every class, NaN where it has none.
+        VOC_AP50, the mean over the classes that have objects; and VOC_AP50_NAME of every class, NaN
+        where it has none.
     """
     values = np.array([_voc_class(truths, detections, label, eleven_point) for label in range(len(class_names))])
     return {"VOC_AP50": _mean(values)} | {
@@ -126,7 +133,8 @@ def _objects(truths: Sequence[Truth]) -> list[dict]:
         corners = truth.boxes.astype(np.float64).reshape(-1, 4)
         boxes = np.concatenate([corners[:, :2], corners[:, 2:] - corners[:, :2]], axis=1).tolist()
         for box, label, difficult in zip(boxes, truth.labels.tolist(), truth.difficult.tolist(), strict=True):
-            # pycocotools ignores objects whose area is out of range, and takes overlaps from the box.
+            # pycocotools ignores objects whose area is out of range, and takes overlaps from the
+            # box.
             area = float("inf") if difficult else box[2] * box[3]
             rows.append({"image_id": image, "category_id": label, "bbox": box, "area": area, "iscrowd": 0})
     return _numbered(rows)
@@ -143,7 +151,8 @@ def _results(detections: Sequence[Detections]) -> list[dict]:
 
 
 def _numbered(rows: list[dict]) -> list[dict]:
-    return [row | {"id": number} for number, row in enumerate(rows, 1)]  # 0 would mean "no match" to pycocotools
+    # 0 would mean "no match" to pycocotools
+    return [row | {"id": number} for number, row in enumerate(rows, 1)]
 
 
 def _voc_class(truths: Sequence[Truth], detections: Sequence[Detections], label: int, eleven_point: bool) -> float:
@@ -181,11 +190,12 @@ def _overlaps(box: np.ndarray, others: np.ndarray) -> np.ndarray:
 
 
 def _area(right: np.ndarray, total: int, eleven_point: bool) -> float:
-    """AP, 0 to 1, of detections in the order of their scores: whether each is right, and how many objects there are."""
+    """Return the AP, 0 to 1, of detections sorted by score, of which `right` ones are correct."""
     hits = np.cumsum(right)
     recall, precision = hits / total, hits / np.arange(1, len(right) + 1)
     envelope = np.maximum.accumulate(precision[::-1])[::-1]
     if eleven_point:
-        at = np.searchsorted(recall, np.arange(11) / 10)  # the first detection that reaches the recall
+        # the first detection that reaches the recall
+        at = np.searchsorted(recall, np.arange(11) / 10)
         return float(np.append(envelope, 0.0)[at].mean())
     return float(np.sum(np.diff(recall, prepend=0) * envelope))

@@ -1,6 +1,7 @@
-"""Weights of a whole detector under the names of torchvision's Faster R-CNN with FPN, read and written.
+"""Weights of a whole detector under the names of torchvision's Faster R-CNN with FPN.
 
-The backbone's own names are in `hexa_jax/models/weights.py`. Legend of shapes: torch kernels are [O, I, H, W] and [O, I].
+The backbone's own names are in `hexa_jax/models/weights.py`. Legend of shapes: torch kernels are
+[O, I, H, W] and [O, I].
 """
 
 import json
@@ -33,7 +34,7 @@ MODULES = (
 
 
 class Saved(NamedTuple):
-    """A file of a detector: its arrays, and what `write_detector` wrote beside them (nothing in files of others)."""
+    """A detector's file: its arrays, and what `write_detector` wrote beside them, if it did."""
 
     arrays: Arrays
     about: dict[str, Any]
@@ -99,7 +100,8 @@ def detector_from_torchvision(
     Args:
         arrays: torchvision's names.
         like: variables of the wanted detector: structure and shapes.
-        epsilon: what the network that the arrays are from adds to its backbone's variances: 0 in torchvision's COCO_V1.
+        epsilon: what the network that the arrays are from adds to its backbone's variances: 0 in
+            torchvision's COCO_V1.
 
     Raises:
         WeightsError: names are missing, or a shape differs.

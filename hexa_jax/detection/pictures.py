@@ -19,7 +19,10 @@ COLUMNS = 4  # images in a row
 
 
 def picture_detections(source: DetectionSource, found: Sequence[Detections], count: int, path: pathlib.Path) -> None:
-    """Images spread over the data: true boxes above (difficult ones dashed), detections with their scores below."""
+    """Draw images spread over the data.
+
+    True boxes above (difficult ones dashed), detections with their scores below.
+    """
     chosen = spread(len(source), count)
     groups = np.array_split(chosen, -(-len(chosen) // COLUMNS))
     figure = Figure(figsize=(3.2 * COLUMNS, 5.0 * len(groups)))

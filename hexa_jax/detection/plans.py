@@ -1,4 +1,7 @@
-"""Which images stand in which batch, on which canvas: a function of the images' sizes, the seed and the batch's number."""
+"""Which images are in which batch, on which canvas.
+
+A function of the images' sizes, the seed and the batch's number.
+"""
 
 import dataclasses
 
@@ -29,11 +32,14 @@ class Planned:
 
 @dataclasses.dataclass(frozen=True)
 class TrainingPlan:
-    """Batches without end. An epoch is as many whole batches as there are; it leaves out the last of its order.
+    """Batches without end.
 
-    Batches are of lying or of standing images, but for one an epoch, of what both leave over. Its canvas is as most of its images
-    are, and the others are scaled down where they do not fit (one of 500 x 375 on 800 x 1344 pixels becomes 800 x 600 at most,
-    within the usual range of short sides). So images of a rare orientation are used, too, and no further shape is compiled.
+    An epoch is as many whole batches as there are; it leaves out the last of its order.
+
+    Batches are of lying or of standing images, but for one an epoch, of what both leave over. Its
+    canvas is as most of its images are, and the others are scaled down where they do not fit (one
+    of 500 x 375 on 800 x 1344 pixels becomes 800 x 600 at most, within the usual range of short
+    sides). So images of a rare orientation are used, too, and no further shape is compiled.
 
     Attributes:
         sizes: int [n, 2] (height, width).
@@ -61,14 +67,17 @@ class TrainingPlan:
         return Planned(index, short, self.canvases.smallest(self.sizes[index], short), epoch)
 
     def _grouped(self, epoch: int) -> np.ndarray:
-        """int64 [steps_per_epoch, N]: lying images, then standing ones; one batch at most has both."""
+        """Return int64 [steps_per_epoch, N]: lying images, then standing ones.
+
+        One batch at most has both.
+        """
         order = pass_order(self.seed, epoch, len(self.sizes))[: self.steps_per_epoch * self.batch_size]
         tall = is_portrait(self.sizes[order])
         return np.concatenate([order[~tall], order[tall]]).reshape(-1, self.batch_size)
 
 
 class EvaluationPlan:
-    """Every image once: those of a canvas together, in the order of the source, the last batch filled with -1."""
+    """Every image once: those of a canvas together, the last batch filled with -1."""
 
     def __init__(self, sizes: np.ndarray, batch_size: int, canvases: Canvases, short: int):
         self.canvases = canvases

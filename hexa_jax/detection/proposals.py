@@ -1,4 +1,6 @@
-"""Region proposals: the best anchors of each level, moved by their deltas, without doubles; a fixed number per image.
+"""Region proposals: the best anchors of each level, moved by their deltas, deduplicated.
+
+Their number per image is fixed.
 
 Order of operations and tie rules are torchvision's (RegionProposalNetwork.filter_proposals).
 
@@ -19,7 +21,10 @@ SMALLEST = 1e-3  # pixels
 
 
 class Proposals(NamedTuple):
-    """Of an image, best first: boxes float32 [P, 4], scores [P] (probability of an object), valid bool [P]."""
+    """An image's proposals, best first.
+
+    Boxes float32 [P, 4], scores [P] (probability of an object), valid bool [P].
+    """
 
     boxes: jax.Array
     scores: jax.Array

@@ -24,7 +24,11 @@ SCORE_THRESHOLD, NMS_THRESHOLD, SMALLEST = 0.05, 0.5, 1e-2
 
 
 class Detected(NamedTuple):
-    """Best first: boxes float32 [N, 100, 4] in pixels of the input, scores [N, 100], labels int32 [N, 100], -1 for none."""
+    """Detections, best first.
+
+    Boxes float32 [N, 100, 4] in pixels of the input, scores [N, 100], labels int32 [N, 100], -1
+    for none.
+    """
 
     boxes: jax.Array
     scores: jax.Array
@@ -46,7 +50,8 @@ class FasterRCNN:
     Attributes:
         network: the Linen module.
         anchor_sizes: pixels, one per level of the pyramid.
-        train_proposals: (before, after) suppression in training: best anchors of a level, and best boxes of an image.
+        train_proposals: (before, after) suppression in training: best anchors of a level, and best
+            boxes of an image.
         test_proposals: the same in evaluation.
         regions: sampled regions of an image in training.
         detections: at most so many of an image.
@@ -66,7 +71,7 @@ class FasterRCNN:
         return [jnp.asarray(level) for level in pyramid_anchors((height, width), maps, self.anchor_sizes)]
 
     def propose(self, predicted: Any, size: tuple[int, int], sizes: jax.Array, limits: tuple[int, int]) -> Proposals:
-        """Proposals [N, P] from the proposal head's output for inputs of `size` (H, W) with contents `sizes` [N, 2]."""
+        """Return proposals [N, P] for inputs of `size` (H, W) with contents `sizes` [N, 2]."""
         anchors = self.anchors(*size)
 
         def one(objectness: Any, deltas: Any, content: jax.Array) -> Proposals:
@@ -96,7 +101,8 @@ class FasterRCNN:
             variables: parameters and statistics of the network.
             keys: typed [N], one per image.
             images: [N, H, W, 3], uint8 or float in [0, 1].
-            sizes: int32 [N, 2] content height and width; 0 marks a row without an image, which no loss sees.
+            sizes: int32 [N, 2] content height and width; 0 marks a row without an image, which no
+                loss sees.
             boxes: [N, M, 4].
             labels: int32 [N, M], -1 for padding.
             modes: how to normalise.
@@ -133,7 +139,7 @@ class FasterRCNN:
         return jax.tree.map(jnp.sum, sums), moments
 
     def detect(self, variables: Any, images: jax.Array, sizes: jax.Array) -> Detected:
-        """Detections of images [N, H, W, 3] with contents `sizes` [N, 2], both as in `loss_sums`."""
+        """Detect objects in images [N, H, W, 3]; arguments as in `loss_sums`."""
         network, size = self.network, (images.shape[1], images.shape[2])
         maps = network.apply(variables, images, sizes, EVALUATION, EVALUATION, method=Detector.pyramid)
         predicted = network.apply(variables, maps, method=Detector.proposals)

@@ -1,6 +1,9 @@
-"""RoIAlign: features of boxes, each box cut out of the pyramid level that fits its size (Mask R-CNN; FPN, equation 1).
+"""RoIAlign: cut each box out of the pyramid level that fits its size.
 
-A gather of the four corners of each sample, with the levels laid end to end: one gather for all boxes, whatever their levels.
+Mask R-CNN; FPN, equation 1.
+
+A gather of the four corners of each sample, with the levels laid end to end: one gather for all
+boxes, whatever their levels.
 
 Legend: R boxes, S = output_size * sampling_ratio samples along a side, C channels.
 """
@@ -12,7 +15,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-CANONICAL_SIDE, CANONICAL_LEVEL = 224.0, 4  # a box of ImageNet's size belongs to the level of stride 16
+# a box of ImageNet's size belongs to the level of stride 16
+CANONICAL_SIDE, CANONICAL_LEVEL = 224.0, 4
 
 
 def assign_levels(boxes: jax.Array, num_levels: int = 4, finest: int = 2) -> jax.Array:
@@ -39,8 +43,8 @@ def pyramid_roi_align(
         scales: size of each map over that of the input, powers of two.
         output_size: bins along a side.
         sampling_ratio: samples along a side of a bin, which are averaged.
-        aligned: shift by half a cell, so that cell centres lie at half numbers (Detectron2's "ROIAlignV2"); torchvision's
-            detectors do not.
+        aligned: shift by half a cell, so that cell centres lie at half numbers (Detectron2's
+            "ROIAlignV2"); torchvision's detectors do not.
     """
     finest = -round(math.log2(scales[0]))
     level = assign_levels(boxes, len(pyramid), finest) if len(pyramid) > 1 else jnp.zeros(len(boxes), jnp.int32)
@@ -58,7 +62,8 @@ def pyramid_roi_align(
     total = None
     for row, row_weight in y:
         for column, column_weight in x:
-            place = start[:, None, None] + row[:, :, None] * width[:, None, None] + column[:, None, :]  # [R, S, S]
+            # [R, S, S]
+            place = start[:, None, None] + row[:, :, None] * width[:, None, None] + column[:, None, :]
             weight = row_weight[:, :, None] * column_weight[:, None, :]
             corner = flat[place] * weight[..., None]  # in float32 or wider, as weights are
             total = corner if total is None else total + corner

@@ -1,4 +1,4 @@
-"""What the two heads should predict: labels and box deltas of sampled anchors and proposals (Faster R-CNN, section 3.1.2).
+"""What the two heads should predict: labels and box deltas (Faster R-CNN, section 3.1.2).
 
 Legend: A anchors of an image, M its boxes with padding (label -1), S sampled regions, C classes.
 """
@@ -19,7 +19,10 @@ UNIT_BOX = (0.0, 0.0, 1.0, 1.0)
 
 
 class AnchorTargets(NamedTuple):
-    """Of an image: masks bool [A] of the sampled anchors, and deltas [A, 4] for the positive ones (0 elsewhere)."""
+    """An image's masks bool [A] of sampled anchors, and deltas [A, 4] of the positive ones.
+
+    Deltas are 0 elsewhere.
+    """
 
     positive: jax.Array
     negative: jax.Array
@@ -60,7 +63,10 @@ def anchor_targets(key: jax.Array, anchors: jax.Array, boxes: jax.Array, labels:
 def region_targets(
     key: jax.Array, proposals: Proposals, boxes: jax.Array, labels: jax.Array, count: int = REGIONS_SAMPLED
 ) -> RegionTargets:
-    """`count` regions of proposals and true boxes, and the targets of the box head; arguments as in `anchor_targets`."""
+    """Sample `count` regions of proposals and true boxes, with the box head's targets.
+
+    Arguments as in `anchor_targets`.
+    """
     known = labels >= 0
     unit = jnp.asarray(UNIT_BOX, boxes.dtype)[None]
     regions = jnp.concatenate([proposals.boxes, boxes])

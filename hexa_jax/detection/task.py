@@ -1,4 +1,7 @@
-"""config.task = "detection": train Faster R-CNN on a pre-trained backbone, and test it with COCO's and VOC's average precision."""
+"""config.task = "detection": train Faster R-CNN on a pre-trained backbone, and test it.
+
+By COCO's and VOC's average precision.
+"""
 
 import pathlib
 from collections.abc import Sequence
@@ -48,7 +51,7 @@ EXPORT = "detector.safetensors"
 
 
 def detection(config: ConfigDict, workdir: pathlib.Path) -> dict[str, Any]:
-    """Train or resume, then test; with no steps to train, only test. Returns what `result.json` holds.
+    """Train or resume, then test; with no steps to train, only test.
 
     Raises:
         CheckpointError, WeightsError: no usable weights where the config says.
@@ -166,10 +169,14 @@ class _Detection:
                 folder = self.workdir / "report"
                 folder.mkdir(exist_ok=True)
                 picture_detections(self.held_out, found, PICTURED, folder / "detections.png")
-        return {name: value for name, value in results.items() if np.isfinite(value)}  # not those of absent classes
+        # not those of absent classes
+        return {name: value for name, value in results.items() if np.isfinite(value)}
 
     def _initial(self) -> DetectorState:
-        """Weights of the file or of the pre-trained backbone; the rest as torchvision and detectron2 draw it."""
+        """Return weights of the file or the pre-trained backbone; the rest is drawn.
+
+        As torchvision and detectron2 draw it.
+        """
         config, network = self.config, self.model.network
         image, size = jnp.zeros((1, 64, 64, 3)), jnp.full((1, 2), 64, jnp.int32)
         if self.saved:
@@ -254,7 +261,7 @@ def _check_classes(path: str, saved: Saved, class_names: Sequence[str]) -> None:
 
 
 def make_model(config: ConfigDict, resnet: Any, num_classes: int, mean: Any, std: Any) -> FasterRCNN:
-    """The detector that a config describes, around a backbone; mean and deviation of pixels in [0, 1]."""
+    """Build a config's detector around a backbone; mean and deviation of pixels in [0, 1]."""
     model = config.model
     network = Detector(
         resnet,

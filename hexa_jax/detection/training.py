@@ -25,7 +25,7 @@ BATCH_NORMS = ("frozen", "synchronised")
 
 
 class DetectorState(NamedTuple):
-    """Everything that a resumed run needs: seed uint32, step int32, parameters, running statistics, optimiser's state."""
+    """State of a run: seed uint32, step int32, parameters, running statistics, optimizer state."""
 
     seed: jax.Array
     step: jax.Array
@@ -62,7 +62,7 @@ class Frozen:
         )
 
     def stopped(self, params: Any) -> Any:
-        """The parameters, without gradients for the frozen ones: their backward pass is then not computed at all."""
+        """Stop the gradients of frozen parameters: their backward pass is then not computed."""
         return jax.tree.map(
             lambda leaf, label: jax.lax.stop_gradient(leaf) if label == "frozen" else leaf, params, self.labels(params)
         )
@@ -76,10 +76,13 @@ def make_optimizer(base: optax.GradientTransformation, frozen: Frozen) -> optax.
 def make_step(
     model: FasterRCNN, optimizer: optax.GradientTransformation, frozen: Frozen, mesh: Mesh, batch_size: int
 ) -> Callable[[DetectorState, DetectionBatch], tuple[DetectorState, dict[str, jax.Array]]]:
-    """The jitted step: (state, batch of N rows split over the devices) -> (state, scalars); the state is donated.
+    """Return the jitted step: (state, batch of N rows) -> (state, scalars).
 
-    Losses are means over what all devices sampled, gradients are reduced once, in float32. BatchNorm that is trained takes its
-    statistics from all N images, and is read from running statistics in frozen stages.
+    Rows are split over the devices; the state is donated.
+
+    Losses are means over what all devices sampled, gradients are reduced once, in float32.
+    BatchNorm that is trained takes its statistics from all N images, and is read from running
+    statistics in frozen stages.
     """
     modes = _modes(model, frozen, Layout(batch_size, 1, mesh.size, bn_group_size=batch_size, cutmix_block=0))
 

@@ -1,6 +1,9 @@
-"""config.task = "tables": every evaluation that the given data allow, and one table beside the paper's numbers.
+"""config.task = "tables": every evaluation that the data allow, in one table.
 
-Each evaluation is a run of its own in a folder of the workdir: finished ones are skipped, stopped ones go on.
+Beside the paper's numbers.
+
+Each evaluation is a run of its own in a folder of the workdir: finished ones are skipped, stopped
+ones go on.
 """
 
 import pathlib
@@ -20,7 +23,7 @@ from hexa_jax.storage.workdir import write_json
 
 
 class Row(NamedTuple):
-    """A line of the table: an evaluation, the number of its result that the paper reports, and what the paper has.
+    """A line of the table: an evaluation, its result that the paper reports, and the paper's.
 
     Attributes:
         title: for the table.
@@ -29,7 +32,8 @@ class Row(NamedTuple):
         config: file in configs/eval/, with arguments.
         metric: of its result.json, in per cent.
         paper: by row of the paper's table.
-        settings: of the evaluation; `{source}` and `{eval_source}` are the group's. The group's own settings win.
+        settings: of the evaluation; `{source}` and `{eval_source}` are the group's. The group's own
+            settings win.
     """
 
     title: str
@@ -54,8 +58,8 @@ def _paper(*numbers: float) -> dict[str, float]:
     return dict(zip(_NETWORKS, numbers, strict=True))
 
 
-# Robustness: 1,000 test images, classifiers fitted to 50,000 training images; those of all of ImageNet are fitted for
-# hours on a CPU.
+# Robustness: 1,000 test images, classifiers fitted to 50,000 training images; those of all of
+# ImageNet are fitted for hours on a CPU.
 _ROBUSTNESS = {"with_random": False, "data.limit": 50_000}
 
 
@@ -99,13 +103,14 @@ ROWS = (
 
 
 def tables(config: ConfigDict, workdir: pathlib.Path) -> dict[str, Any]:
-    """Run what the data allow, for the checkpoint and for random weights of the same network; writes `tables.md`.
+    """Run what the data allow, for the checkpoint and for random weights; write `tables.md`.
 
     Raises:
-        ConfigError: no data, or an evaluation failed (the others are done; the message names the first).
+        ConfigError: no data, or an evaluation failed (the others are done; the message names the
+            first).
     """
-    # A wrong path is told now, not by each evaluation. Nothing here may open a device: each evaluation is a process
-    # of its own, and an accelerator has room for one.
+    # A wrong path is told now, not by each evaluation. Nothing here may open a device: each
+    # evaluation is a process of its own, and an accelerator has room for one.
     require_checkpoint(config)
     check_checkpoint(config.checkpoint)
     known = {row.evaluation for row in ROWS}

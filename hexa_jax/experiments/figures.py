@@ -58,7 +58,10 @@ def claim(outcomes: Sequence[Outcome], workdir: pathlib.Path) -> list[pathlib.Pa
 
 
 def _bars(outcomes: Sequence[Outcome], workdir: pathlib.Path, name: str, label: Any) -> list[pathlib.Path]:
-    """One panel per method and metric: a bar per row with its standard deviation over seeds, seeds as points."""
+    """Draw one panel per method and metric.
+
+    A bar per row with its standard deviation over seeds; seeds are points.
+    """
     metrics = measured(outcomes)
     methods = list(dict.fromkeys(outcome.entry.factors["method"] for outcome in outcomes))
     if not metrics:
@@ -84,13 +87,17 @@ def _bar_panel(axis: Any, rows: dict[str, Summary]) -> None:
         )
     axis.set_xticks(range(len(rows)), list(rows), rotation=40, ha="right", fontsize=8)
     points = [value for summary in rows.values() for value in summary.by_seed.values()]
-    if points:  # bars that start at zero would hide differences of a few points: say where they start
+    # bars that start at zero would hide differences of a few points: say where they start
+    if points:
         spread = max(max(points) - min(points), 1.0)
         axis.set_ylim(max(0, min(points) - spread), max(points) + 0.6 * spread)
 
 
 def fig3(outcomes: Sequence[Outcome], workdir: pathlib.Path) -> list[pathlib.Path]:
-    """(a) accuracy over the epochs of pre-training, (b) over those of the SGD probe; plain dashed, HEXA solid."""
+    """Draw accuracy (a) over epochs of pre-training, (b) over epochs of the SGD probe.
+
+    Plain dashed, HEXA solid.
+    """
     panels = [
         ("kNN", ".", "knn_accuracy", "epochs of pre-training"),
         ("linear probe", ".", "linear_accuracy", "epochs of pre-training"),

@@ -1,4 +1,4 @@
-"""Fig. 1 on a trained network: hard examples of real images, what the attack does to their pseudo-labels, and where they lie.
+"""Fig. 1 on a trained network: hard examples, their pseudo-labels and where they lie.
 
 Legend: B rows of a batch, V crops, D embedding, K clusters or prototypes.
 """
@@ -100,7 +100,10 @@ def _padded(pictures: list[Any]) -> list[Any]:
 def _pseudo_labels(
     run: LoadedRun, shown: ViewPreview
 ) -> tuple[np.ndarray, np.ndarray, Callable[[int, int], list[Any]]]:
-    """Nearest pseudo-label of each row's first crop when clean and when attacked, [B] each; and what shows a label's meaning."""
+    """Return each row's nearest pseudo-label when clean and attacked, [B] each.
+
+    And what shows a label's meaning.
+    """
     clean, adversarial = shown.outputs[UNATTACKED][:, 0], shown.outputs["adversarial"][:, 0]
     method = run.config.method
     if method == "rotation":
@@ -121,7 +124,8 @@ def _pseudo_labels(
 
         def members(label: int, row: int) -> list[Any]:
             others = examples[(clusters == label) & (examples != shown.index[row])]
-            found = others[spread(len(others), MEMBERS)] if len(others) else []  # folders are sorted by class
+            # folders are sorted by class
+            found = others[spread(len(others), MEMBERS)] if len(others) else []
             return [_thumbnail(run.source, example) for example in found] or ["no other\nmember"]
 
     return np.argmax(clean @ labels.T, axis=1), np.argmax(adversarial @ labels.T, axis=1), members
@@ -133,7 +137,7 @@ def _thumbnail(source: Source, index: int) -> np.ndarray:
 
 
 def _projection(shown: ViewPreview, workdir: pathlib.Path, name: str) -> list[pathlib.Path]:
-    """Fig. 1(b): embeddings of clean, adversarial and cut-mixed views on the first two principal axes of the clean ones."""
+    """Draw Fig. 1(b): embeddings of all views on the first two principal axes of the clean ones."""
     views = {view: np.asarray(z[:, 0], np.float64) for view, z in shown.outputs.items() if view in shown.images}
     axes = PCA(2).fit(views["clean"])
     flat = {view: axes.transform(z) for view, z in views.items()}

@@ -1,4 +1,4 @@
-"""Statistics of paired seeds: differences with intervals of Student's t, Holm's adjustment, and the rules of a verdict.
+"""Statistics of paired seeds: Student's t intervals, Holm's adjustment, verdicts.
 
 Pure functions of numbers; what is compared with what is decided in `study`.
 """
@@ -91,7 +91,9 @@ class Adjusted:
 
 
 def holm(p_values: Sequence[float], alpha: float = ALPHA) -> list[Adjusted]:
-    """Holm's step-down adjustment, in the order given: the k-th smallest of m (from 0) is tested at alpha / (m - k).
+    """Adjust levels by Holm's step-down rule, in the order given.
+
+    The k-th smallest of m (from 0) is tested at alpha / (m - k).
 
     Raises:
         ValueError: a value that is no probability.
@@ -117,9 +119,10 @@ def verdict(
 ) -> str:
     """What a confirmed arm's comparisons say, in words; parts are separated by "; ".
 
-    "helps": at least GAIN points over plain training at equal epochs, with the adjusted interval above 0, and the interval
-    over equally many passes above 0. "worth its cost": the interval over equal compute is above 0. "no better than noise": an
-    attack whose interval over noise of its size is not above 0. "hurts": the adjusted interval over plain training is below
+    "helps": at least GAIN points over plain training at equal epochs, with the adjusted interval
+    above 0, and the interval over equally many passes above 0. "worth its cost": the interval over
+    equal compute is above 0. "no better than noise": an attack whose interval over noise of its
+    size is not above 0. "hurts": the adjusted interval over plain training is below
     0. Else "not shown", with what such a number of seeds could have shown.
 
     Args:

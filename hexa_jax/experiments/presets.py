@@ -1,4 +1,7 @@
-"""What each experiment trains, at four sizes: `imagenet` is the paper's protocol, `tiny` runs in minutes on two CPU cores."""
+"""What each experiment trains, at four sizes.
+
+`imagenet` is the paper's protocol, `tiny` runs in minutes on two CPU cores.
+"""
 
 import dataclasses
 import itertools
@@ -21,7 +24,8 @@ class Preset:
         configs: per method, a config file with arguments; `{epochs}` is filled in.
         fig1, fig2, fig3, fig4, fig5, claim: epochs of pre-training; fig2 per method.
         evaluate_every: fig3, epochs between two points of the curve.
-        probe: epochs of the SGD probe in fig2 and fig5, in fig3, in fig4; 0: none, the runs' own kNN and linear probe do.
+        probe: epochs of the SGD probe in fig2 and fig5, in fig3, in fig4; 0: none, the runs' own
+            kNN and linear probe do.
         probe_settings: of the SGD probe, where they differ from ImageNet's.
         six_crops: settings of the multi-crop runs (fig2's and fig5's DeepCluster).
     """
@@ -74,7 +78,8 @@ PRESETS = {
     "imagenet": Preset(
         configs=_recipes("", *("moco", "simclr", "rotation", "byol", "simsiam", "pcl", "supervised"))
         | {
-            # The paper does not give the batch of its 6-crop runs; 5 epochs leave no room for the warm-up of B = 4096.
+            # The paper does not give the batch of its 6-crop runs; 5 epochs leave no room for the
+            # warm-up of B = 4096.
             "deepcluster": "deepcluster_v2.py:batch=256,epochs={epochs}",
             "swav": "swav.py:crops=2,batch=256,epochs={epochs}",
         },
@@ -163,7 +168,10 @@ def fig3(preset: str, methods: Sequence[str], seeds: Sequence[int]) -> list[Entr
 
 
 def fig4(preset: str, methods: Sequence[str], seeds: Sequence[int]) -> list[Entry]:
-    """Attack strengths epsilon x eta. One linf step moves by min(epsilon, eta): equal cells are trained once."""
+    """Attack strengths epsilon x eta.
+
+    One linf step moves by min(epsilon, eta): equal cells are trained once.
+    """
     sizes, entries = PRESETS[preset], []
     grid = [(None, None), *itertools.product(STRENGTHS, STRENGTHS)]
     for method, (epsilon, eta), seed in itertools.product(methods, grid, seeds):
@@ -196,7 +204,7 @@ def fig5(preset: str, methods: Sequence[str], seeds: Sequence[int]) -> list[Entr
 
 
 def claim(preset: str, methods: Sequence[str], seeds: Sequence[int]) -> list[Entry]:
-    """Do hard examples improve the plain method? Plain and HEXA at equal epochs, compared by the runs' own kNN and linear probe.
+    """Plain and HEXA at equal epochs, compared by the runs' own kNN and linear probe.
 
     MoCo has two plain runs: with MoCo-v2's key momentum of 0.999, and the control with HEXA_MoCo's.
     """

@@ -1,14 +1,15 @@
-"""Do hard examples help? Parts of a study with controls, seeds for screening apart from seeds for confirmation.
+"""Do hard examples help? A study with controls; seeds for screening and for confirmation.
 
 A base is a plain run; an arm is that run with hard views. Each arm brings its controls:
 
-    EE  equal epochs   the plain run itself
-    EP  equal passes   the plain run with a second clean view
-    EC  equal compute  the plain run with as many more steps as the arm costs, rounded up to whole epochs
-    RN  noise          for attacks: random signs of the attack's size, by the same schedule
+    EE  equal epochs   the plain run itself EP  equal passes   the plain run with a second clean
+    view EC  equal compute  the plain run with as many more steps as the arm costs, rounded up to
+    whole epochs RN  noise          for attacks: random signs of the attack's size, by the same
+    schedule
 
-A run that serves several arms is one cell. Costs are declared in passes as long as one forward pass: a training pass is
-three (backwards two: inputs and weights), making an attack two (nothing for the weights), MoCo's key one.
+A run that serves several arms is one cell. Costs are declared in passes as long as one forward
+pass: a training pass is three (backwards two: inputs and weights), making an attack two (nothing
+for the weights), MoCo's key one.
 """
 
 import dataclasses
@@ -22,7 +23,8 @@ Settings = Mapping[str, Any]
 
 SEEDS = {"screen": tuple(range(3)), "confirm": tuple(range(10, 18))}
 STAGES = tuple(SEEDS)
-METRIC = "knn_accuracy"  # the primary one: declared before the first run, the only one that verdicts rest on
+# the primary one: declared before the first run, the only one that verdicts rest on
+METRIC = "knn_accuracy"
 SECONDARY = "linear_accuracy"
 TRAINING, ATTACK, KEY = 3, 2, 1  # forward-sized passes of one crop
 
@@ -127,7 +129,8 @@ class Trial:
 
     Attributes:
         name: BASE-ARM, as --arms takes it.
-        arm, plain, extra, longer, noise: names of the arm's run and of the controls EE, EP, EC and RN; None: no noise.
+        arm, plain, extra, longer, noise: names of the arm's run and of the controls EE, EP, EC and
+            RN; None: no noise.
     """
 
     name: str
@@ -138,7 +141,7 @@ class Trial:
     noise: str | None
 
 
-# ---- Parts -----------------------------------------------------------------------------------------------------------
+# ---- Parts ---------------------------------------------------------------------------------------
 
 
 def _attack(name: str, level: float, own: Settings = MappingProxyType({}), *, start: int = 0, ramp: int = 0) -> Arm:
@@ -172,7 +175,8 @@ _SCHEDULES = (
     _attack("adv1", 1.0),
     _attack("adv1-from1", 1.0, start=1),
     _attack("adv1-ramped", 1.0, start=1, ramp=5),
-    # At most this rise of a crop's loss, to first order: what one grey level does after the first fifty steps.
+    # At most this rise of a crop's loss, to first order: what one grey level does after the first
+    # fifty steps.
     _attack("adv1-adaptive", 1.0, {"views.max_increase": 0.05}),
     _attack("adv1-own_crop", 1.0, {"views.adversarial.target": "own_crop"}, start=1),
 )
@@ -241,7 +245,7 @@ PRESETS = {
 }
 
 
-# ---- From a part to a grid -------------------------------------------------------------------------------------------
+# ---- From a part to a grid -----------------------------------------------------------------------
 
 
 def longer_epochs(base: Base, arm: Arm, epochs: int) -> int:

@@ -1,24 +1,27 @@
-"""Command line: `python -m hexa_jax.experiments study --workdir=DIR --part=NAME [--stage=screen] [--arms=A,B] [--data=TRAIN,TEST]`.
+"""Command line: `python -m hexa_jax.experiments study --workdir=DIR --part=NAME ...`.
 
-Do hard examples help? Each arm is compared, seed by seed, with plain training at equal epochs, with a second clean view (equal
-passes), with more steps (equal compute) and, where it attacks, with noise of the same size.
+Do hard examples help? Each arm is compared, seed by seed, with plain training at equal epochs, with
+a second clean view (equal passes), with more steps (equal compute) and, where it attacks, with
+noise of the same size.
 
---workdir    of one part; starting again goes on where the last start stopped
---part       dose        four strengths of augmentation; cut-mixed, blended and attacked views; MoCo and DeepCluster
-             clusters    cut-mixed views for DeepCluster and SwAV with 100 clusters
-             small_data  2,560 images for 600 epochs
-             schedule    attacks from the beginning, from epoch 1, ramped, adaptive, paired with their own crop
-             largest     50,000 images for 60 epochs
---stage      screen (seeds 0 to 2, the default), then confirm (seeds 10 to 17) for the arms that --arms names
---arms       comma-separated BASE-ARM; by default all are screened. Confirmed arms are the family of Holm's adjustment
---data       training and held-out source, comma-separated: arrays:TRAIN.npz,arrays:TEST.npz; by default tfds:cifar10
---preset     cifar10 (the default) or tiny (a few steps on drawn shapes, to try the command)
+--workdir    of one part; starting again goes on where the last start stopped --part       dose
+four strengths of augmentation; cut-mixed, blended and attacked views; MoCo and DeepCluster
+             clusters    cut-mixed views for DeepCluster and SwAV with 100 clusters small_data
+             2,560 images for 600 epochs schedule    attacks from the beginning, from epoch 1,
+             ramped, adaptive, paired with their own crop largest     50,000 images for 60 epochs
+--stage      screen (seeds 0 to 2, the default), then confirm (seeds 10 to 17) for the arms that
+--arms names --arms       comma-separated BASE-ARM; by default all are screened. Confirmed arms are
+the family of Holm's adjustment --data       training and held-out source, comma-separated:
+arrays:TRAIN.npz,arrays:TEST.npz; by default tfds:cifar10 --preset     cifar10 (the default) or tiny
+(a few steps on drawn shapes, to try the command)
 
-DIR has study.json, which declares a stage before its first run and may not change afterwards; results/ with a small file per
-finished run (these, with study.json, are all that a page needs: they can be kept under version control, and a finished run is not
-trained again where only they are left); STAGE.md, STAGE.png and STAGE.svg with the comparisons; cells/ with the runs themselves.
+DIR has study.json, which declares a stage before its first run and may not change afterwards;
+results/ with a small file per finished run (these, with study.json, are all that a page needs: they
+can be kept under version control, and a finished run is not trained again where only they are
+left); STAGE.md, STAGE.png and STAGE.svg with the comparisons; cells/ with the runs themselves.
 
-Exit codes: 0 everything is there, 1 a run failed (the rest was done), 2 a mistake or a changed declaration, 143 stopped by SIGTERM.
+Exit codes: 0 everything is there, 1 a run failed (the rest was done), 2 a mistake or a changed
+declaration, 143 stopped by SIGTERM.
 """
 
 import hashlib
@@ -124,11 +127,13 @@ def _run(study: Study, stage: str, chosen: list[str] | None, workdir: pathlib.Pa
     return 1 if failed else 0
 
 
-# ---- The declaration -------------------------------------------------------------------------------------------------
+# ---- The declaration -----------------------------------------------------------------------------
 
 
 def commit() -> str:
-    """The last commit that touched what runs compute, with a digest of changes on top; "unknown" outside of a clone.
+    """Return the last commit that touched what runs compute, with a digest of changes on top.
+
+    "unknown" outside of a clone.
 
     Commits of results or documentation leave it as it is.
     """
@@ -166,7 +171,11 @@ def _short(value: Any) -> str:
 
 
 def _check_screened(declaration: Mapping[str, Any], screen: Mapping[str, Any] | None, workdir: pathlib.Path) -> None:
-    """Raises GridError where an arm to confirm was not screened to its end with these settings in this folder."""
+    """Check that an arm to confirm was screened to its end with these settings in this folder.
+
+    Raises:
+        GridError: it was not.
+    """
     if screen is None:
         raise GridError(f"{workdir} has no screening yet: run it without --stage=confirm")
     for name, trial in declaration["arms"].items():
@@ -195,7 +204,7 @@ def _check_data(study: Study) -> None:
     make_source(test)
 
 
-# ---- Finished cells --------------------------------------------------------------------------------------------------
+# ---- Finished cells ------------------------------------------------------------------------------
 
 
 def _result(workdir: pathlib.Path, name: str) -> pathlib.Path:
@@ -221,7 +230,10 @@ def _keep(workdir: pathlib.Path, cell: Cell, values: Mapping[str, float]) -> dic
 
 
 def _reconcile(workdir: pathlib.Path, cell: Cell) -> None:
-    """Make the cell's folder and its small file agree: either may be missing, after a kill or in a fresh clone."""
+    """Make a cell's folder and its small file agree.
+
+    Either may be missing, after a kill or in a fresh clone.
+    """
     own, small = workdir / "cells" / cell.name / "result.json", _result(workdir, cell.name)
     if own.exists() and not small.exists():
         _keep(workdir, cell, _read(own))

@@ -1,4 +1,7 @@
-"""One page of a study's stage: a table in Markdown and a picture of intervals, from its declaration and its cells' numbers."""
+"""The page of a study's stage: a table in Markdown, and a picture of intervals.
+
+Made from its declaration and its cells' numbers.
+"""
 
 import math
 import pathlib
@@ -64,8 +67,8 @@ def complete(declaration: Declaration, results: Results) -> bool:
 def page(declaration: Declaration, results: Results, stage: str, screened: int) -> str:
     """The page's text.
 
-    Verdicts are those of confirmed arms, and only once all seeds are in: looking earlier and stopping where it suits
-    would make them wrong more often than they say.
+    Verdicts are those of confirmed arms, and only once all seeds are in: looking earlier and
+    stopping where it suits would make them wrong more often than they say.
 
     Args:
         declaration: of the stage, from `Study.declaration`.
@@ -128,7 +131,7 @@ def _controls(declaration: Declaration, results: Results) -> Iterator[tuple[str,
 
 
 def draw(declaration: Declaration, results: Results, stage: str, workdir: pathlib.Path) -> list[pathlib.Path]:
-    """Write STAGE.png and .svg: per arm, its differences from each control with their intervals; seeds as dots."""
+    """Write STAGE.png and .svg: each arm's differences from each control; seeds as dots."""
     table = rows(declaration, results)
     figure = Figure(figsize=(7.5, 1.6 + 0.75 * len(table)))
     axis = figure.subplots()

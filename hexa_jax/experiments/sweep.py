@@ -1,4 +1,7 @@
-"""A grid of runs: each cell is a process of its own, finished cells are skipped, failed ones reported and left for next time."""
+"""A grid of runs: each cell is a process of its own, and resumes.
+
+Finished cells are skipped; failed ones are reported and left for next time.
+"""
 
 import dataclasses
 import json
@@ -29,8 +32,9 @@ class Stage:
         config: file of a recipe, with its arguments.
         settings: overrides by dotted key.
         folder: workdir, relative to the cell's.
-        checkpoint: folder of an earlier stage whose weights this one uses, relative to the cell's, or what is not a relative path
-            (an absolute one, a URL, or "random"); None: it uses none.
+        checkpoint: folder of an earlier stage whose weights this one uses, relative to the cell's,
+            or what is not a relative path (an absolute one, a URL, or "random"); None: it uses
+            none.
     """
 
     config: str
@@ -50,7 +54,7 @@ class Stage:
 
 @dataclasses.dataclass(frozen=True)
 class Cell:
-    """What is trained: a name that is also its folder, and its stages in order; the first is the pre-training."""
+    """What is trained: a name, also its folder, and its stages; the first is pre-training."""
 
     name: str
     stages: tuple[Stage, ...]
@@ -58,7 +62,7 @@ class Cell:
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """A row of the result: its factors (method, scheme, seed, ...) and the cell that has its numbers; cells may be shared."""
+    """A row of the result: its factors (method, seed, ...) and the cell that has its numbers."""
 
     factors: Mapping[str, Any]
     cell: Cell
@@ -89,9 +93,10 @@ def run_grid(
     Args:
         entries: rows of the result.
         workdir: of the experiment; cells are folders in its `cells/`.
-        extra: words for every pre-training command, such as `--config.data.limit=5000`; those of `SHARED_RUNTIME` for
-            the stages after it, too.
-        ended: called with each cell that this call ran to a good end, and its numbers, before the next one starts.
+        extra: words for every pre-training command, such as `--config.data.limit=5000`; those of
+            `SHARED_RUNTIME` for the stages after it, too.
+        ended: called with each cell that this call ran to a good end, and its numbers, before the
+            next one starts.
 
     Raises:
         GridError: the folder holds the same cells with other overrides.
@@ -121,7 +126,7 @@ def run_grid(
 
 
 def _run(workdir: pathlib.Path, cell: Cell, extra: Sequence[str]) -> str:
-    """Run a cell's stages that have no result yet; returns what went wrong in one line, or nothing."""
+    """Run a cell's stages that have no result yet; return what went wrong in one line."""
     folder = workdir / "cells" / cell.name
     folder.mkdir(parents=True, exist_ok=True)
     for position, stage in enumerate(cell.stages):
@@ -133,7 +138,8 @@ def _run(workdir: pathlib.Path, cell: Cell, extra: Sequence[str]) -> str:
                 words, stdout=log, stderr=subprocess.STDOUT, env=_environment(), check=False
             ).returncode
         if code == 143:
-            raise SystemExit(143)  # the scheduler stops this process, too: cells go on from their checkpoints
+            # the scheduler stops this process, too: cells go on from their checkpoints
+            raise SystemExit(143)
         if code:
             lines = (folder / "log.txt").read_text(errors="replace").strip().splitlines()
             return f"exit code {code}: {lines[-1] if lines else 'no output'}"
@@ -146,9 +152,12 @@ def _for_evaluations(extra: Sequence[str]) -> list[str]:
 
 
 def _environment() -> dict[str, str]:
-    """Environment of a cell: it finds this very package and its configs from whatever folder the user works in.
+    """Return a cell's environment.
 
-    PYTHONSAFEPATH keeps that folder itself, which may well have modules of the same names, out of Python's search path.
+    It finds this very package and its configs from whatever folder the user works in.
+
+    PYTHONSAFEPATH keeps that folder itself, which may well have modules of the same names, out of
+    Python's search path.
     """
     paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     return {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "PYTHONSAFEPATH": "1"}

@@ -1,4 +1,4 @@
-"""From outcomes to a CSV with one line per run, and a Markdown table with mean and standard deviation over seeds."""
+"""Outcomes as CSV (a line per run) and as Markdown (mean and deviation over seeds)."""
 
 import csv
 import pathlib
@@ -40,7 +40,7 @@ def factors_of(outcome: Outcome) -> tuple:
 
 
 def summarise(outcomes: Sequence[Outcome], metric: str) -> dict[tuple, Summary]:
-    """One summary per combination of factors, in order of appearance; combinations without a number are left out."""
+    """Summarize each combination of factors that has a number, in order of appearance."""
     values: dict[tuple, dict[int, float]] = {}
     for outcome in outcomes:
         if metric in outcome.values:
@@ -55,7 +55,7 @@ def summarise(outcomes: Sequence[Outcome], metric: str) -> dict[tuple, Summary]:
 
 
 def difference(summary: Summary, baseline: Summary) -> str:
-    """Mean of the paired differences over the seeds that both have, with a 95 % interval of Student's t from two pairs on."""
+    """Return the mean paired difference over common seeds, with a 95 % interval from two on."""
     pairs = [summary.by_seed[seed] - baseline.by_seed[seed] for seed in summary.by_seed if seed in baseline.by_seed]
     if not pairs:
         return "-"
@@ -84,7 +84,8 @@ def markdown(outcomes: Sequence[Outcome], baseline_of: dict[tuple, tuple] | None
 
     Args:
         outcomes: of the grid.
-        baseline_of: factors of the row that a row is compared with, by its own factors; adds a column of paired differences.
+        baseline_of: factors of the row that a row is compared with, by its own factors; adds a
+            column of paired differences.
     """
     metrics = [name for name in METRICS if any(name in outcome.values for outcome in outcomes)]
     summaries = {name: summarise(outcomes, name) for name in metrics}

@@ -1,4 +1,7 @@
-"""Files in a bucket: gs:// paths through gcsfs and etils' epath, never through TensorFlow, and local copies of them."""
+"""Files in a bucket: gs:// paths through gcsfs and etils' epath, and local copies.
+
+Never through TensorFlow.
+"""
 
 import contextlib
 import fcntl
@@ -18,7 +21,8 @@ from etils import epath
 from hexa_jax.core.console import with_aliases
 
 for _name in ("gcsfs", "google.auth"):
-    logging.getLogger(_name).setLevel(logging.CRITICAL)  # they log tracebacks of what arrives here as exceptions
+    # they log tracebacks of what arrives here as exceptions
+    logging.getLogger(_name).setLevel(logging.CRITICAL)
 
 SCHEME = "gs://"
 AT_ONCE = 8  # files that are fetched side by side
@@ -35,7 +39,7 @@ def is_remote(path: str | os.PathLike) -> bool:
 
 
 def path_of(path: str | os.PathLike) -> Any:
-    """The absolute `pathlib.Path` of a local path, or the `epath.Path` of a URL, whose methods are the same.
+    """Return the absolute `pathlib.Path` of a local path, or the `epath.Path` of a URL.
 
     Raises:
         RemoteError: a URL that is not gs://, or gcsfs is missing.
@@ -59,16 +63,18 @@ def filesystem(url: str) -> Any:
         import gcsfs  # noqa: F401
     except ImportError:
         raise RemoteError(f"{url} needs gcsfs: pip install -e '.[gcs]' in the clone of hexa_jax") from None
-    fsspec.config.conf.setdefault("gcs", {})["use_listings_cache"] = False  # others write there, too
+    # others write there, too
+    fsspec.config.conf.setdefault("gcs", {})["use_listings_cache"] = False
     bucket = fsspec.filesystem("gcs", finalize_on_close=True)
-    # A bucket has no folders to make. gcsfs would ask for the bucket itself, which who may read and write files often may not.
+    # A bucket has no folders to make. gcsfs would ask for the bucket itself, which who may read and
+    # write files often may not.
     bucket.makedirs = bucket.mkdir = lambda *_, **__: None
     return bucket
 
 
 @contextlib.contextmanager
 def told(path: str | os.PathLike, problem: str = "cannot be read") -> Iterator[None]:
-    """Turns whatever the libraries raise about a bucket into a RemoteError; errors about local paths pass."""
+    """Turn what libraries raise about a bucket into a RemoteError; local errors pass."""
     try:
         yield
     except Exception as error:
@@ -90,7 +96,8 @@ def exists(path: Any) -> bool:
             return False
 
 
-Versions = dict[str, tuple[int, str]]  # of files, by name: bytes, and what tells one content from another
+# of files, by name: bytes, and what tells one content from another
+Versions = dict[str, tuple[int, str]]
 
 
 def files(url: str) -> Versions:
@@ -115,7 +122,7 @@ def fetch_file(url: str, cache: str) -> pathlib.Path:
 
 
 def fetch(url: str, wanted: Versions, cache: str) -> pathlib.Path:
-    """Local copies of a folder's files, in a folder below `cache`; those that are there from before are not read again.
+    """Copy a folder's files below `cache`; those that are there from before are not read again.
 
     Processes of one machine fetch one after another, so that the later ones find everything.
 
@@ -152,7 +159,10 @@ def _whole(folder: pathlib.Path, name: str, wanted: Versions) -> bool:
 
 
 def copies(url: str, folder: pathlib.Path, sizes: Mapping[str, int]) -> Iterator[str]:
-    """Copies files of a bucket's folder into a local one, some side by side; yields the name of each that is there, whole."""
+    """Copy files of a bucket's folder into a local one, some side by side.
+
+    Yields the name of each that is there, whole.
+    """
     bucket = filesystem(url)
 
     def copy(name: str) -> str:
@@ -171,5 +181,5 @@ def copies(url: str, folder: pathlib.Path, sizes: Mapping[str, int]) -> Iterator
 
 
 def counterpart(path: str | os.PathLike) -> Any:
-    """Where a path really is: in the bucket if it is in the mirror of one; as `path_of` gives it."""
+    """Return where a path really is: in the bucket if it is in the mirror of one."""
     return path_of(with_aliases(os.fspath(path)))

@@ -1,12 +1,14 @@
-"""A workdir in a bucket: worked on in a local folder that is kept equal to it, and owned by one run at a time.
+"""A workdir in a bucket: a local folder kept equal to it, owned by one run at a time.
 
-Checkpoints are the exception: orbax writes them to the bucket itself (checkpoint.py), from all processes. Everything else is small
-and written by the first process, as if the workdir were local: it is fetched at the start, and uploaded before each checkpoint
-counts, every UPLOAD_SECONDS, and at the end, however the run ends. (Cells of a `tables` run are processes of their own, with their
+Checkpoints are the exception: orbax writes them to the bucket itself (checkpoint.py), from all
+processes. Everything else is small and written by the first process, as if the workdir were local:
+it is fetched at the start, and uploaded before each checkpoint counts, every UPLOAD_SECONDS, and at
+the end, however the run ends. (Cells of a `tables` run are processes of their own, with their
 checkpoints in the local folder only: a cell that was stopped begins anew elsewhere.)
 
-A bucket has no locks. The owner signs a file there every BEAT_SECONDS, and removes it when it ends; one who finds a signature
-watches it for LEASE_SECONDS: if it changes, somebody is at work; if not, the owner is dead.
+A bucket has no locks. The owner signs a file there every BEAT_SECONDS, and removes it when it ends;
+one who finds a signature watches it for LEASE_SECONDS: if it changes, somebody is at work; if not,
+the owner is dead.
 """
 
 import contextlib
@@ -93,13 +95,17 @@ class Mirror:
         self.bucket = gcs.filesystem(url)
         self.root = pathlib.Path(tempfile.mkdtemp(prefix="hexa_jax_"))
         self.folder = self.root / self.url.rpartition("/")[2]
-        self._known: dict[str, tuple[int, int]] = {}  # what the bucket holds: (mtime in ns, bytes) of the local file
+        # what the bucket holds: (mtime in ns, bytes) of the local file
+        self._known: dict[str, tuple[int, int]] = {}
         self._token = ""
         self._ended, self._uploading = threading.Event(), threading.Lock()
         self._threads: list[threading.Thread] = []
 
     def open(self) -> None:
-        """Become the owner, and fetch the files. With several processes all watch, the first owns, and all fetch."""
+        """Become the owner, and fetch the files.
+
+        With several processes all watch, the first owns, and all fetch.
+        """
         console.aliases[str(self.folder)] = self.url
         self._watch()
         processes.broadcast_from_main(0)  # all have seen that nobody is there
@@ -123,12 +129,14 @@ class Mirror:
             self._heartbeat()
             files = self._files()
             changed = [name for name in files if self._known.get(name) != files[name]]
-            # Parts of features are valid because of the file beside them: old ones go before that one changes.
+            # Parts of features are valid because of the file beside them: old ones go before that
+            # one changes.
             for name in (name for name in [*self._known] if name not in files or (name in changed and ".npz" in name)):
                 with contextlib.suppress(FileNotFoundError):
                     self.bucket.rm_file(f"{self.url}/{name}")
                 del self._known[name]
-            for name in sorted(changed, key=lambda name: (name.endswith("result.json"), name)):  # which says "finished"
+            # which says "finished"
+            for name in sorted(changed, key=lambda name: (name.endswith("result.json"), name)):
                 path, target = self.folder / name, f"{self.url}/{name}"
                 with contextlib.suppress(FileNotFoundError):  # deleted in the meantime
                     if files[name][1] > _LARGE:
@@ -138,7 +146,11 @@ class Mirror:
                     self._known[name] = files[name]
 
     def close(self) -> None:
-        """Upload, give the workdir back, and remove the local folder; RemoteError, and it stays, where that fails."""
+        """Upload, give the workdir back, and remove the local folder.
+
+        Raises:
+            RemoteError: that fails; the folder stays.
+        """
         self._ended.set()
         for thread in self._threads:
             thread.join()
@@ -174,7 +186,7 @@ class Mirror:
         self._threads.append(threading.Thread(target=loop, name="mirror", daemon=True))
         self._threads[-1].start()
 
-    # ---- Who owns the workdir -----------------------------------------------------------------------------------------
+    # ---- Who owns the workdir --------------------------------------------------------------------
 
     def _watch(self) -> None:
         """Return when nobody is there any more; RemoteError if somebody is."""
@@ -201,7 +213,7 @@ class Mirror:
             self.bucket.pipe_file(f"{self.url}/{OWNER}", json.dumps(signature).encode())
 
     def _heartbeat(self) -> None:
-        """Sign again. Whoever was silent for too long may find another owner, and must not write any more."""
+        """Renew the lease, unless another run took it while this one was silent."""
         owner = self._owner()
         if owner is not None and owner["token"] != self._token:
             print(f"hexa_jax: {self.url} was taken over by {owner['by']}: stopping", file=sys.stderr, flush=True)
