@@ -1,14 +1,18 @@
 """Command line: `python -m hexa_jax.experiments NAME --workdir=DIR [--preset=P] ...`.
 
-NAME         fig1 gallery of hard examples        fig2 schemes of hard examples fig3 accuracy over
-             epochs            fig4 strength of the attack      fig5 Beta distributions of CutMix
-             claim plain methods beside HEXA at equal epochs, with differences by seed study whether
-             hard examples help, with controls; its own arguments: study --help
---workdir    of the experiment; starting again skips finished cells, goes on with stopped ones and
-tries failed ones anew --preset     imagenet (the paper's protocol), imagenette, cifar10 or tiny
-(two CPU cores, the default) --methods    comma-separated: moco, deepcluster, simclr, swav,
-rotation, byol, simsiam, pcl, supervised, as far as the preset
-             has them; by default the figure's own
+NAME         fig1   gallery of hard examples
+             fig2   schemes of hard examples
+             fig3   accuracy over epochs
+             fig4   strength of the attack
+             fig5   Beta distributions of CutMix
+             claim  plain methods beside HEXA at equal epochs, with differences by seed
+             study  whether hard examples help, with controls; see study --help
+--workdir    of the experiment; starting again skips finished cells, resumes stopped ones and
+             tries failed ones anew
+--preset     imagenet (the paper's protocol), imagenette, cifar10 or tiny (two CPU cores, the
+             default)
+--methods    comma-separated: moco, deepcluster, simclr, swav, rotation, byol, simsiam, pcl,
+             supervised, as far as the preset has them; by default the figure's own
 --seeds      comma-separated numbers, by default 0
 --config.key=value   an override for every pre-training run; runtime.* for every probe, too
 

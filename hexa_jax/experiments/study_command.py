@@ -4,21 +4,26 @@ Do hard examples help? Each arm is compared, seed by seed, with plain training a
 a second clean view (equal passes), with more steps (equal compute) and, where it attacks, with
 noise of the same size.
 
---workdir    of one part; starting again goes on where the last start stopped --part       dose
-four strengths of augmentation; cut-mixed, blended and attacked views; MoCo and DeepCluster
-             clusters    cut-mixed views for DeepCluster and SwAV with 100 clusters small_data
-             2,560 images for 600 epochs schedule    attacks from the beginning, from epoch 1,
-             ramped, adaptive, paired with their own crop largest     50,000 images for 60 epochs
+--workdir    of one part; starting again goes on where the last start stopped
+--part       dose        four strengths of augmentation; cut-mixed, blended and attacked views;
+                         MoCo and DeepCluster
+             clusters    cut-mixed views for DeepCluster and SwAV with 100 clusters
+             small_data  2,560 images for 600 epochs
+             schedule    attacks from the beginning, from epoch 1, ramped, adaptive, paired with
+                         their own crop
+             largest     50,000 images for 60 epochs
 --stage      screen (seeds 0 to 2, the default), then confirm (seeds 10 to 17) for the arms that
---arms names --arms       comma-separated BASE-ARM; by default all are screened. Confirmed arms are
-the family of Holm's adjustment --data       training and held-out source, comma-separated:
-arrays:TRAIN.npz,arrays:TEST.npz; by default tfds:cifar10 --preset     cifar10 (the default) or tiny
-(a few steps on drawn shapes, to try the command)
+             --arms names
+--arms       comma-separated BASE-ARM; by default all are screened. Confirmed arms are the family
+             of Holm's adjustment
+--data       training and held-out source, comma-separated: arrays:TRAIN.npz,arrays:TEST.npz; by
+             default tfds:cifar10
+--preset     cifar10 (the default) or tiny (a few steps on drawn shapes, to try the command)
 
 DIR has study.json, which declares a stage before its first run and may not change afterwards;
-results/ with a small file per finished run (these, with study.json, are all that a page needs: they
-can be kept under version control, and a finished run is not trained again where only they are
-left); STAGE.md, STAGE.png and STAGE.svg with the comparisons; cells/ with the runs themselves.
+results/ with a small file per finished run; STAGE.md, STAGE.png and STAGE.svg with the comparisons;
+cells/ with the runs themselves. study.json and results/ are all that a page needs: keep them under
+version control. A finished run is not trained again where only they are left.
 
 Exit codes: 0 everything is there, 1 a run failed (the rest was done), 2 a mistake or a changed
 declaration, 143 stopped by SIGTERM.
