@@ -2,10 +2,10 @@
 
 A base is a plain run; an arm is that run with hard views. Each arm brings its controls:
 
-    EE  equal epochs   the plain run itself EP  equal passes   the plain run with a second clean
-    view EC  equal compute  the plain run with as many more steps as the arm costs, rounded up to
-    whole epochs RN  noise          for attacks: random signs of the attack's size, by the same
-    schedule
+    EE  equal epochs   the plain run itself
+    EP  equal passes   the plain run with a second clean view
+    EC  equal compute  the plain run with as many more steps as the arm costs, in whole epochs
+    RN  noise          for attacks: random signs of the attack's size, by the same schedule
 
 A run that serves several arms is one cell. Costs are declared in passes as long as one forward
 pass: a training pass is three (backwards two: inputs and weights), making an attack two (nothing
