@@ -1,4 +1,7 @@
-"""Average precision as the area under the monotone precision-recall curve (Goyal et al., svm_helper.py)."""
+"""Average precision: the area under the monotone precision-recall curve.
+
+The rule of Goyal et al., svm_helper.py.
+"""
 
 import numpy as np
 

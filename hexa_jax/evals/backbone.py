@@ -1,4 +1,4 @@
-"""A frozen backbone: of a pre-training run, from a weights file or another library, or with random weights."""
+"""A frozen backbone: of a run, from a file or another library, or with random weights."""
 
 import json
 import logging
@@ -27,15 +27,15 @@ RANDOM = "random"
 
 
 class Backbone(NamedTuple):
-    """A network whose head is not used, with what its features need: clean running statistics, float32.
+    """A network whose head is not used, with its clean running statistics in float32.
 
     Attributes:
         network: without a head.
         variables: parameters and clean statistics, "backbone" on top of each.
         step: of pre-training; 0 for random weights, -1 for weights from a file.
         config: of the pre-training run, None without one.
-        stem_known: whether the stem is what the weights were trained with; the arrays of others' files do not tell a
-            "small" one from a "cifar" one, and are taken for the latter.
+        stem_known: whether the stem is what the weights were trained with; the arrays of others'
+            files do not tell a "small" one from a "cifar" one, and are taken for the latter.
     """
 
     network: Network
@@ -50,7 +50,10 @@ class Backbone(NamedTuple):
         return self.network.backbone.feature_dim
 
     def features(self, variables: Any, images: jax.Array, mode: NormMode = EVALUATION, grid: int = 1) -> jax.Array:
-        """Features [N, grid * grid * F] of images [N, H, W, 3]: uint8, or float in [0, 1]; pooled whole where grid is 1."""
+        """Return features [N, grid * grid * F] of images [N, H, W, 3].
+
+        uint8, or float in [0, 1]; pooled whole where grid is 1.
+        """
         images = jnp.asarray(images)
         pixels = images.astype(jnp.float32) / 255 if images.dtype == jnp.uint8 else images
         return self.network.apply(variables, pixels, mode, grid, method=Network.features)
@@ -60,11 +63,12 @@ def load_backbone(checkpoint: str, **random: Any) -> Backbone:
     """A backbone.
 
     Args:
-        checkpoint: workdir of a pre-training run (its newest intact checkpoint counts), a weights file in torchvision's names
-            (`.safetensors`, `.npz`; `.pth` and the like with torch; published MoCo and SwAV checkpoints too), both local or in a
-            bucket, the name of weights that another library has, as `load_pretrained` takes it, or
-            "random". Of an unfinished run, the statistics may be running ones where the run's own
-            evaluations use re-estimated ones; a warning says so.
+        checkpoint: workdir of a pre-training run (its newest intact checkpoint counts), a weights
+            file in torchvision's names (`.safetensors`, `.npz`; `.pth` and the like with torch;
+            published MoCo and SwAV checkpoints too), both local or in a bucket, the name of weights
+            that another library has, as `load_pretrained` takes it, or "random". Of an unfinished
+            run, the statistics may be running ones where the run's own evaluations use re-estimated
+            ones; a warning says so.
         random: for "random" only: seed, and optionally backbone, stem and base_channels.
 
     Raises:
@@ -104,10 +108,13 @@ def load_backbone(checkpoint: str, **random: Any) -> Backbone:
 
 
 def check_checkpoint(checkpoint: str) -> None:
-    """See whether there are weights, without a device: of a file only that it exists, of a run that it has checkpoints.
+    """Check that there are weights, without a device.
+
+    Of a file only that it exists, of a run that it has checkpoints.
 
     Raises:
-        CheckpointError: neither a file nor a pre-training run is there, or a run that saved nothing yet.
+        CheckpointError: neither a file nor a pre-training run is there, or a run that saved nothing
+            yet.
     """
     if checkpoint == RANDOM or is_library_name(checkpoint) or _config_of_run(checkpoint) is None:
         return
@@ -176,7 +183,10 @@ def _from_file(path: Any) -> Backbone:
 
 
 def _from_arrays(found: Pretrained, name: str, stem: str | None = None) -> Backbone:
-    """A backbone of arrays by name, which tell its architecture; `stem` is what their file says of it."""
+    """Build a backbone from named arrays, which tell its architecture.
+
+    `stem` is what their file says of it.
+    """
     try:
         architecture = architecture_of(found.arrays)
         if architecture.stem == "cifar" and stem == "small":
@@ -191,7 +201,7 @@ def _from_arrays(found: Pretrained, name: str, stem: str | None = None) -> Backb
 
 
 def _metadata(path: pathlib.Path) -> dict[str, str]:
-    """What `hexa_jax.export` wrote beside the weights; others' files may have other words, or none."""
+    """Read what `hexa_jax.export` wrote beside the weights, if it did."""
     if path.suffix != ".safetensors":
         return {}
     with safe_open(path, "numpy") as file:

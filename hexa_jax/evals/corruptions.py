@@ -108,8 +108,8 @@ def _pixelate(x: np.ndarray, rng: np.random.Generator, share: float) -> np.ndarr
     return x
 
 
-# Name: function of pixels float64 [H, W, 3] in [0, 1], a generator and a strength's parameters; then
-# the parameters of strengths 1 to 5 for ImageNet and for CIFAR.
+# Name: function of pixels float64 [H, W, 3] in [0, 1], a generator and a strength's parameters;
+# then the parameters of strengths 1 to 5 for ImageNet and for CIFAR.
 _CORRUPTIONS: dict[str, tuple[Callable[..., np.ndarray], tuple, tuple]] = {
     "gaussian_noise": (_gaussian_noise, (0.08, 0.12, 0.18, 0.26, 0.38), (0.04, 0.06, 0.08, 0.09, 0.1)),
     "shot_noise": (_shot_noise, (60, 25, 12, 5, 3), (500, 250, 100, 75, 50)),

@@ -1,4 +1,4 @@
-"""Pooled features of the frozen backbone for a list of examples, in padded batches so that each counts exactly once."""
+"""Pooled features of a frozen backbone, each example counted exactly once."""
 
 import concurrent.futures
 import dataclasses
@@ -29,7 +29,8 @@ class EvalImages:
         indices: which of them, in order.
         resize: short side in pixels.
         crop: side of the result in pixels: its centre, or all of it where `squash`.
-        unreadable: examples that turned out to be so when their pixels were wanted; black stands in for them.
+        unreadable: examples that turned out to be so when their pixels were wanted; black stands in
+            for them.
     """
 
     source: Source
@@ -49,7 +50,10 @@ class EvalImages:
 
     @property
     def known(self) -> np.ndarray:
-        """bool [N]: which examples have a label and could be read so far; the others are left out of every accuracy."""
+        """Mask bool [N] of the examples that have a label and could be read so far.
+
+        Others are left out of every accuracy.
+        """
         labels, readable = self.facts()
         return (labels >= 0) & readable
 
@@ -96,7 +100,7 @@ class EvalImages:
     def batches(
         self, batch_size: int, threads: int = 2, start: int = 0, columns: Sequence[int] | None = None
     ) -> Iterator[tuple[np.ndarray, int]]:
-        """Batches from position `start` on, and how many of their images are real; zeros fill the last one.
+        """Yield batches from position `start` on, and how many of their images are real.
 
         Args:
             batch_size: images of a batch.
@@ -119,7 +123,7 @@ class EvalImages:
     def device_batches(
         self, mesh: Mesh, batch_size: int, threads: int = 2, start: int = 0
     ) -> Iterator[tuple[jax.Array | np.ndarray, int]]:
-        """The same, rows split over the mesh: each process reads its own, then all know of each what was found."""
+        """The same with rows split over the mesh: each process reads its own, all learn of each."""
         if jax.process_count() == 1:
             yield from self.batches(batch_size, threads, start)
             return
@@ -136,7 +140,10 @@ class EvalImages:
 
 
 def make_extractor(network: Network, mesh: Mesh, dtype: Any) -> Callable[[Any, Any, jax.Array], jax.Array]:
-    """A jitted function (params, batch_stats, uint8 images [N, H, W, 3]) -> features [N, F], rows split over the mesh."""
+    """Return a jitted function (params, batch_stats, uint8 [N, H, W, 3]) -> features [N, F].
+
+    Rows are split over the mesh.
+    """
     rows, whole = NamedSharding(mesh, P("data")), NamedSharding(mesh, P())
 
     def features(params: Any, batch_stats: Any, images: jax.Array) -> jax.Array:
@@ -148,7 +155,10 @@ def make_extractor(network: Network, mesh: Mesh, dtype: Any) -> Callable[[Any, A
 
 
 def extract(forward: Callable[[Any], Any], images: EvalImages, batch_size: int, mesh: Mesh | None = None) -> np.ndarray:
-    """float32 [N, F] features of the images; `forward` maps uint8 [batch_size, crop, crop, 3], split over the mesh."""
+    """Return features float32 [N, F] of the images.
+
+    `forward` maps uint8 [batch_size, crop, crop, 3], split over the mesh.
+    """
     batches = images.device_batches(mesh, batch_size) if mesh else images.batches(batch_size)
     return np.concatenate([np.asarray(forward(batch), np.float32)[:count] for batch, count in batches])
 

@@ -1,4 +1,6 @@
-"""Weighted k-nearest-neighbour classification on cosine similarity: the votes of the k nearest weigh exp(similarity / tau).
+"""Weighted k-nearest-neighbor classification on cosine similarity.
+
+The votes of the k nearest weigh exp(similarity / tau).
 
 Legend: N rows of the bank, Q queries, F features, k neighbours.
 """
@@ -25,7 +27,7 @@ def nearest(
     own: np.ndarray | None = None,
     mesh: Mesh | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The most similar rows of the bank: top-k streamed over chunks of a bank that is split over the devices.
+    """Find the most similar rows of a bank that is split over devices, in chunks.
 
     Args:
         bank: float [N, F] features, any length.
@@ -35,7 +37,8 @@ def nearest(
         mesh: one-axis mesh of the devices; by default the first device.
 
     Returns:
-        Cosine similarities float32 [Q, k], highest first, and their rows int64 [Q, k]; ties go to the lower row.
+        Cosine similarities float32 [Q, k], highest first, and their rows int64 [Q, k]; ties go to
+        the lower row.
 
     Raises:
         ValueError: an empty bank, or more neighbours than there are.
@@ -53,7 +56,8 @@ def nearest(
     search = functools.partial(_search(mesh, neighbours), split, np.int32(len(bank)))
     own = np.full(len(queries), -1) if own is None else own
     found = []
-    with jax.set_mesh(mesh):  # that of a training run, inside which this may be called, has more devices
+    # that of a training run, inside which this may be called, has more devices
+    with jax.set_mesh(mesh):
         for first in range(0, len(queries), QUERIES):
             chunk = slice(first, first + QUERIES)
             missing = QUERIES - len(queries[chunk])
@@ -69,7 +73,8 @@ def _search(mesh: Mesh, neighbours: int):
     """Jitted (bank chunks, size of the bank, queries, own rows) -> (similarities, rows)."""
 
     def best(similarity: jax.Array, row: jax.Array) -> tuple[jax.Array, jax.Array]:
-        # By similarity, then by row: lax.top_k alone would depend on the order in which chunks and devices come.
+        # By similarity, then by row: lax.top_k alone would depend on the order in which chunks and
+        # devices come.
         order = jax.lax.sort([-similarity, row], num_keys=2)
         return -order[0][:, :neighbours], order[1][:, :neighbours]
 
@@ -131,7 +136,8 @@ def knn_predict(
     neighbours = min(neighbours, len(bank) - int(leave_one_out))
     own = np.arange(len(queries)) if leave_one_out else None
     similarity, row = nearest(bank, queries, neighbours, own=own, mesh=mesh)
-    weight = np.exp((similarity - similarity[:, :1]) / temperature)  # relative to the nearest: no overflow, same winner
+    # relative to the nearest: no overflow, same winner
+    weight = np.exp((similarity - similarity[:, :1]) / temperature)
     votes = np.zeros((len(queries), int(bank_labels.max()) + 1), np.float32)
     np.add.at(votes, (np.arange(len(queries))[:, None], bank_labels[row]), weight)
     return np.argmax(votes, axis=1)
@@ -146,7 +152,7 @@ def vote_logits(
     temperature: float = 0.07,
     neighbours: int = 0,
 ) -> jax.Array:
-    """Logarithms of the votes that `knn_predict` compares, differentiable with respect to the queries.
+    """Return the log votes that `knn_predict` compares, differentiable in the queries.
 
     Args:
         bank: float [N, F] features, any length but 0.
@@ -154,7 +160,8 @@ def vote_logits(
         queries: float [Q, F].
         classes: C.
         temperature: tau of the weights exp(cosine / tau).
-        neighbours: k; 0: all of the bank votes, so that each class has votes and the logits always have a slope.
+        neighbours: k; 0: all of the bank votes, so that each class has votes and the logits always
+            have a slope.
 
     Returns:
         [Q, C], up to a constant per query; very low where a class has no vote.

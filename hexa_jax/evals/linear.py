@@ -1,4 +1,4 @@
-"""Linear probe on fixed features: multinomial logistic regression, the same for pixels and for networks."""
+"""Linear probe on fixed features: multinomial logistic regression."""
 
 import warnings
 from typing import NamedTuple
@@ -42,15 +42,17 @@ def fit_linear(
 ) -> LinearClassifier:
     """A linear classifier fitted to the training features by L-BFGS.
 
-    Features are standardized with their mean and deviation, so that no representation gains from its scale.
+    Features are standardized with their mean and deviation, so that no representation gains from
+    its scale.
 
     Args:
         train: float [N, F].
         train_labels: int [N], of two classes at least.
         regularization: L2 weight, relative to the mean loss.
         iterations: of L-BFGS at most.
-        statistics_of: float [M, F], whose mean and deviation to take instead of the training features': a few
-            examples say little of how features vary, and those without labels say the same as the others.
+        statistics_of: float [M, F], whose mean and deviation to take instead of the training
+            features': a few examples say little of how features vary, and those without labels say
+            the same as the others.
 
     Raises:
         ValueError: fewer than two classes.
@@ -58,10 +60,12 @@ def fit_linear(
     scaler = StandardScaler().fit(train if statistics_of is None else statistics_of)
     classifier = LogisticRegression(C=1 / (regularization * len(train)), max_iter=iterations)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ConvergenceWarning)  # the budget is the same for all, and stated
+        # the budget is the same for all, and stated
+        warnings.simplefilter("ignore", ConvergenceWarning)
         classifier.fit(scaler.transform(train), train_labels)
     kernel, bias = classifier.coef_.T, classifier.intercept_
-    if len(classifier.classes_) == 2:  # scikit-learn keeps the difference of two classes' logits only
+    # scikit-learn keeps the difference of two classes' logits only
+    if len(classifier.classes_) == 2:
         kernel, bias = np.hstack([np.zeros_like(kernel), kernel]), np.array([0.0, *bias])
     return LinearClassifier(scaler.mean_, scaler.scale_, kernel, bias, classifier.classes_)
 

@@ -1,4 +1,4 @@
-"""Features on disk, in parts, so that an extraction that was cut off goes on behind its last part."""
+"""Features on disk, in parts: an extraction that was cut off resumes behind the last."""
 
 import json
 import pathlib

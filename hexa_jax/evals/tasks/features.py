@@ -1,4 +1,4 @@
-"""config.task = "features": pooled features, labels and file names of any images, written to a file."""
+"""config.task = "features": write pooled features, labels and names of any images."""
 
 import pathlib
 from typing import Any
@@ -13,7 +13,10 @@ from hexa_jax.storage.workdir import write_json
 
 
 def features(config: ConfigDict, workdir: pathlib.Path) -> dict[str, Any]:
-    """Writes `features.npz` or `features.parquet`: features float32 [N, F], labels int32 [N] (-1: none), names."""
+    """Write `features.npz` or `features.parquet`.
+
+    Features float32 [N, F], labels int32 [N] (-1: none), names.
+    """
     if config.format not in ("npz", "parquet"):
         raise ConfigError(f"config.format={config.format!r} is not known: use one of npz, parquet")
     backbone = open_backbone(config)

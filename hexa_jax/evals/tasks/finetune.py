@@ -1,7 +1,7 @@
-"""config.task = "finetune": train backbone and a new classifier on labelled images (semi-supervised ImageNet, CIFAR).
+"""config.task = "finetune": train backbone and a new classifier on labelled images.
 
-BatchNorm is in training mode, with statistics over the whole batch of all devices. Learning rates of the config are trained one
-after another, each from the same weights.
+BatchNorm is in training mode, with statistics over the whole batch of all devices. Learning rates
+of the config are trained one after another, each from the same weights.
 
 Legend: N rows, C classes.
 """
@@ -39,7 +39,7 @@ STATS = stats_collection(CLEAN)
 
 
 class TuneState(NamedTuple):
-    """Everything that a resumed run needs: params has "backbone" and "classifier"; stats are the running statistics."""
+    """State of a run: params has "backbone" and "classifier"; stats are running statistics."""
 
     step: jax.Array
     params: Any
@@ -68,7 +68,8 @@ class _CentreCropped:
 def finetune(config: ConfigDict, workdir: pathlib.Path) -> dict[str, Any]:
     """Fine-tune or resume; returns what `result.json` holds.
 
-    `top1` is that of the best learning rate, chosen on the held-out images as the paper does; the others are there, too.
+    `top1` is that of the best learning rate, chosen on the held-out images as the paper does; the
+    others are there, too.
 
     Raises:
         ConfigError: sizes that cannot work.
@@ -112,7 +113,7 @@ class _Tuning:
         self.test = self._test_images()
 
     def train(self, number: int, rate: float, stop: PreemptionGuard) -> list[dict[str, float]]:
-        """All epochs at one learning rate, from its checkpoint if there is one; top-1 and top-5 after each."""
+        """Train all epochs at one learning rate, resuming; return top-1 and top-5 after each."""
         config, folder = self.config, self.workdir / f"lr{rate:g}"
         rates, optimizer = len(config.optimizer.learning_rates), self._optimizer(rate)
 
@@ -195,7 +196,10 @@ class _Tuning:
         return jax.jit(step, in_shardings=(whole, rows), out_shardings=whole, donate_argnums=0)
 
     def _batches(self, start: int) -> Iterator[Batch]:
-        """Random crops and flips, or (data.augment False) the centre crops of evaluation, in a new order each epoch."""
+        """Yield random crops and flips, or evaluation's center crops without data.augment.
+
+        In a new order each epoch.
+        """
         config = self.config
         source: Any = self.source
         resolution = Resolution(1, config.data.crop, (config.data.min_scale, 1.0))
@@ -215,7 +219,7 @@ class _Tuning:
         return jax.jit(logits, in_shardings=(whole, whole, rows), out_shardings=whole)
 
     def _accuracy(self, state: TuneState) -> dict[str, float]:
-        """Top-1 and top-5 on the held-out centre crops, in per cent; each image counts exactly once."""
+        """Return top-1 and top-5 on the held-out center crops, in per cent."""
         images, parts = self.extractor.images(self.held_out), []
         for batch, count in images.device_batches(self.mesh, self.extractor.batch_size, self.config.runtime.threads):
             parts.append(np.asarray(self.test(state.params, state.stats, batch))[:count])

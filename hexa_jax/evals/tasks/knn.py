@@ -1,4 +1,4 @@
-"""config.task = "knn": weighted nearest-neighbour accuracy of a frozen backbone, and a picture of neighbours."""
+"""config.task = "knn": nearest-neighbor accuracy of a frozen backbone, with a picture."""
 
 import pathlib
 from typing import Any

@@ -1,4 +1,4 @@
-"""What most evaluations begin with: a backbone, and the features of labelled training and held-out images."""
+"""What most evaluations begin with: a backbone, and features of labelled images."""
 
 import dataclasses
 import functools
@@ -25,7 +25,8 @@ from hexa_jax.parallel import processes
 from hexa_jax.parallel.mesh import make_mesh
 from hexa_jax.training.factory import SOURCE_SETTINGS, make_devices, open_source
 
-_FEATURES_OF = ("checkpoint", "random", "seed", "data", "grid", "precision")  # what else has no influence on features
+# what else has no influence on features
+_FEATURES_OF = ("checkpoint", "random", "seed", "data", "grid", "precision")
 PART_BATCHES = 50  # what a kill can cost
 CALIBRATION_IMAGES = 512  # whose statistics a random network gets
 
@@ -37,7 +38,7 @@ def require_checkpoint(config: ConfigDict) -> None:
 
 
 def open_backbone(config: ConfigDict) -> Backbone:
-    """The backbone that `config.checkpoint` names; a random one has its architecture from `config.random`."""
+    """Open the backbone of `config.checkpoint`; a random one is built as `config.random` says."""
     require_checkpoint(config)
     if config.checkpoint != RANDOM:
         return load_backbone(config.checkpoint)
@@ -49,7 +50,8 @@ def open_backbone(config: ConfigDict) -> Backbone:
 def open_split(config: ConfigDict, backbone: Backbone, name: str, *, labelled: bool = True) -> Source:
     """The source `data.<name>`, or that of the pre-training run where the config has none.
 
-    The run's own data are looked for where the run found them, unless `runtime.data_dir` says otherwise.
+    The run's own data are looked for where the run found them, unless `runtime.data_dir` says
+    otherwise.
 
     Raises:
         ConfigError: neither names one.
@@ -81,7 +83,7 @@ def open_split(config: ConfigDict, backbone: Backbone, name: str, *, labelled: b
 
 
 def listed(source: Source, path: str) -> Source:
-    """The examples that a text file lists, in its order, by path or by file name (with or without its ending).
+    """Return the examples that a text file lists, by path or file name, in its order.
 
     Raises:
         DataError: the file is missing or empty, or names an example that the source does not have.
@@ -120,7 +122,11 @@ def open_both(config: ConfigDict, backbone: Backbone) -> tuple[Source, Source]:
 
 
 def check_classes(train: Source, held_out: Source) -> None:
-    """Raises DataError unless both have the same number of classes, and the same names where they have names."""
+    """Check that both have the same number of classes, and the same names if any.
+
+    Raises:
+        DataError: they differ.
+    """
     if train.num_classes != held_out.num_classes:
         raise DataError(
             f"{held_out.num_classes} classes to test on, {train.num_classes} to train on: are data.source and "
@@ -137,7 +143,8 @@ class Extractor:
 
     Attributes:
         config: of the evaluation, with the size of its images filled in.
-        backbone: what computes them; a random one gets BatchNorm statistics from the first images it sees.
+        backbone: what computes them; a random one gets BatchNorm statistics from the first images
+            it sees.
         mesh: of the devices.
         folder: where features are kept as they come, for a second start; None: nowhere.
     """
@@ -152,7 +159,7 @@ class Extractor:
         self.batch_size = -(-config.runtime.batch_size // self.mesh.size) * self.mesh.size
 
     def __call__(self, source: Source, what: str) -> Features:
-        """Features of a source's examples, in order; `what` names them in messages and in the folder."""
+        """Return features of a source's examples, in order; `what` names them in messages."""
         images = self.images(source)
         if self._fresh:
             self._calibrate(images)
@@ -188,7 +195,10 @@ class Extractor:
         return EvalImages(source, np.arange(len(source)), data.resize, data.crop, data.squash)
 
     def _calibrate(self, images: EvalImages) -> None:
-        """Give a random network the BatchNorm statistics of some images: with mean 0 and variance 1 it would not be one."""
+        """Give a random network the BatchNorm statistics of some images.
+
+        With mean 0 and variance 1 it would be handicapped.
+        """
         chosen = dataclasses.replace(images, indices=spread(len(images.indices), CALIBRATION_IMAGES))
         sums: Any = None
         weight = 0
@@ -221,8 +231,8 @@ def top_k(logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
     """Top-1 and top-5 accuracy in per cent.
 
     Args:
-        logits: float [N, C]. Of classes that score the same, the lower number counts as better, as in argmax; a row that holds
-            NaN or infinity is wrong.
+        logits: float [N, C]. Of classes that score the same, the lower number counts as better, as
+            in argmax; a row that holds NaN or infinity is wrong.
         labels: int [N].
     """
     own = np.take_along_axis(logits, labels[:, None], axis=1)

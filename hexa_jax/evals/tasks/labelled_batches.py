@@ -23,7 +23,8 @@ class LabelledBatches:
         total: batches of all epochs.
 
     Raises:
-        ConfigError: batches that are too large, or that the devices or BatchNorm groups do not divide.
+        ConfigError: batches that are too large, or that the devices or BatchNorm groups do not
+            divide.
     """
 
     def __init__(self, config: ConfigDict, source: Source, mesh: Mesh, bn_group_size: int):
@@ -41,7 +42,10 @@ class LabelledBatches:
         self.bad_images = BadImages(source, config.data.max_bad_fraction)
 
     def after(self, step: int, resolution: Resolution, source: Any = None) -> Iterator[Batch]:
-        """The batches after a step, crops as `resolution` says; `source` may give the same examples other pixels."""
+        """Yield the batches after a step, with crops as `resolution` says.
+
+        `source` may give the same examples other pixels.
+        """
         config, runtime = self.config, self.config.runtime
         steps = HostSteps(
             source=source or self.source,

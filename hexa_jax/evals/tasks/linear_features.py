@@ -1,4 +1,4 @@
-"""config.task = "linear_features": the CIFAR linear probe, a linear classifier on features that are computed once.
+"""config.task = "linear_features": CIFAR's linear probe, on features computed once.
 
 Legend: L learning rates, N examples, F features, C classes.
 """
@@ -43,7 +43,8 @@ def adamax_probe(
         test: float [Q, F].
         classes: C.
         learning_rates: L of them.
-        epochs: passes over the training features, shuffled each time; the rows of an incomplete last batch sit out that pass.
+        epochs: passes over the training features, shuffled each time; the rows of an incomplete
+            last batch sit out that pass.
         batch_size: rows of a step; all of them where there are fewer.
         milestones: epochs (from 0) at whose start the learning rate is multiplied by `decay`.
         decay: see milestones.
@@ -87,7 +88,8 @@ def adamax_probe(
 def linear_features(config: ConfigDict, workdir: pathlib.Path) -> dict[str, Any]:
     """Accuracy for each learning rate; returns what `result.json` holds.
 
-    `accuracy` is the best learning rate's, chosen on the test images as the paper does; the others are there, too.
+    `accuracy` is the best learning rate's, chosen on the test images as the paper does; the others
+    are there, too.
     """
     if config.epochs < 1 or config.batch_size < 1 or not config.learning_rates:
         raise ConfigError("epochs and batch_size must be positive, and learning_rates not empty")

@@ -1,7 +1,10 @@
-"""The linear probe of the paper: a linear classifier on the frozen, pooled feature, trained by SGD on random crops.
+"""The paper's linear probe: a linear classifier trained by SGD on random crops.
 
-Several learning rates are trained side by side in one pass over the data. The first one is the protocol's; the others tell
-how much the choice matters, and picking the best of them on held-out examples is not done here.
+On the frozen, pooled feature.
+
+Several learning rates are trained side by side in one pass over the data. The first one is the
+protocol's; the others tell how much the choice matters, and picking the best of them on held-out
+examples is not done here.
 
 Legend: L learning rates, N rows, F features, C classes.
 """
@@ -31,7 +34,7 @@ from hexa_jax.storage.workdir import write_json
 
 
 class ProbeState(NamedTuple):
-    """Classifiers and their momentum, float32: kernels [L, F, C] and biases [L, C]; step is int32."""
+    """State: kernels [L, F, C], biases [L, C] and their momentum, float32; step int32."""
 
     step: jax.Array
     kernel: jax.Array
@@ -96,11 +99,12 @@ def probe_schedule(config: ConfigDict, steps_per_epoch: int) -> optim.Schedule:
 
 
 def linear(config: ConfigDict, workdir: pathlib.Path) -> dict[str, Any]:
-    """Train or resume the probe that `configs/eval/linear_imagenet.py` describes; returns what `result.json` holds.
+    """Train or resume the probe; return what `result.json` holds.
 
     Raises:
         CheckpointError: no pre-trained weights where the config says.
-        DataError: examples without labels, or classes that differ between training and held-out examples.
+        DataError: examples without labels, or classes that differ between training and held-out
+            examples.
         ConfigError: sizes that cannot work.
         Diverged: the first learning rate's loss became NaN or infinite.
         Terminated: SIGTERM arrived; the state is saved.
@@ -117,7 +121,8 @@ class _Probe:
         self.source, self.held_out = open_both(config, self.backbone)
         self.extractor = Extractor(config, self.backbone)
         self.mesh, self.config = self.extractor.mesh, self.extractor.config
-        groups = max(config.batch_size // self.mesh.size, 1)  # of no consequence: statistics are the running ones
+        # of no consequence: statistics are the running ones
+        groups = max(config.batch_size // self.mesh.size, 1)
         self.batches = LabelledBatches(config, self.source, self.mesh, bn_group_size=groups)
         self.steps_per_epoch, self.total = self.batches.steps_per_epoch, self.batches.total
 

@@ -1,4 +1,4 @@
-"""The networks that an evaluation compares: a checkpoint, and random weights in its architecture."""
+"""The networks that an evaluation compares: a checkpoint and its random twin."""
 
 from collections.abc import Mapping
 
@@ -10,7 +10,7 @@ PRETRAINED = "pre-trained"
 
 
 def networks(config: ConfigDict) -> dict[str, ConfigDict]:
-    """Configs by name: the evaluation's own, and that of random weights where `config.with_random` asks for them.
+    """Return configs by name: the evaluation's own, and that of random weights if asked for.
 
     A checkpoint of random weights is called "random" and stands alone.
     """
@@ -25,7 +25,7 @@ def networks(config: ConfigDict) -> dict[str, ConfigDict]:
 
 
 def suffixed(found: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
-    """Numbers by network and name as one flat dict: those of random weights beside others end in "_random"."""
+    """Flatten numbers by network and name; those of random weights end in "_random"."""
     main = next(iter(found))
     return {
         name if network == main else f"{name}_{network}": value

@@ -1,4 +1,4 @@
-"""What judges frozen features in the robustness evaluation: a prediction, and a loss that an attack can climb.
+"""Read-outs of the robustness evaluation: a prediction, and a loss that attacks climb.
 
 Legend: N training examples, Q queries, F features, C classes.
 """
@@ -16,7 +16,8 @@ from jax.sharding import Mesh
 from hexa_jax.evals.knn import knn_predict, vote_logits
 from hexa_jax.evals.linear import LinearClassifier
 
-SATURATED = 1e-6  # a cross-entropy below it, of a vote that is as good as unanimous, has no useful slope
+# a cross-entropy below it, of a vote that is as good as unanimous, has no useful slope
+SATURATED = 1e-6
 
 
 class Readout(NamedTuple):
@@ -24,8 +25,8 @@ class Readout(NamedTuple):
 
     Attributes:
         predict: features float [Q, F] -> classes int [Q], on the host.
-        losses: (arrays, features [Q, F], targets int [Q]) -> [Q], differentiable with respect to the features; 0 where
-            the target is -1.
+        losses: (arrays, features [Q, F], targets int [Q]) -> [Q], differentiable with respect to
+            the features; 0 where the target is -1.
         arrays: what `losses` reads besides, a tree of arrays.
         classes: int [C], ascending: what the targets 0 ... C - 1 stand for.
     """
@@ -36,7 +37,7 @@ class Readout(NamedTuple):
     classes: np.ndarray
 
     def targets(self, labels: np.ndarray) -> np.ndarray:
-        """Targets int32 [Q] of labels [Q]; -1 for a class that the read-out does not know and never predicts."""
+        """Return targets int32 [Q] of labels [Q]; -1 for a class that the read-out does not know."""
         place = np.minimum(np.searchsorted(self.classes, labels), len(self.classes) - 1)
         return np.where(self.classes[place] == labels, place, -1).astype(np.int32)
 
@@ -63,8 +64,9 @@ def knn_readout(
 ) -> Readout:
     """The weighted vote of the nearest neighbours, and the cross-entropy of that vote.
 
-    Where the nearest neighbours all have the right class, their vote is flat and an attack on it would not move:
-    robustness that is none. The loss is then that of the vote of the whole bank, in which every class has a part.
+    Where the nearest neighbours all have the right class, their vote is flat and an attack on it
+    would not move: robustness that is none. The loss is then that of the vote of the whole bank, in
+    which every class has a part.
 
     Args:
         bank: float [N, F] features of training images.

@@ -1,7 +1,7 @@
-"""config.task = "robustness": accuracy of kNN and of a linear classifier under attack and common corruptions.
+"""config.task = "robustness": accuracy under attack and under common corruptions.
 
-Test images are taken in batches. What was found of a batch is kept in a file of its own, so that a second start
-goes on behind the last attack or corruption that was finished.
+Test images are taken in batches. What was found of a batch is kept in a file of its own, so that a
+second start goes on behind the last attack or corruption that was finished.
 """
 
 import concurrent.futures
@@ -40,12 +40,12 @@ Predictions = dict[str, list[int]]  # by read-out
 
 
 def robustness(config: ConfigDict, workdir: pathlib.Path) -> dict[str, Any]:
-    """Judge the checkpoint, and random weights of the same network; returns what `result.json` holds.
+    """Judge the checkpoint and random weights; return what `result.json` holds.
 
-    Numbers are top-1 accuracies in per cent, all of the same images: `knn_clean`, `knn_linf4` (attacks of up to
-    4 grey levels were withstood), `knn_jpeg_compression_3` (strength 3), `knn_jpeg_compression` (mean of the
-    strengths), `knn_corruption` (mean of all corruptions); the same with `linear_`. Those of random weights end
-    in `_random`.
+    Numbers are top-1 accuracies in per cent, all of the same images: `knn_clean`, `knn_linf4`
+    (attacks of up to 4 grey levels were withstood), `knn_jpeg_compression_3` (strength 3),
+    `knn_jpeg_compression` (mean of the strengths), `knn_corruption` (mean of all corruptions); the
+    same with `linear_`. Those of random weights end in `_random`.
 
     Raises:
         ConfigError: settings that cannot work.
@@ -107,13 +107,15 @@ def attacked(
     """The ends of PGD attacks on images.
 
     Args:
-        objective: maps images like `pixels` to the losses [N] to increase. Have it jitted: it is differentiated anew
-            at each step, which then compiles once for all steps and all epsilons.
+        objective: maps images like `pixels` to the losses [N] to increase. Have it jitted: it is
+            differentiated anew at each step, which then compiles once for all steps and all
+            epsilons.
         pixels: float [N, H, W, C] in [0, 1].
         epsilon: how far a pixel value may go, in grey levels of 255.
         steps: of the attack.
         relative_step: length of a step, in units of epsilon / steps.
-        keys: [N] typed keys, to start from a random point; by default the attack starts from the images.
+        keys: [N] typed keys, to start from a random point; by default the attack starts from the
+            images.
 
     Returns:
         [N, H, W, C] in [0, 1].
@@ -137,17 +139,20 @@ def judge_predictions(
 ) -> dict[str, float]:
     """Accuracies in per cent of one read-out.
 
-    An attack of at most epsilon may end anywhere in that ball: at the image itself, or where a weaker attack ended.
-    So an image withstands epsilon if all of those are classified right, and no attack raises the accuracy.
+    An attack of at most epsilon may end anywhere in that ball: at the image itself, or where a
+    weaker attack ended. So an image withstands epsilon if all of those are classified right, and no
+    attack raises the accuracy.
 
     Args:
-        predictions: int [N] classes by condition: "clean", "linf4" and so on, "contrast_3" and so on.
+        predictions: int [N] classes by condition: "clean", "linf4" and so on, "contrast_3" and so
+            on.
         labels: int [N].
         epsilons: of the attacks, in grey levels, in any order.
         corruptions: names.
 
     Returns:
-        "clean", "linf4" ..., "contrast_3" ..., "contrast" (mean of the strengths), "corruption" (mean of all).
+        "clean", "linf4" ..., "contrast_3" ..., "contrast" (mean of the strengths), "corruption"
+        (mean of all).
     """
     right = predictions["clean"] == labels
     found = {"clean": 100 * float(np.mean(right))}
@@ -163,7 +168,7 @@ def judge_predictions(
 
 
 class _Judge:
-    """Asks the read-outs of one network for the classes of the test images, under everything the config says.
+    """Asks one network's read-outs for the classes of all changed test images.
 
     Attributes:
         images: the test images.
@@ -273,13 +278,13 @@ class _Judge:
         )
 
     def _place(self, pixels: np.ndarray) -> jax.Array:
-        """uint8 [n, H, W, 3] as float32 in [0, 1], black up to a whole batch, rows split over the devices."""
+        """Return uint8 [n, H, W, 3] as float32 in [0, 1], padded to a batch, rows split."""
         batch = np.zeros((self.batch_size, *pixels.shape[1:]), np.float32)
         batch[: len(pixels)] = pixels / np.float32(GREY_LEVELS)
         return jax.make_array_from_callback(batch.shape, self._rows, lambda index: batch[index])
 
     def _predictions(self, batch: "_Batch", pixels: jax.Array, only: str = "") -> Predictions:
-        """The classes of a batch, whose pixels as they are or changed fill the first rows of `pixels`."""
+        """Return the classes of a batch, whose images fill the first rows of `pixels`."""
         features = np.asarray(self._features(self._variables, pixels))[: len(batch.positions)]
         return {
             name: readout.predict(features).tolist() for name, readout in self._readouts.items() if only in ("", name)
@@ -287,7 +292,7 @@ class _Judge:
 
 
 class _Batch:
-    """Test images that are decoded when they are first needed: not at all where everything is known of them."""
+    """Test images, decoded when first needed: not at all where everything is known."""
 
     def __init__(self, images: EvalImages, positions: np.ndarray, config: ConfigDict):
         self.images, self.positions, self.config = images, positions, config
@@ -318,7 +323,7 @@ class _Batch:
 
 
 def _panels(config: ConfigDict, found: dict[str, dict[str, float]]) -> dict[str, Any]:
-    """For the picture: accuracy against epsilon, and against the strength of corruptions (their mean)."""
+    """Return the picture's curves: accuracy against epsilon and corruption strength (mean)."""
     epsilons = sorted(config.attack.epsilons)
     attacks, corruptions = {}, {}
     for network, values in found.items():

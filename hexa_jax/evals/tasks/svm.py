@@ -1,13 +1,14 @@
-"""Linear SVMs on frozen features of Pascal VOC 2007, on all images and on few: config.task = "svm" and "lowshot".
+"""Linear SVMs on features of Pascal VOC 2007: config.task = "svm" and "lowshot".
 
-Two published protocols differ in what they train on, how they choose the cost, and what they do with difficult examples:
+Two published protocols differ in what they train on, how they choose the cost, and what they do
+with difficult examples:
 
     pcl     (the paper's) cost: the best of the list on the test images; difficult counts as absent, in training and test
     goyal   cost: per class by 3-fold cross-validation on the training images; difficult counts as absent in the folds and is
             left out of the test (facebookresearch/fair_self_supervision_benchmark)
 
-Both: LIBLINEAR with squared hinge, L2 and class weights 2 : 1 on features of unit length; AP is the area under the monotone
-precision-recall curve; mAP the mean over classes.
+Both: LIBLINEAR with squared hinge, L2 and class weights 2 : 1 on features of unit length; AP is the
+area under the monotone precision-recall curve; mAP the mean over classes.
 
 Legend: N images, F features, C classes, k positives per class.
 """
@@ -54,7 +55,8 @@ def _fit(features: np.ndarray, signs: np.ndarray, cost: float) -> LinearSVC | No
     if len(np.unique(signs)) < 2:
         return None  # LIBLINEAR needs both
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ConvergenceWarning)  # the budget of iterations is the protocol's
+        # the budget of iterations is the protocol's
+        warnings.simplefilter("ignore", ConvergenceWarning)
         return _svm(cost).fit(features, signs)
 
 
@@ -83,7 +85,7 @@ def class_ap(
 
 
 def choose_cost(features: np.ndarray, labels: np.ndarray, costs: Sequence[float]) -> float:
-    """goyal: the cost with the best mean average precision over 3 folds of the training images; the first of equals."""
+    """Choose the cost with the best mean average precision over 3 folds (goyal)."""
     signs = np.where(labels == PRESENT, 1, -1)
     folds = min(3, int(np.sum(signs == 1)), int(np.sum(signs == -1)))
     if folds < 2:
@@ -100,8 +102,10 @@ def choose_cost(features: np.ndarray, labels: np.ndarray, costs: Sequence[float]
 def low_shot_rows(matrix: np.ndarray, k: int, protocol: str, rng: np.random.Generator) -> list[np.ndarray]:
     """Training rows of each class for k positives.
 
-    pcl: the same rows for every class, the union over classes of k random positives, with all their labels.
-    goyal: for each class k random positives and 19 k random negatives; difficult images are neither.
+    pcl: the same rows for every class, the union over classes of k random positives, with all their
+        labels.
+    goyal: for each class k random positives and 19 k random negatives; difficult images are
+        neither.
 
     Args:
         matrix: int [N, C] of PRESENT, DIFFICULT, ABSENT.
@@ -190,7 +194,7 @@ def svm(config: ConfigDict, workdir: pathlib.Path) -> dict[str, Any]:
 
 
 def lowshot(config: ConfigDict, workdir: pathlib.Path) -> dict[str, Any]:
-    """mAP with k positives per class: mean and standard deviation over draws; returns what `result.json` holds."""
+    """Compute mAP with k positives per class; return what `result.json` holds."""
     _check(config)
     if not config.shots or config.draws < 1:
         raise ConfigError("config.shots must not be empty, and config.draws positive")
@@ -206,7 +210,8 @@ def lowshot(config: ConfigDict, workdir: pathlib.Path) -> dict[str, Any]:
 
     for done, k in enumerate(config.shots, 1):
         table = np.array(finished.get(f"k{k}", functools.partial(draws, k)))
-        best = int(np.argmax(table.mean(axis=0)))  # both protocols pick the cost with the best mean on the test images
+        # both protocols pick the cost with the best mean on the test images
+        best = int(np.argmax(table.mean(axis=0)))
         values = 100 * table[:, best]
         means.append(float(values.mean()))
         deviations.append(float(values.std(ddof=1)) if config.draws > 1 else 0.0)

@@ -1,4 +1,4 @@
-"""The loop of evaluations that train: resume, step, log, evaluate after each epoch, save, stop when asked to."""
+"""The loop of evaluations that train: resume, step, log, evaluate, save, stop."""
 
 import dataclasses
 import pathlib
@@ -27,12 +27,14 @@ class TrainingLoop:
         folder: of checkpoints and metrics.
         total: steps in all.
         steps_per_epoch: epochs may be cut off at the end.
-        step: (state, batch) -> (state, scalars), which have "loss" among them; the state has a `step`.
+        step: (state, batch) -> (state, scalars), which have "loss" among them; the state has a
+            `step`.
         batches: the batches after a step.
-        evaluate: (state, epoch) -> results in a few numbers, or nothing; the time it takes is not training's.
+        evaluate: (state, epoch) -> results in a few numbers, or nothing; the time it takes is not
+            training's.
         advice: what to try when the loss is not finite.
-        sound: the part of a state that must be finite to be saved; all of it by default. A task that
-            trains several classifiers side by side lets all but the first of them diverge.
+        sound: the part of a state that must be finite to be saved; all of it by default. A task
+            that trains several classifiers side by side lets all but the first of them diverge.
     """
 
     config: ConfigDict
@@ -46,7 +48,7 @@ class TrainingLoop:
     sound: Callable[[Any], Any] = lambda state: state
 
     def run(self, state: Any, stop: PreemptionGuard) -> tuple[Any, list[Results]]:
-        """The state after the last step, and what `evaluate` gave after each epoch that it said something of.
+        """Run to the last step; return its state, and what `evaluate` gave after each epoch.
 
         Raises:
             Diverged: the loss or the state became NaN or infinite; no checkpoint was overwritten.
@@ -85,7 +87,8 @@ class TrainingLoop:
                         metrics.write(step, {"epoch": step / self.steps_per_epoch, **results})
                 stopping = stop.reached()
                 if ends or stopping:
-                    # A signal may arrive between two steps that are logged, and so between two checks.
+                    # A signal may arrive between two steps that are logged, and so between two
+                    # checks.
                     self._check(step, scalars, state)
                     checkpoints.save(step, state, {"history": history})
                 if stopping and step < self.total:
@@ -96,7 +99,11 @@ class TrainingLoop:
         return state, history
 
     def _check(self, step: int, scalars: dict[str, jax.Array], state: Any = None) -> None:
-        """Raise Diverged unless the loss of a step, and the state after it where one is given, are finite."""
+        """Check that the loss of a step, and the state if given, are finite.
+
+        Raises:
+            Diverged: they are not.
+        """
         loss = float(scalars["loss"])
         if not np.isfinite(loss):
             raise Diverged(f"the loss is {loss} at step {step}; {self.advice}")

@@ -1,6 +1,7 @@
-"""config.task = "transfer": how well frozen features of one backbone serve other data sets, with all labels and with few.
+"""config.task = "transfer": frozen features on other data sets, all labels and few.
 
-Features of a data set are computed once and kept, as is each read-out's result: a second start does what is left.
+Features of a data set are computed once and kept, as is each read-out's result: a second start does
+what is left.
 """
 
 import functools
@@ -78,7 +79,7 @@ class Readout(NamedTuple):
         return self.percent < 100
 
     def count(self, size: int) -> int:
-        """Images of a class that has `size`: at least one, and all where there are fewer than wanted."""
+        """Return how many images of a class of `size` to take: at least one, at most all."""
         # Rounding up, but not because 0.07 * 100 is a little more than 7.
         wanted = math.ceil(size * self.percent / 100 - 1e-9) if self.percent else self.shots
         return min(max(wanted, 1), size)
@@ -94,8 +95,9 @@ def readouts(config: ConfigDict) -> list[Readout]:
 def draw_rows(labels: np.ndarray, readout: Readout, seed: int, draw: int) -> np.ndarray:
     """Rows of the training images that a classifier sees, the same number or share of each class.
 
-    Each class is shuffled by a generator of its own, and its first images are taken: a larger number of images holds
-    the smaller one of the same draw, and what is drawn of a class does not depend on the others.
+    Each class is shuffled by a generator of its own, and its first images are taken: a larger
+    number of images holds the smaller one of the same draw, and what is drawn of a class does not
+    depend on the others.
 
     Args:
         labels: int [N].
@@ -115,19 +117,22 @@ def draw_rows(labels: np.ndarray, readout: Readout, seed: int, draw: int) -> np.
 
 
 def transfer(config: ConfigDict, workdir: pathlib.Path) -> dict[str, Any]:
-    """Judge the checkpoint, and random weights of the same network; returns what `result.json` holds.
+    """Judge the checkpoint and random weights; return what `result.json` holds.
 
-    Numbers are top-1 accuracies in per cent: `NAME_linear` (all labels), `NAME_1pct` and `NAME_k4` (means over the
-    draws, with the standard deviations `NAME_1pct_std` and `NAME_k4_std`); those of random weights end in `_random`.
+    Numbers are top-1 accuracies in per cent: `NAME_linear` (all labels), `NAME_1pct` and `NAME_k4`
+    (means over the draws, with the standard deviations `NAME_1pct_std` and `NAME_k4_std`); those of
+    random weights end in `_random`.
 
     Raises:
         ConfigError: settings that cannot work.
-        DataError: a data set without labels, with fewer than two classes, or with others in its test set.
+        DataError: a data set without labels, with fewer than two classes, or with others in its
+            test set.
     """
     targets = parse_targets(config.targets)
     _check(config)
     backbone = open_backbone(config)
-    sources = [_open(config, backbone, target) for target in targets]  # what is missing is told before hours of work
+    # what is missing is told before hours of work
+    sources = [_open(config, backbone, target) for target in targets]
     found: dict[str, dict[str, float]] = {}
     counts: dict[str, int] = {}
     for name, settings in networks(config).items():
