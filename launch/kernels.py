@@ -122,7 +122,8 @@ def kernels_of(program: Program, package: str = "") -> list[Kernel]:
         program: parsed HLO.
         package: the folder whose lines are ours.
     """
-    return list(_walk(program, program.computations[program.entry], 1, package))
+    steps = _steps(program, program.computations[program.entry], 1)
+    return [_kernel(program, computation, one, times, package) for computation, one, times in steps]
 
 
 def summary(kernels: Iterable[Kernel], peaks: Peaks) -> dict[str, Any]:
@@ -162,6 +163,18 @@ def summary(kernels: Iterable[Kernel], peaks: Peaks) -> dict[str, Any]:
     }
 
 
+def collectives_of(program: Program) -> dict[str, dict[str, int]]:
+    """Return {"all-reduce f32": {"count": operations of a run, "bytes": of their results on one device}}."""
+    sums: dict[str, dict[str, int]] = {}
+    for computation, one, times in _steps(program, program.computations[program.entry], 1):
+        if one.opcode.startswith(_COLLECTIVES):
+            kind = f"{one.opcode.removesuffix('-start')} {computation.operand(one, 0).arrays[0].dtype}"
+            entry = sums.setdefault(kind, {"count": 0, "bytes": 0})
+            entry["count"] += times
+            entry["bytes"] += times * sum(array.bytes for array in _received(one))
+    return sums
+
+
 def warnings_of(program: Program, package: str = "") -> list[str]:
     """Return one line for each pattern of a program that is slow on GPUs, with how often it is there and where first."""
     found: dict[str, list[str]] = collections.defaultdict(list)
@@ -190,20 +203,28 @@ def warnings_of(program: Program, package: str = "") -> list[str]:
 # ---- Kernels -------------------------------------------------------------------------------------
 
 
-def _walk(program: Program, computation: Computation, times: int, package: str) -> Iterator[Kernel]:
+def _steps(program: Program, computation: Computation, times: int) -> Iterator[tuple[Computation, Instruction, int]]:
+    """What runs on the device, and how often; of a conditional the branch that moves most."""
     for one in computation.instructions.values():
         if one.opcode == "while":
             trips = _TRIPS.search(one.rest)
             body = program.computations[one.attribute("body")]
-            yield from _walk(program, body, times * (int(trips[1]) if trips else 1), package)
+            yield from _steps(program, body, times * (int(trips[1]) if trips else 1))
         elif one.opcode == "conditional":
-            branches = [list(_walk(program, program.computations[name], times, package)) for name in one.called]
-            yield from max(branches, key=lambda branch: sum(kernel.bytes for kernel in branch), default=[])
+            branches = [list(_steps(program, program.computations[name], times)) for name in one.called]
+            yield from max(branches, key=lambda branch: _moved(program, branch), default=[])
         elif one.opcode in ("call", "async-start"):
             for name in one.called:
-                yield from _walk(program, program.computations[name], times, package)
+                yield from _steps(program, program.computations[name], times)
         elif one.opcode not in _FREE and not one.opcode.endswith(("-done", "-update")):
-            yield _kernel(program, computation, one, times, package)
+            yield computation, one, times
+
+
+def _moved(program: Program, steps: list[tuple[Computation, Instruction, int]]) -> int:
+    return sum(
+        times * (_read(program, computation, one) + _written(program, computation, one))
+        for computation, one, times in steps
+    )
 
 
 def _kernel(program: Program, computation: Computation, one: Instruction, times: int, package: str) -> Kernel:
@@ -338,9 +359,15 @@ def _written(program: Program, computation: Computation, one: Instruction) -> in
 def _update(computation: Computation, result: Instruction) -> int:
     if result.opcode == "dynamic-update-slice":
         return computation.operand(result, 1).bytes
-    if result.opcode in ("all-gather-start", "collective-permute-start"):  # (operands, results)
-        return result.bytes - sum(computation.instructions[name].bytes for name in result.operands)
+    if result.opcode.startswith(_COLLECTIVES):
+        return sum(array.bytes for array in _received(result))
     return result.bytes
+
+
+def _received(one: Instruction) -> tuple[Array, ...]:
+    """What a collective results in; the start of an asynchronous one has its operands before that."""
+    sent = len(one.operands)
+    return one.arrays[sent : 2 * sent] if one.opcode.endswith("-start") and len(one.arrays) > sent else one.arrays
 
 
 # ---- FLOPs ---------------------------------------------------------------------------------------

@@ -152,7 +152,7 @@ def describe_on_gpu(compiled: Any, gpu: Gpu, package: str) -> dict[str, Any]:
         "limit_bytes": limit,
         "argument_bytes": int(memory.argument_size_in_bytes),
         "temporary_bytes": need.temporaries,
-        "collectives": summed(collectives(text)),
+        "collectives": kernels.collectives_of(program),
         "warnings": kernels.warnings_of(program, package),
         **kernels.summary(kernels.kernels_of(program, package), gpu.peaks),
     }

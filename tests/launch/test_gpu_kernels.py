@@ -5,7 +5,7 @@ import pathlib
 import pytest
 
 from launch.hlo import parse
-from launch.kernels import Peaks, kernels_of, summary, warnings_of
+from launch.kernels import Peaks, collectives_of, kernels_of, summary, warnings_of
 
 STEP = (pathlib.Path(__file__).parent / "step.hlo").read_text()
 X, Y, W, S = 2 * 2 * 8 * 8 * 3, 2 * 2 * 8 * 8 * 4, 2 * 4 * 3 * 3 * 3, 4 * 4  # bytes
@@ -197,16 +197,25 @@ def test_warnings_about_other_patterns():
     assert [kernel.kind for kernel in kernels] == ["copy or transpose"] * 5 + ["scatter"] * 2 + ["sort", "other"]
 
 
-def test_collectives_are_kernels_that_compute_nothing():
+def test_collectives():
+    """They compute nothing; the start of an asynchronous one results in its operands as well, which do not travel twice."""
     body = """  %a = f32[1024]{0} parameter(0)
-  %s = f32[1024]{0} all-reduce-start(%a), to_apply=%add
+  %b = f32[8]{0} parameter(1)
+  %s = ((f32[1024]{0}), f32[1024]{0}) all-reduce-start(%a), to_apply=%add
   %d = f32[1024]{0} all-reduce-done(%s)
   %g = (f32[1024]{0}, f32[4096]{0}) all-gather-start(%d), dimensions={0}
-  ROOT %e = f32[4096]{0} all-gather-done(%g)
+  %e = f32[4096]{0} all-gather-done(%g)
+  ROOT %r = (f32[1024]{0}, f32[8]{0}) all-reduce(%a, %b), to_apply=%add
 """
-    (one, two), _ = entry(body)
+    text = f"ENTRY %main (p: f32[1]) -> f32[1] {{\n{body}\n}}\n"
+    one, two, three = kernels_of(parse(text))
     assert (one.kind, one.read, one.written, one.flops) == ("collective", 4096, 4096, 0.0)
     assert (two.kind, two.read, two.written) == ("collective", 4096, 16384)
+    assert (three.read, three.written) == (4096 + 32, 4096 + 32)
+    assert collectives_of(parse(text)) == {
+        "all-reduce f32": {"count": 2, "bytes": 2 * 4096 + 32},
+        "all-gather f32": {"count": 1, "bytes": 16384},
+    }
 
 
 def test_a_text_without_an_entry():
