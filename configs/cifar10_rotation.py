@@ -14,11 +14,8 @@ from hexa_jax.configs import common
 def get_config(text=None):
     """The recipe."""
     choice = common.arguments(text, epochs=200, scheme="")
-    config = common.benchmark_sgd(common.small_images(common.rotation(common.get_config())), 0.1)
+    config = common.falling_steps(common.small_images(common.rotation(common.get_config())), choice.epochs)
     config.batch_size = 128
     config.cutmix_block = 16  # the rows of one of 8 devices
-    config.data.min_scale = (0.2,)
-    config.optimizer.schedule, config.optimizer.decay = "steps", 0.2
-    config.optimizer.milestones = common.milestones(choice.epochs, 30, 60, 80)
-    config.epochs, config.scheme = choice.epochs, choice.scheme
+    config.scheme = choice.scheme
     return config

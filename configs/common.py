@@ -397,13 +397,7 @@ def small_images(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict
     config.augment.blur_probability = (0.0,)
     config.eval_statistics = "reestimated"
     config.views.average = True  # docs/results.md: the sum at an unchanged learning rate costs more than the attack
-    config.knn.resize = config.knn.crop = 32
-    config.knn.neighbours = 200
-    config.knn.temperature = 0.1
-    config.knn.train_limit = 0
-    config.knn.test_limit = 0
-    config.linear.at_end = True
-    return config
+    return benchmark_evaluations(config)
 
 
 def imagenette(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
@@ -419,7 +413,12 @@ def imagenette(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
     config.data.crop_size = (128,)
     config.eval_statistics = "reestimated"
     config.views.average = True  # as for smaller images
-    config.knn.resize = config.knn.crop = 128
+    return benchmark_evaluations(config)
+
+
+def benchmark_evaluations(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
+    """Evaluate on all images at the crops' size, as the benchmarks of lightly-ai/lightly on small images do."""
+    config.knn.resize = config.knn.crop = max(config.data.crop_size)
     config.knn.neighbours = 200
     config.knn.temperature = 0.1
     config.knn.train_limit = 0
@@ -432,4 +431,14 @@ def benchmark_sgd(config: ml_collections.ConfigDict, learning_rate: float) -> ml
     """SGD with weight decay 5e-4 and a cosine per epoch, as the small-image benchmarks of lightly-ai/lightly train."""
     o = config.optimizer
     o.name, o.learning_rate, o.weight_decay, o.schedule = "sgd", learning_rate, 5e-4, "epoch_cosine"
+    return config
+
+
+def falling_steps(config: ml_collections.ConfigDict, epochs: int) -> ml_collections.ConfigDict:
+    """SGD at 0.1, x0.2 at 30, 60 and 80 % of the epochs, weight decay 5e-4 (Zagoruyko and Komodakis, 2016)."""
+    benchmark_sgd(config, 0.1)
+    config.epochs = epochs
+    config.data.min_scale = (0.2,)
+    config.optimizer.schedule, config.optimizer.decay = "steps", 0.2
+    config.optimizer.milestones = milestones(epochs, 30, 60, 80)
     return config

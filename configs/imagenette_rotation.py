@@ -14,9 +14,6 @@ from hexa_jax.configs import common
 def get_config(text=None):
     """The recipe."""
     choice = common.arguments(text, epochs=200, scheme="")
-    config = common.benchmark_sgd(common.imagenette(common.rotation(common.get_config())), 0.1)
-    config.data.min_scale = (0.2,)
-    config.optimizer.schedule, config.optimizer.decay = "steps", 0.2
-    config.optimizer.milestones = common.milestones(choice.epochs, 30, 60, 80)
-    config.epochs, config.scheme = choice.epochs, choice.scheme
+    config = common.falling_steps(common.imagenette(common.rotation(common.get_config())), choice.epochs)
+    config.scheme = choice.scheme
     return config

@@ -97,6 +97,26 @@ def arguments(kind, workdir, **overrides):
     return words + [f"--config.{name}={value}" for name, value in settings.items()]
 
 
+def evaluation_words(config, workdir, **settings):
+    """Command line words of an evaluation: a file in configs/eval with its arguments, settings by dotted key."""
+    words = [f"--config={REPOSITORY}/configs/eval/{config}", f"--workdir={workdir}"]
+    return words + [f"--config.{name}={value}" for name, value in settings.items()]
+
+
+def result(workdir):
+    """What a run's result.json holds."""
+    return json.loads((workdir / "result.json").read_text())
+
+
+def check_refused(words, message, capsys):
+    """Run a command in this process, which has to end with one line that holds the message and code 2."""
+    from hexa_jax import main  # takes seconds, which tests that only read a run's files need not wait for
+
+    assert main.main(["hexa", *words]) == 2, message
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("hexa_jax: ") and message in line
+
+
 def environment():
     """Of a child process: one CPU device, the tests' compilation cache, nothing recompiled that takes time."""
     env = {name: value for name, value in os.environ.items() if name != "PYTHONWARNINGS"}

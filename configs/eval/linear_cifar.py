@@ -13,18 +13,13 @@ Numbers: the paper's Appendix B: Adamax, 20 epochs, batch 256, learning rates 0.
 """
 
 from hexa_jax.configs import common
-from hexa_jax.configs.eval import common as evaluation
+from hexa_jax.configs.eval import linear
 
 
 def get_config(text=None):
     """The protocol."""
     choice = common.arguments(text, dataset="cifar10", epochs=20)
-    config = evaluation.get_config("linear_features")
+    config = linear.get_config(f"epochs={choice.epochs}")
     config.data.source, config.data.eval_source = f"tfds:{choice.dataset}:train", f"tfds:{choice.dataset}:test"
     config.data.resize = config.data.crop = 224
-    config.epochs = choice.epochs
-    config.batch_size = 256
-    config.learning_rates = (0.1, 0.01, 0.001)
-    config.milestones = common.milestones(choice.epochs, 35, 70)
-    config.decay = 0.1
     return config

@@ -47,6 +47,18 @@ def check_queue(block: str, queue_size: int, spec: Spec) -> None:
         )
 
 
+def queue_warnings(block: str, queue_size: int, spec: Spec) -> list[str]:
+    """Return a line, naming the method's block, if the negatives are older keys of the very same images."""
+    images = spec.num_examples
+    if queue_size <= images:
+        return []
+    return [
+        f"{block}.queue_size={queue_size} is more than the {images} images: the queue holds each image's own keys of up "
+        f"to {-(-queue_size // images)} earlier epochs as negatives; use fewer, such as "
+        f"--config.{block}.queue_size={images // spec.batch_size * spec.batch_size}"
+    ]
+
+
 @dataclasses.dataclass(frozen=True)
 class MoCo(LabelsBeforeStep):
     """MoCo-v2 (facebookresearch/moco).
@@ -66,6 +78,9 @@ class MoCo(LabelsBeforeStep):
 
     def check(self, spec: Spec) -> None:
         check_queue("moco", self.queue_size, spec)
+
+    def warnings(self, spec: Spec) -> list[str]:
+        return queue_warnings("moco", self.queue_size, spec)
 
     def init(self, key: jax.Array, params: Any, spec: Spec) -> MoCoState:
         queue = jax.random.normal(key, (self.queue_size, spec.embedding_dim))

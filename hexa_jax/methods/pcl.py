@@ -22,7 +22,7 @@ from hexa_jax.core.batch import Batch
 from hexa_jax.losses import prototype_cross_entropy
 from hexa_jax.methods.bank import Bank, describe_clusters
 from hexa_jax.methods.base import Encode, LabelsBeforeStep, Spec, Targets
-from hexa_jax.methods.moco import MoCo, MoCoState, check_queue
+from hexa_jax.methods.moco import MoCo, MoCoState, check_queue, queue_warnings
 
 SMOOTHING = 10  # alpha of equation 12: keeps small clusters from counting as overly dense
 CLIPPED = (10.0, 90.0)  # percentiles that bound the concentrations
@@ -133,6 +133,9 @@ class PCL(LabelsBeforeStep):
             raise ValueError(
                 f"pcl.num_clusters={tuple(self.num_clusters)} has more than the {seen} images seen in an epoch: use fewer"
             )
+
+    def warnings(self, spec: Spec) -> list[str]:
+        return queue_warnings("pcl", self.queue_size, spec)
 
     @property
     def _moco(self) -> MoCo:

@@ -23,6 +23,7 @@ from hexa_jax.methods.base import LabelsBeforeStep, LabelsFromOutputs, Method, S
 from hexa_jax.models.heads import Network, ProjectionHead
 from hexa_jax.models.norm import ADVERSARIAL, CLEAN
 from hexa_jax.models.resnet import make_resnet
+from hexa_jax.parallel import processes
 from hexa_jax.parallel.mesh import Layout, make_mesh
 from hexa_jax.training.objective import Objective
 from hexa_jax.training.objective_from_outputs import ObjectiveFromOutputs
@@ -315,15 +316,15 @@ def _view_warnings(config: ConfigDict, scheme: Scheme) -> list[str]:
 
 def _warn(config: ConfigDict, scheme: Scheme, method: Method, layout: Layout, spec: Spec) -> None:
     """Log settings that work, but hardly as they are meant."""
-    for line in (*_view_warnings(config, scheme), *method.warnings(spec)):
-        logging.warning(line)
+    lines = [*_view_warnings(config, scheme), *method.warnings(spec)]
     if method.key_crops and layout.bn_group_size >= layout.shuffle_block:
-        logging.warning(
-            "shuffle-BN does nothing: keys are shuffled among shuffle_block=%d rows, which share their BatchNorm statistics "
-            "anyway (bn_group_size=%d); use a smaller bn_group_size, 32 for example",
-            layout.shuffle_block,
-            layout.bn_group_size,
+        lines.append(
+            f"shuffle-BN does nothing: keys are shuffled among shuffle_block={layout.shuffle_block} rows, which share their "
+            f"BatchNorm statistics anyway (bn_group_size={layout.bn_group_size}); use a smaller bn_group_size, 32 for example"
         )
+    for line in lines:
+        if processes.is_main_process():
+            logging.warning(line)
 
 
 def _check_views(scheme: Scheme, method: Method, layout: Layout) -> None:

@@ -50,25 +50,10 @@ def pretrain(config: ConfigDict, workdir: pathlib.Path) -> dict[str, Any]:
     source = open_training_source(config)
     settle_normalization(config, workdir, source)
     trainer = make_trainer(config, len(source), num_classes=source.num_classes)
-    _warn_of_queue(config, len(source))
     if processes.is_main_process() and (unused := accelerator_warning()):
         logging.warning(unused)
     with jax.set_mesh(trainer.mesh):
         return _Run(config, workdir, source, trainer).run()
-
-
-def _warn_of_queue(config: ConfigDict, num_images: int) -> None:
-    """Tell whoever trains on few images that MoCo's negatives would be older keys of the very same images."""
-    size = config.moco.queue_size
-    if config.method == "moco" and size > num_images and processes.is_main_process():
-        logging.warning(
-            "moco.queue_size=%d is more than the %d images: the queue holds each image's own keys of up to %d "
-            "earlier epochs as negatives; use fewer, such as --config.moco.queue_size=%d",
-            size,
-            num_images,
-            -(-size // num_images),
-            max(num_images // config.batch_size, 1) * config.batch_size,
-        )
 
 
 class _Run:

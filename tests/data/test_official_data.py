@@ -1,12 +1,11 @@
 """Evaluations on data as it is published: CIFAR's binary files and the 1 % lists of ImageNet, through tfds's own builders."""
 
-import json
 import subprocess
 import sys
 
 import numpy as np
 import pytest
-from command_line import REPOSITORY
+from command_line import evaluation_words, result
 from official_archives import encoded, prepare, write_cifar, write_official_tars
 
 from hexa_jax import main
@@ -25,9 +24,8 @@ SMALL = {
 
 def evaluate(name, workdir, **settings):
     """Numbers of an evaluation of a random network, run as a user would."""
-    words = [f"--config={REPOSITORY}/configs/eval/{name}", f"--workdir={workdir}"]
-    assert main.main(["hexa", *words, *[f"--config.{key}={value}" for key, value in (SMALL | settings).items()]]) == 0
-    return json.loads((workdir / "result.json").read_text())
+    assert main.main(["hexa", *evaluation_words(name, workdir, **SMALL | settings)]) == 0
+    return result(workdir)
 
 
 def batches(num_files, num_labels, classes):

@@ -10,7 +10,7 @@ import cv2
 import jax
 import numpy as np
 import pytest
-from command_line import REPOSITORY, final_state, lines
+from command_line import evaluation_words, final_state, lines, result
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 from small import small_config
@@ -140,16 +140,11 @@ def words(workdir, devkit, recipe="paper", **settings):
         f"data.{name}": f"voc:{devkit}:{split}" for name, split in (("source", "train"), ("eval_source", "test"))
     }
     settings = SETTINGS | sources | settings
-    config = f"--config={REPOSITORY}/configs/eval/detection_voc.py:recipe={recipe}"
-    return ["hexa", config, f"--workdir={workdir}"] + [f"--config.{name}={value}" for name, value in settings.items()]
-
-
-def read(workdir):
-    return json.loads((workdir / "result.json").read_text())
+    return ["hexa", *evaluation_words(f"detection_voc.py:recipe={recipe}", workdir, **settings)]
 
 
 def precisions(workdir):
-    return {name: value for name, value in read(workdir).items() if "AP" in name}
+    return {name: value for name, value in result(workdir).items() if "AP" in name}
 
 
 def detector(workdir):
@@ -171,7 +166,7 @@ def assert_same_run(workdir, expected):
     (step, state), (wanted_step, wanted) = final_state(workdir), final_state(expected)
     assert step == wanted_step == STEPS
     assert_same(state, wanted)
-    assert losses(workdir) == losses(expected) and read(workdir) == read(expected)
+    assert losses(workdir) == losses(expected) and result(workdir) == result(expected)
     assert_same(detector(workdir), detector(expected))
 
 
@@ -186,9 +181,9 @@ def run(devkit, weights, tmp_path_factory):
 
 
 def test_a_run_leaves_what_it_should(run):
-    result = read(run)
-    assert (result["steps"], result["train_images"], result["test_images"]) == (STEPS, TRAIN, TEST)
-    assert {"AP", "AP50", "AP75", "VOC_AP50", "VOC07_AP50", "AP_red", "VOC_AP50_green"} <= result.keys()
+    values = result(run)
+    assert (values["steps"], values["train_images"], values["test_images"]) == (STEPS, TRAIN, TEST)
+    assert {"AP", "AP50", "AP75", "VOC_AP50", "VOC07_AP50", "AP_red", "VOC_AP50_green"} <= values.keys()
     logged = [line for line in lines(run) if "loss" in line]
     assert [line["step"] for line in logged] == list(range(1, STEPS + 1))
     for line in logged:
@@ -247,14 +242,14 @@ def test_training_goes_on_from_a_detector_file(run, longer):
     before, after = detector(run), detector(longer)
     same = {name for name in before if (before[name] == after[name]).all()}
     assert len(same) > 10 and all(re.match(r"backbone\.body\.(conv1|bn1|layer1)", name) for name in same)
-    assert read(longer)["AP50"] > read(run)["AP50"]
+    assert result(longer)["AP50"] > result(run)["AP50"]
 
 
 def test_a_detector_file_is_tested_as_in_its_run(longer, devkit, tmp_path, capsys):
     file = longer / "detector.safetensors"
     assert main.main(words(tmp_path / "run", devkit, detector=file, epochs=0)) == 0
     assert precisions(tmp_path / "run") == precisions(longer) and precisions(longer)["AP"] > 0
-    assert read(tmp_path / "run")["steps"] == 0 and "train_images" not in read(tmp_path / "run")
+    assert result(tmp_path / "run")["steps"] == 0 and "train_images" not in result(tmp_path / "run")
     assert_same(detector(tmp_path / "run"), detector(longer))
     assert not (tmp_path / "run" / "checkpoints").exists() and "step 1/" not in capsys.readouterr().out
 
@@ -330,7 +325,7 @@ def test_devices_change_nothing(settings, devkit, weights, tmp_path):
         assert losses(tmp_path / "4")[number] == pytest.approx(loss, abs=1e-9)
     moved = np.abs(detector(tmp_path / "1")["backbone.body.layer4.0.conv1.weight"] - start).max()
     assert moved > 1e-6
-    assert read(tmp_path / "1") == read(tmp_path / "4")
+    assert result(tmp_path / "1") == result(tmp_path / "4")
 
 
 @pytest.mark.slow  # a program of its own

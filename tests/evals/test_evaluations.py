@@ -4,7 +4,7 @@ import json
 
 import numpy as np
 import pytest
-from command_line import REPOSITORY, finished, image_folder
+from command_line import check_refused, evaluation_words, finished, image_folder, result
 from sklearn.neighbors import KNeighborsClassifier
 
 import hexa_jax
@@ -33,12 +33,7 @@ def run():
 
 def evaluate(name, workdir, checkpoint, **settings):
     """Exit code of an evaluation."""
-    words = [f"--config={REPOSITORY}/configs/eval/{name}", f"--config.checkpoint={checkpoint}", f"--workdir={workdir}"]
-    return main.main(["hexa", *words, *[f"--config.{key}={value}" for key, value in settings.items()]])
-
-
-def result(workdir):
-    return json.loads((workdir / "result.json").read_text())
+    return main.main(["hexa", *evaluation_words(name, workdir, checkpoint=checkpoint, **settings)])
 
 
 @pytest.fixture(scope="module")
@@ -156,9 +151,8 @@ def test_mistakes_are_one_line(run, tmp_path, capsys):
         ),
     }
     for number, (message, (name, checkpoint, settings)) in enumerate(cases.items()):
-        assert evaluate(name, tmp_path / f"run{number}", checkpoint, **settings) == 2
-        (line,) = capsys.readouterr().err.splitlines()
-        assert line.startswith("hexa_jax: ") and message in line
+        command = evaluation_words(name, tmp_path / f"run{number}", checkpoint=checkpoint, **settings)
+        check_refused(command, message, capsys)
 
 
 def test_the_run_s_own_folders_stay_classes(tmp_path):

@@ -9,7 +9,7 @@ import tempfile
 
 import numpy as np
 import pytest
-from command_line import REPOSITORY, final_state, image_folder, lines
+from command_line import check_refused, evaluation_words, final_state, image_folder, lines, result
 from ml_collections import ConfigDict
 from sklearn.linear_model import LogisticRegression
 
@@ -307,12 +307,7 @@ def words(workdir, **settings):
         "data.crop": 8, "batch_size": 16, "optimizer.learning_rates": str(RATES), "optimizer.milestones": "(1,)",
         "runtime.num_devices": 1, "runtime.log_every": 1,
     } | settings  # fmt: skip
-    config = f"--config={REPOSITORY}/configs/eval/finetune_cifar.py:epochs=2"
-    return ["hexa", config, f"--workdir={workdir}"] + [f"--config.{name}={value}" for name, value in settings.items()]
-
-
-def read(workdir):
-    return json.loads((workdir / "result.json").read_text())
+    return ["hexa", *evaluation_words("finetune_cifar.py:epochs=2", workdir, **settings)]
 
 
 @pytest.fixture(scope="module")
@@ -333,16 +328,16 @@ def losses(workdir, rate):
 
 
 def test_reports_each_learning_rate(run):
-    result = read(run)
-    assert result["train_images"] == 48 and result["epochs"] == 2
-    tops = [(result[f"top1_lr{rate}"], result[f"top5_lr{rate}"]) for rate in RATES]
+    values = result(run)
+    assert values["train_images"] == 48 and values["epochs"] == 2
+    tops = [(values[f"top1_lr{rate}"], values[f"top5_lr{rate}"]) for rate in RATES]
     assert all(0 < first < fifth <= 100 for first, fifth in tops) and tops[0] != tops[1]
     best = max(range(2), key=lambda number: tops[number])
-    assert (result["top1"], result["top5"]) == tops[best] and result["best_learning_rate"] == RATES[best]
+    assert (values["top1"], values["top5"]) == tops[best] and values["best_learning_rate"] == RATES[best]
     for rate in RATES:
         epochs = [line for line in lines(run / f"lr{rate}") if "top1" in line]
         assert [(line["step"], line["epoch"]) for line in epochs] == [(3, 1), (6, 2)]
-        assert epochs[-1]["top1"] == result[f"top1_lr{rate}"] and epochs[-1]["top5"] == result[f"top5_lr{rate}"]
+        assert epochs[-1]["top1"] == values[f"top1_lr{rate}"] and epochs[-1]["top5"] == values[f"top5_lr{rate}"]
     assert (run / "report" / "curves.png").stat().st_size > 1000
 
 
@@ -418,7 +413,7 @@ def test_a_finished_run_is_not_trained_again(run, tmp_path):
     (part / "result.json").unlink()
     before = {path: path.stat().st_mtime_ns for path in part.glob("lr*/checkpoints/*/MANIFEST.json")}
     assert main.main(words(part)) == 0
-    assert read(part) == read(run) and len(before) == 4
+    assert result(part) == result(run) and len(before) == 4
     assert {path: path.stat().st_mtime_ns for path in part.glob("lr*/checkpoints/*/MANIFEST.json")} == before
 
 
@@ -446,7 +441,7 @@ def test_four_devices_agree_with_one(run, tmp_path):
     rate = RATES[1]
     four = words(tmp_path / "four", **{"runtime.num_devices": 4, "optimizer.learning_rates": f"({rate},)"})
     assert main.main(four) == 0
-    assert read(tmp_path / "four")["top1"] == read(run)[f"top1_lr{rate}"]
+    assert result(tmp_path / "four")["top1"] == result(run)[f"top1_lr{rate}"]
     np.testing.assert_allclose(losses(tmp_path / "four", rate), losses(run, rate), rtol=1e-4)
 
 
@@ -465,17 +460,13 @@ def test_mistakes_are_one_line(run, tmp_path, capsys):
         "config.optimizer.name='adam' is not known: use one of adamax, sgd": {"optimizer.name": "adam"},
     }
     for message, settings in cases.items():
-        assert main.main(words(tmp_path / "run", **settings)) == 2
-        (line,) = capsys.readouterr().err.splitlines()
-        assert message in line
+        check_refused(words(tmp_path / "run", **settings)[1:], message, capsys)
         assert not (tmp_path / "run" / "config.json").exists()  # the corrected command may use the folder
 
 
 @pytest.mark.parametrize("setting", [{"epochs": 0}, {"optimizer.learning_rates": "()"}])
 def test_nothing_to_train_is_a_mistake(tmp_path, capsys, setting):
-    assert main.main(words(tmp_path / "run", **setting)) == 2
-    (line,) = capsys.readouterr().err.splitlines()
-    assert next(iter(setting)) in line
+    check_refused(words(tmp_path / "run", **setting)[1:], next(iter(setting)), capsys)
 
 
 def test_a_mistake_leaves_a_run_that_began_its_config(run, tmp_path, capsys):

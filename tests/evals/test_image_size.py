@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from command_line import REPOSITORY, finished
+from command_line import REPOSITORY, evaluation_words, finished, result
 
 from configs import common
 from configs.eval import common as evaluation
@@ -92,18 +92,9 @@ def test_a_negative_size_is_a_mistake():
 
 
 def evaluated(workdir, checkpoint, **settings):
-    words = [f"--config={REPOSITORY}/configs/eval/knn.py", f"--config.checkpoint={checkpoint}"]
-    settings = {
-        "leave_one_out": True,
-        "runtime.num_devices": 1,
-        "runtime.batch_size": 32,
-    } | settings
-    words += [
-        f"--workdir={workdir}",
-        *[f"--config.{name}={value}" for name, value in settings.items()],
-    ]
-    assert main.main(["hexa", *words]) == 0
-    return json.loads((workdir / "result.json").read_text())
+    settings = {"leave_one_out": True, "runtime.num_devices": 1, "runtime.batch_size": 32} | settings
+    assert main.main(["hexa", *evaluation_words("knn.py", workdir, checkpoint=checkpoint, **settings)]) == 0
+    return result(workdir)
 
 
 def test_knn_with_defaults_is_knn_at_the_run_s_own_size(tmp_path, capsys):

@@ -7,7 +7,7 @@ import shutil
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from command_line import REPOSITORY, finished
+from command_line import check_refused, evaluation_words, finished, result
 
 from hexa_jax import main
 from hexa_jax.evals.tasks.linear_sgd import ProbeState, probe_step
@@ -47,10 +47,7 @@ def words(checkpoint, workdir, **settings):
         "data.eval_source": "shapes:test", "data.crop": 8, "data.resize": 8, "batch_size": 16, "runtime.num_devices": 1,
         "optimizer.learning_rates": "(0.3,3.0)",
     } | settings  # fmt: skip
-    config = f"--config={REPOSITORY}/configs/eval/linear_imagenet.py:epochs=2"
-    return ["hexa", config, f"--config.checkpoint={checkpoint}", f"--workdir={workdir}"] + [
-        f"--config.{name}={value}" for name, value in settings.items()
-    ]
+    return ["hexa", *evaluation_words("linear_imagenet.py:epochs=2", workdir, checkpoint=checkpoint, **settings)]
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +59,7 @@ def run():
 def probe(run, tmp_path_factory):
     workdir = tmp_path_factory.mktemp("probe") / "run"
     assert main.main(words(run, workdir)) == 0
-    return workdir, json.loads((workdir / "result.json").read_text())
+    return workdir, result(workdir)
 
 
 def test_probe_reports_each_learning_rate_and_epoch(probe):
@@ -75,7 +72,7 @@ def test_probe_reports_each_learning_rate_and_epoch(probe):
 
 def test_devices_and_an_interruption_change_nothing(run, probe, tmp_path):
     assert main.main(words(run, tmp_path / "four", **{"runtime.num_devices": 4})) == 0
-    assert json.loads((tmp_path / "four" / "result.json").read_text()) == probe[1]
+    assert result(tmp_path / "four") == probe[1]
     # As after a kill in the second epoch: the checkpoint of the first is the newest.
     part = tmp_path / "part"
     shutil.copytree(probe[0], part)
@@ -83,7 +80,7 @@ def test_devices_and_an_interruption_change_nothing(run, probe, tmp_path):
     newest = max((part / "checkpoints").iterdir())
     shutil.rmtree(newest)
     assert main.main(words(run, part)) == 0
-    assert json.loads((part / "result.json").read_text()) == probe[1]
+    assert result(part) == probe[1]
     assert newest.is_dir()
 
 
@@ -94,9 +91,7 @@ def test_mistakes_are_one_line(run, tmp_path, capsys):
         "no labels": words(run, tmp_path / "c", **{"data.source": f"folder:{flat(tmp_path)}"}),
     }
     for message, command in cases.items():
-        assert main.main(command) == 2
-        (line,) = capsys.readouterr().err.splitlines()
-        assert message in line
+        check_refused(command[1:], message, capsys)
 
 
 def flat(folder: pathlib.Path) -> pathlib.Path:

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from command_line import REPOSITORY, finished, image_folder
+from command_line import check_refused, evaluation_words, finished, image_folder, result
 from command_line import run as run_process
 
 from hexa_jax import main
@@ -190,17 +190,11 @@ SETTINGS = {
 
 
 def words(workdir, checkpoint, **settings):
-    values = SETTINGS | settings
-    files = [f"--config={REPOSITORY}/configs/eval/robustness.py:family=cifar", f"--workdir={workdir}"]
-    return [*files, f"--config.checkpoint={checkpoint}", *[f"--config.{key}={value}" for key, value in values.items()]]
+    return evaluation_words("robustness.py:family=cifar", workdir, checkpoint=checkpoint, **SETTINGS | settings)
 
 
 def evaluate(workdir, checkpoint, **settings):
     return main.main(["hexa", *words(workdir, checkpoint, **settings)])
-
-
-def result(workdir):
-    return json.loads((workdir / "result.json").read_text())
 
 
 @pytest.fixture(scope="module")
@@ -242,9 +236,7 @@ def test_the_table_has_both_networks_and_no_attack_helps(judged):
 def test_clean_images_give_what_the_knn_evaluation_gives(judged, checkpoint, tmp_path):
     settings = SETTINGS | {"neighbours": "(5,)", "temperatures": "(0.07,)"}
     settings = {k: v for k, v in settings.items() if k.startswith(("data", "runtime", "neigh", "temp"))}
-    arguments = [f"--config={REPOSITORY}/configs/eval/knn.py", f"--config.checkpoint={checkpoint}"]
-    arguments += [f"--workdir={tmp_path / 'knn'}", *[f"--config.{key}={value}" for key, value in settings.items()]]
-    assert main.main(["hexa", *arguments]) == 0
+    assert main.main(["hexa", *evaluation_words("knn.py", tmp_path / "knn", checkpoint=checkpoint, **settings)]) == 0
     everything = evaluate(
         tmp_path / "run", checkpoint, **{"test_images": 0, "attack.epsilons": "()", "corruptions": "()"}
     )
@@ -312,9 +304,7 @@ def test_mistakes_are_one_line(checkpoint, tmp_path, capsys):
         "config.family='svhn' is not known": {"family": "svhn"},
     }
     for number, (message, settings) in enumerate(cases.items()):
-        assert evaluate(tmp_path / f"run{number}", checkpoint, **settings) == 2, message
-        (line,) = capsys.readouterr().err.splitlines()
-        assert line.startswith("hexa_jax: ") and message in line
+        check_refused(words(tmp_path / f"run{number}", checkpoint, **settings), message, capsys)
         assert not (tmp_path / f"run{number}").exists()
 
 

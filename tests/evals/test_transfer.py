@@ -6,7 +6,7 @@ import json
 import cv2
 import numpy as np
 import pytest
-from command_line import REPOSITORY, finished, image_folder
+from command_line import check_refused, evaluation_words, finished, image_folder, result
 from command_line import run as run_process
 from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
@@ -105,17 +105,11 @@ SETTINGS = {
 
 
 def words(workdir, checkpoint, **settings):
-    values = SETTINGS | settings
-    files = [f"--config={REPOSITORY}/configs/eval/transfer.py", f"--workdir={workdir}"]
-    return [*files, f"--config.checkpoint={checkpoint}", *[f"--config.{key}={value}" for key, value in values.items()]]
+    return evaluation_words("transfer.py", workdir, checkpoint=checkpoint, **SETTINGS | settings)
 
 
 def evaluate(workdir, checkpoint, **settings):
     return main.main(["hexa", *words(workdir, checkpoint, **settings)])
-
-
-def result(workdir):
-    return json.loads((workdir / "result.json").read_text())
 
 
 @pytest.fixture(scope="module")
@@ -214,7 +208,5 @@ def test_mistakes_are_one_line(checkpoint, tmp_path, capsys):
         "data.list names images of one data set": {"data.list": "list.txt"},
     }
     for number, (message, settings) in enumerate(cases.items()):
-        assert evaluate(tmp_path / f"run{number}", checkpoint, **settings) == 2, message
-        (line,) = capsys.readouterr().err.splitlines()
-        assert line.startswith("hexa_jax: ") and message in line
+        check_refused(words(tmp_path / f"run{number}", checkpoint, **settings), message, capsys)
         assert not (tmp_path / f"run{number}").exists()

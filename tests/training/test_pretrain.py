@@ -31,14 +31,15 @@ def warnings_of(config, tmp_path, caplog):
 
 @pytest.mark.parametrize(
     "method, queue_size, warned",
-    [("moco", 64, False), ("moco", 96, True), ("simclr", 96, False)],
+    [("moco", 64, False), ("moco", 96, True), ("pcl", 96, True), ("simclr", 96, False)],
 )
 def test_a_queue_longer_than_the_data_is_told(method, queue_size, warned, no_run, tmp_path, caplog):
-    config = small_config(method, **{"moco.queue_size": queue_size, "precision": "float32"})
+    sizes = {f"{name}.queue_size": queue_size for name in ("moco", "pcl")}
+    config = small_config(method, precision="float32", **sizes)
     messages = warnings_of(config, tmp_path, caplog)
     if not warned:
         assert not messages
         return
     (line,) = messages
-    assert line.startswith("moco.queue_size=96 is more than the 70 images: ") and "\n" not in line
-    assert "up to 2 earlier epochs" in line and line.endswith("such as --config.moco.queue_size=64")
+    assert line.startswith(f"{method}.queue_size=96 is more than the 70 images: ") and "\n" not in line
+    assert "up to 2 earlier epochs" in line and line.endswith(f"such as --config.{method}.queue_size=64")
