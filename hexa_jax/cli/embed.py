@@ -1,9 +1,9 @@
 """Write one row per image: path, embedding, cluster and nearest neighbors.
 
-hexa embed W IMAGES --output=FILE
+hexa embed W IMAGES... --output=FILE
 
 W             workdir of a pre-training run, or a weights file
-IMAGES        a folder, or any source that training takes, such as arrays:FILE.npz or tfds:NAME:SPLIT
+IMAGES        folders, or one source that training takes, such as arrays:FILE.npz or tfds:NAME:SPLIT
 --output      FILE.parquet (needs pyarrow), FILE.csv or FILE.npz
 --neighbors   nearest neighbors of each image; 10 by default
 --clusters    number of clusters; by default the square root of half the images, at most 100
@@ -23,12 +23,12 @@ from hexa_jax.cli.collection import (
     all_devices,
     class_names,
     embed_collection,
-    guarded,
     make_parser,
     open_collection,
 )
+from hexa_jax.cli.guard import guarded
+from hexa_jax.cli.words import Mistake
 from hexa_jax.core.console import log
-from hexa_jax.data.source import DataError
 from hexa_jax.explore.structure import find_clusters, find_neighbors
 from hexa_jax.explore.tables import check_table, write_table
 
@@ -39,10 +39,10 @@ def main(argv: list[str]) -> int:
         print(__doc__)
         return 0
 
-    def work() -> None:
+    def work() -> int:
         options = make_parser("embed").parse_args(argv)
         if options.output is None:
-            raise DataError("--output is missing: a file that ends in .parquet, .csv or .npz")
+            raise Mistake("--output is missing: a file that ends in .parquet, .csv or .npz")
         check_table(options.output)
         mesh = all_devices()
         opened = open_collection(options)
@@ -53,6 +53,7 @@ def main(argv: list[str]) -> int:
         write_table(options.output, images, labels, clusters, neighbors)
         shape = f"{len(images.names)} x {images.values.shape[1]} features"
         log(f"{shape}, {len(clusters.sizes)} clusters: {options.output}")
+        return 0
 
     return guarded("embed", work)
 

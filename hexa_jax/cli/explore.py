@@ -1,9 +1,9 @@
 """Write one page to look at a collection of images: map, neighbors, near duplicates, outliers, clusters.
 
-hexa explore W IMAGES [--output=page.html]
+hexa explore W IMAGES... [--output=page.html]
 
 W             workdir of a pre-training run, or a weights file
-IMAGES        a folder, or any source that training takes, such as arrays:FILE.npz or tfds:NAME:SPLIT
+IMAGES        folders, or one source that training takes, such as arrays:FILE.npz or tfds:NAME:SPLIT
 --output      the page; page.html by default
 --map         tsne (default), umap (needs umap-learn) or pca; pca is there in any case
 --limit       at most so many images, evenly spread over the collection; 20000 by default, 0: all
@@ -32,14 +32,13 @@ from hexa_jax.cli.collection import (
     all_devices,
     class_names,
     embed_collection,
-    guarded,
     limited,
     make_parser,
     open_collection,
-    source_of,
 )
+from hexa_jax.cli.guard import guarded
+from hexa_jax.cli.words import Mistake
 from hexa_jax.core.console import log
-from hexa_jax.data.source import DataError
 from hexa_jax.explore.duplicates import SHOWN, THRESHOLD, find_pairs, signature
 from hexa_jax.explore.maps import METHODS, import_umap, make_maps
 from hexa_jax.explore.page import page_data, render_page
@@ -63,11 +62,11 @@ def _options(argv: list[str]) -> argparse.Namespace:
     parser.set_defaults(output=pathlib.Path("page.html"), neighbors=12)
     options = parser.parse_args(argv)
     if options.output.suffix not in (".html", ".htm"):
-        raise DataError(f"--output={options.output} must end in .html")
+        raise Mistake(f"--output={options.output} must end in .html")
     if not options.output.parent.is_dir():
-        raise DataError(f"--output={options.output}: there is no folder {options.output.parent}")
+        raise Mistake(f"--output={options.output}: there is no folder {options.output.parent}")
     if options.limit < 0:
-        raise DataError(f"--limit={options.limit} must be a number of images, or 0: all")
+        raise Mistake(f"--limit={options.limit} must be a number of images, or 0: all")
     if options.map == "umap":
         import_umap()
     return options
@@ -82,7 +81,7 @@ def _last_part(path: str) -> str:
     return os.path.basename(os.path.normpath(path))
 
 
-def _explore(options: argparse.Namespace) -> None:
+def _explore(options: argparse.Namespace) -> int:
     mesh = all_devices()
     backbone, whole, size = open_collection(options)
     source = limited(whole, options.limit)
@@ -95,13 +94,12 @@ def _explore(options: argparse.Namespace) -> None:
     clusters = find_clusters(images.values, options.clusters, seed=options.seed, mesh=mesh)
     pairs, correlation = find_pairs(np.stack([s for _, s in images.summaries]), SHOWN, mesh)
     log(f"map of {len(images.names)} images by {options.map}")
-    spec = source_of(options.images)
     data = page_data(
         images,
-        title=options.title or _last_part(options.images),
+        title=options.title or ", ".join(map(_last_part, options.images)),
         weights=_last_part(options.weights),
         total=len(whole),
-        is_folder=spec.startswith("folder:"),
+        is_folder=os.path.isfile(images.names[0]),
         labels=class_names(images, source),
         maps=make_maps(images.values, options.map, options.seed),
         clusters=clusters,
@@ -119,6 +117,7 @@ def _explore(options: argparse.Namespace) -> None:
     found = f"{len(clusters.sizes)} clusters, {int(np.sum(correlation >= THRESHOLD))} near-duplicate pairs"
     megabytes = options.output.stat().st_size / 1e6
     log(f"{len(images.names)} images, {found}: {options.output} ({megabytes:.1f} MB)")
+    return 0
 
 
 if __name__ == "__main__":

@@ -228,6 +228,8 @@ def test_umap_that_cannot_be_imported_is_a_line(monkeypatch):
         maps.make_maps(groups()[0], "umap")
 
 
+# umap-learn compiles itself for most of a minute.
+@pytest.mark.slow
 def test_umap_keeps_groups_together():
     try:
         maps.import_umap()
