@@ -211,6 +211,12 @@ def get_config() -> ml_collections.ConfigDict:
     linear.at_end = False  # and at the end, even where every_epochs is 0
     linear.regularization = 1e-4  # of multinomial logistic regression on standardised features
 
+    # Measures without labels (effective rank, alignment, uniformity, neighbors and clusters) of a sample of the training images:
+    # before training, on the way and at the end. They may change when a run is resumed.
+    config.health = health = ml_collections.ConfigDict()
+    health.every_epochs = 1  # 0: none
+    health.images = 1024  # of the sample; they stay in memory, 150 KB each at 224 pixels
+
     config.runtime = runtime = ml_collections.ConfigDict()
     runtime.num_devices = 0  # 0: all
     # Sequential parts of a step: less memory, the same result. 0: the smallest number that fits the device, found out by
@@ -225,10 +231,18 @@ def get_config() -> ml_collections.ConfigDict:
     # for each image: for more data than the disk holds.
     runtime.data_cache = "~/.cache/hexa_jax"
     runtime.log_every = 50  # steps
+    # Epochs from one report/index.html to the next, as long as reports take less than a twentieth of the time; 0: at the end only.
+    runtime.report_every = 1
     runtime.checkpoint_every = 0  # steps; 0: once per epoch
     runtime.keep_last = 2  # checkpoints
     runtime.keep_every = 0  # epochs: each k-th epoch's checkpoint stays for ever; 0: none
-    runtime.writer = "tensorboardX"  # tensorboardX or clu (needs TensorFlow)
+    # The best checkpoint by this measure of health stays, too: rankme, rankme_embedding, alignment, uniformity,
+    # neighbor_agreement, cluster_stability or cluster_evenness. Evaluations load it by --config.checkpoint=WORKDIR@best. Empty:
+    # none.
+    runtime.keep_best = ""
+    # Where metrics go besides metrics.jsonl: any of tensorboard, wandb, mlflow, trackio. All but the first are to be installed,
+    # and work without a network, too (WANDB_MODE=offline).
+    runtime.loggers = ("tensorboard",)
     return config
 
 

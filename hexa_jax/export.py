@@ -34,7 +34,7 @@ from hexa_jax.checkpoint.checkpointer import CheckpointError
 from hexa_jax.core.arguments import Parser
 from hexa_jax.core.console import with_aliases
 from hexa_jax.evals.backbone import Backbone, load_backbone
-from hexa_jax.evals.tasks.image_size import trained_size
+from hexa_jax.evals.image_size import trained_size
 from hexa_jax.models.onnx_graph import INPUTS, to_onnx
 from hexa_jax.models.weights import (
     Architecture,

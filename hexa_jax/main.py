@@ -36,7 +36,7 @@ from hexa_jax.experiments.evaluation_tables import tables
 from hexa_jax.models.weights import WeightsError
 from hexa_jax.parallel import processes
 from hexa_jax.storage.gcs import RemoteError
-from hexa_jax.storage.workdir import WorkdirError, abandon, held, open_workdir
+from hexa_jax.storage.workdir import COMMAND, WorkdirError, abandon, held, open_workdir, write_json
 from hexa_jax.storage.workdir_sync import local_workdir
 from hexa_jax.training.loop import pretrain
 from hexa_jax.training.memory import is_out_of_memory, out_of_memory
@@ -72,7 +72,7 @@ def main(argv: list[str]) -> int:
         print(__doc__)
         return 0
     try:
-        config, folder, extend, place = parse_command(argv)
+        config, folder, extend, place, origin = parse_command(argv)
         if config.task not in TASKS:
             raise ConfigError(f"config.task={config.task!r} is not known: use one of {', '.join(TASKS)}")
         logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s", force=True)
@@ -81,6 +81,7 @@ def main(argv: list[str]) -> int:
         processes.initialize(place)
         with local_workdir(folder) as folder, held(folder):
             workdir = open_workdir(folder, config, extend=extend)
+            write_json(workdir / COMMAND, origin)
             try:
                 TASKS[config.task](config, workdir)
             except (*USER_ERRORS, KeyboardInterrupt):

@@ -79,7 +79,7 @@ plt.show()
 # The views of one batch under the trained network. The perturbation is drawn on a symmetric scale: grey is no change.
 
 # %%
-from hexa_jax.report.page import perturbation
+from hexa_jax.report.images import perturbation
 from hexa_jax.training.input import TrainingData
 from hexa_jax.training.load_run import load_run
 

@@ -44,7 +44,7 @@ def get_config(task: str) -> ml_collections.ConfigDict:
     runtime.data_dir = ""
     runtime.data_cache = "~/.cache/hexa_jax"
     runtime.log_every = 50
-    runtime.writer = "tensorboardX"
+    runtime.loggers = ("tensorboard",)
     return config
 
 

@@ -64,7 +64,8 @@ class _Folder(NamedTuple):
 class Checkpoints:
     """The checkpoints of one run, in a directory that the first save makes.
 
-    The newest `keep_last` are kept, and for ever those whose step is divisible by `keep_every`. With several processes
+    The newest `keep_last` are kept, for ever those whose step is divisible by `keep_every`, and the one of step `best`, which the
+    caller sets before the save of that step. With several processes
     all make the same calls in the same order, and all see the directory. One in the mirror of a workdir is really in the bucket.
     """
 
@@ -74,6 +75,8 @@ class Checkpoints:
         self.directory = gcs.counterpart(directory)
         self.keep_last = keep_last
         self.keep_every = keep_every
+        self.best: int | None = None
+        self._saved_best: int | None = None  # stays until a better one is complete
         self._thread: threading.Thread | None = None
         self._error: CheckpointError | None = None
         self._failures = 0  # in a row
@@ -122,7 +125,7 @@ class Checkpoints:
                 raise failed from error
             self._error = failed
             return
-        arguments = (folder, manifest, response, f"hexa_jax_{next(_saves)}")
+        arguments = (folder, manifest, response, f"hexa_jax_{next(_saves)}", self.best)
         self._thread = threading.Thread(target=self._finish, args=arguments, name="checkpoint", daemon=True)
         self._thread.start()
 
@@ -178,10 +181,10 @@ class Checkpoints:
                 return read_manifest(folder.path)["metadata"]
         raise self._no_such(step)
 
-    def restore(self, step: int, like: Any) -> tuple[int, Any, dict]:
-        """Restores one step; `like`, result and errors as in `restore_latest`."""
+    def restore(self, step: int, like: Any, *, partial: bool = False) -> tuple[int, Any, dict]:
+        """Restores one step; `like`, `partial`, result and errors as in `restore_latest`."""
         self.wait()
-        restored = self._restore([folder for folder in self._folders() if folder.step == step], like)
+        restored = self._restore([folder for folder in self._folders() if folder.step == step], like, partial)
         if restored is None:
             raise self._no_such(step)
         return restored
@@ -236,7 +239,9 @@ class Checkpoints:
             raise CheckpointError(f"no intact checkpoint in {self.directory} (tried {tried}); remove it to start anew")
         return None if step == -1 else _load(self._path(step, attempt), like, partial)
 
-    def _finish(self, folder: _Folder, manifest: dict, response: ocp.AsyncResponse, barrier: str) -> None:
+    def _finish(
+        self, folder: _Folder, manifest: dict, response: ocp.AsyncResponse, barrier: str, best: int | None
+    ) -> None:
         """The thread: waits for orbax, writes the manifest, deletes what is no longer needed."""
         try:
             response.result()  # all processes have written
@@ -244,7 +249,7 @@ class Checkpoints:
                 if jax.process_index() == 0:
                     workdir_sync.upload()  # what belongs to the steps so far, before they count
                     write_manifest(folder.path, manifest)
-                    self._delete_old(folder)
+                    self._delete_old(folder, best)
             finally:  # the others wait here, for a manifest that may have failed
                 asyncio.run(ocp.multihost.sync_global_processes("manifest", operation_id=barrier))
             if not folder.complete:
@@ -264,10 +269,13 @@ class Checkpoints:
         failed.passing = jax.process_count() == 1 and is_transient(error)
         return failed
 
-    def _delete_old(self, saved: _Folder) -> None:
-        """Keeps the newest up to `saved`, every k-th, and all that are newer; half-written ones go."""
+    def _delete_old(self, saved: _Folder, best: int | None) -> None:
+        """Keeps the newest up to `saved`, every k-th, the best, and all that are newer; half-written ones go."""
         steps = [step for step in self.steps() if step <= saved.step]
         kept = set(steps[-self.keep_last :]) | {s for s in steps if self.keep_every and s % self.keep_every == 0}
+        if best in steps:
+            self._saved_best = best
+        kept |= {step for step in steps if step in (best, self._saved_best)}
         for folder in self._folders():
             replaced = folder.step == saved.step and folder.path != saved.path
             try:

@@ -19,12 +19,21 @@ HELP = "see python -m hexa_jax.main --help"
 
 
 class Command(NamedTuple):
-    """What the user asked for; `config` is locked: its keys are those of the config file."""
+    """What the user asked for.
+
+    Attributes:
+        config: locked: its keys are those of the config file.
+        workdir: folder of the run.
+        extend: whether the run may get more epochs than it had.
+        place: of this process among others.
+        origin: for the record: `argv`, the `recipe` (config file), and what was `changed` in it, {key: [was, is]}.
+    """
 
     config: ConfigDict
     workdir: str
     extend: bool
     place: Placement
+    origin: dict[str, Any]
 
 
 def parse_command(argv: list[str]) -> Command:
@@ -68,7 +77,10 @@ def parse_command(argv: list[str]) -> Command:
     if "data.crop_size" in overrides and not {"knn.resize", "knn.crop"} & set(overrides):
         _resize_knn_images(values.config, defaults)
     place = Placement(values.coordinator, values.num_processes, values.process_id)
-    return Command(values.config, values.workdir, values.extend, place)
+    now = flatten(values.config.to_dict())
+    changed = {key: [known[key], value] for key, value in now.items() if known.get(key) != value}
+    origin = {"argv": argv, "recipe": _config_path(argv, arguments=True), "changed": changed}
+    return Command(values.config, values.workdir, values.extend, place, origin)
 
 
 def _with_recipe_file(argv: list[str]) -> list[str]:
@@ -133,12 +145,12 @@ def _load_config(argv: list[str]) -> ConfigDict:
     return config
 
 
-def _config_path(argv: list[str]) -> str:
-    """What --config names."""
+def _config_path(argv: list[str], arguments: bool = False) -> str:
+    """What --config names, with or without the arguments behind the colon."""
     for argument, following in zip(argv, [*argv[1:], ""], strict=True):
         if match := re.fullmatch(r"--?config(?:=(.*))?", argument):
             path = following if match[1] is None else match[1]
-            return re.sub(r"(\.py):.*", r"\1", path)  # without arguments after the colon
+            return path if arguments else re.sub(r"(\.py):.*", r"\1", path)
     return ""
 
 

@@ -2,12 +2,14 @@
 
 import contextlib
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from hexa_jax.parallel import processes
 
 # Local folders and the names to print for them: the mirror of a bucket is shown as the bucket.
 aliases: dict[str, str] = {}
+# Called before each line: a progress bar makes room for it.
+before_line: Callable[[], None] | None = None
 
 
 def with_aliases(text: str) -> str:
@@ -57,4 +59,6 @@ class StepTimer:
 def log(text: str) -> None:
     """A line for the person at the terminal."""
     if processes.is_main_process():
+        if before_line is not None:
+            before_line()
         print(with_aliases(text), flush=True)

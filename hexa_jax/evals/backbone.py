@@ -24,6 +24,7 @@ from hexa_jax.storage import gcs
 from hexa_jax.storage.workdir import with_added
 
 RANDOM = "random"
+BEST = "@best"  # behind a workdir: its best checkpoint instead of the newest
 
 
 class Backbone(NamedTuple):
@@ -63,12 +64,13 @@ def load_backbone(checkpoint: str, **random: Any) -> Backbone:
     """A backbone.
 
     Args:
-        checkpoint: workdir of a pre-training run (its newest intact checkpoint counts), a weights
-            file in torchvision's names (`.safetensors`, `.npz`; `.pth` and the like with torch;
-            published MoCo and SwAV checkpoints too), both local or in a bucket, the name of weights
-            that another library has, as `load_pretrained` takes it, or "random". Of an unfinished
-            run, the statistics may be running ones where the run's own evaluations use re-estimated
-            ones; a warning says so.
+        checkpoint: workdir of a pre-training run (its newest intact checkpoint counts; with "@best"
+            behind it the one that `runtime.keep_best` kept), a weights file in torchvision's names
+            (`.safetensors`, `.npz`; `.pth` and the like with torch; published MoCo and SwAV
+            checkpoints too), both local or in a bucket, the name of weights that another library
+            has, as `load_pretrained` takes it, or "random". Of an unfinished run, the statistics
+            may be running ones where the run's own evaluations use re-estimated ones; a warning
+            says so.
         random: for "random" only: seed, and optionally backbone, stem and base_channels.
 
     Raises:
@@ -79,8 +81,9 @@ def load_backbone(checkpoint: str, **random: Any) -> Backbone:
         return random_backbone(**random)
     if is_library_name(checkpoint):
         return _from_arrays(load_pretrained(checkpoint), checkpoint)
-    path = gcs.path_of(checkpoint)
-    config = _config_of_run(checkpoint)
+    workdir = checkpoint.removesuffix(BEST)
+    path = gcs.path_of(workdir)
+    config = _config_of_run(workdir)
     if config is None:
         return _from_file(path)
     model, pixels = config.model, (tuple(config.data.pixel_mean), tuple(config.data.pixel_std))
@@ -91,7 +94,12 @@ def load_backbone(checkpoint: str, **random: Any) -> Backbone:
         "params": {"network": shapes["params"]},
         "batch_stats": {name: tree for name, tree in shapes.items() if name != "params"},
     }
-    restored = Checkpoints(path / "checkpoints").restore_latest(like, partial=True)
+    checkpoints = Checkpoints(path / "checkpoints")
+    restored: tuple[int, Any, dict] | None
+    if checkpoint.endswith(BEST):
+        restored = checkpoints.restore(_best_step(checkpoints, workdir), like, partial=True)
+    else:
+        restored = checkpoints.restore_latest(like, partial=True)
     if restored is None:
         raise CheckpointError(f"checkpoint {checkpoint!r} has no checkpoint yet")
     step, tree, metadata = restored
@@ -116,10 +124,29 @@ def check_checkpoint(checkpoint: str) -> None:
         CheckpointError: neither a file nor a pre-training run is there, or a run that saved nothing
             yet.
     """
-    if checkpoint == RANDOM or is_library_name(checkpoint) or _config_of_run(checkpoint) is None:
+    workdir = checkpoint.removesuffix(BEST)
+    if checkpoint == RANDOM or is_library_name(checkpoint) or _config_of_run(workdir) is None:
         return
-    if not Checkpoints(gcs.path_of(checkpoint) / "checkpoints").steps():
+    checkpoints = Checkpoints(gcs.path_of(workdir) / "checkpoints")
+    if not checkpoints.steps():
         raise CheckpointError(f"checkpoint {checkpoint!r} has no checkpoint yet")
+    if checkpoint.endswith(BEST):
+        _best_step(checkpoints, workdir)
+
+
+def _best_step(checkpoints: Checkpoints, workdir: str) -> int:
+    """The step that the newest checkpoint calls the best.
+
+    Raises:
+        CheckpointError: the run kept none.
+    """
+    steps = checkpoints.steps()
+    best = checkpoints.metadata(steps[-1]).get("best") if steps else None
+    if best is None:
+        raise CheckpointError(
+            f"{workdir} kept no best checkpoint: a run keeps one with --config.runtime.keep_best=rankme"
+        )
+    return int(best["step"])
 
 
 def _config_of_run(checkpoint: str) -> ConfigDict | None:

@@ -31,6 +31,7 @@ class EvalImages:
         crop: side of the result in pixels: its centre, or all of it where `squash`.
         unreadable: examples that turned out to be so when their pixels were wanted; black stands in
             for them.
+        quiet: leave it to others to warn of unreadable examples.
     """
 
     source: Source
@@ -39,6 +40,7 @@ class EvalImages:
     crop: int
     squash: bool = False
     unreadable: set[int] = dataclasses.field(default_factory=set)
+    quiet: bool = False
 
     def __post_init__(self):
         object.__setattr__(self, "_labels", np.full(len(self.indices), _NOT_READ, np.int32))
@@ -79,7 +81,7 @@ class EvalImages:
         return example
 
     def _miss(self, index: int, error: BadImage) -> None:
-        if index not in self.unreadable:
+        if index not in self.unreadable and not self.quiet:
             logging.warning("left out of the evaluation: %s", error)
         self.unreadable.add(index)
 

@@ -18,7 +18,7 @@ from hexa_jax.data.decode import decode, resize_center_crop
 from hexa_jax.data.source import Source
 from hexa_jax.data.subset import spread
 from hexa_jax.experiments.figures import save
-from hexa_jax.report.page import perturbation
+from hexa_jax.report.images import perturbation
 from hexa_jax.training.input import TrainingData
 from hexa_jax.training.load_run import LoadedRun, load_run
 from hexa_jax.views.preview import PICTURES, UNATTACKED, ViewPreview

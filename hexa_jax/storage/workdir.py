@@ -9,7 +9,7 @@ import os
 import pathlib
 import shutil
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,13 +17,12 @@ from ml_collections import ConfigDict
 
 from hexa_jax.core import console
 from hexa_jax.parallel import processes
-
-logging.getLogger("tensorboardX").setLevel(logging.ERROR)
-
+from hexa_jax.storage.loggers import Loggers
 
 LOCK = ".lock"
 # What a run's weights started from, where they were not random: name, hash, architecture.
 INIT_RECORD = "init.json"
+COMMAND = "command.json"  # how the run was last started
 # Besides `runtime`: settings that only say when to give up, and change no number of a run.
 FREE = {"data.max_bad_fraction"}
 # Settings that older runs did not know, with the value that stands for what those runs did.
@@ -197,7 +196,7 @@ def abandon(path: pathlib.Path) -> None:
         *path.glob("*/checkpoints"),
     ]
     if not began and processes.is_main_process():
-        for name in ("config.json", NORMALIZATION, LOCK):
+        for name in ("config.json", COMMAND, NORMALIZATION, LOCK):
             (path / name).unlink(missing_ok=True)
         if not any(path.iterdir()):
             path.rmdir()
@@ -228,7 +227,7 @@ def _check_same(workdir: pathlib.Path, before: dict, now: dict, extend: bool) ->
     differ = []
     for name in sorted(before.keys() | now.keys()):
         old, new = before.get(name), now.get(name)
-        if name.startswith("runtime.") or name in FREE or old == new:
+        if name.startswith(("runtime.", "health.")) or name in FREE or old == new:
             continue
         if name in MEASURED and before.get("data.normalization") == now.get("data.normalization") == "measured":
             continue  # the recorded ones are used
@@ -244,14 +243,31 @@ def _check_same(workdir: pathlib.Path, before: dict, now: dict, extend: bool) ->
 
 
 class Metrics:
-    """Appends scalars to metrics.jsonl, one JSON object per line with its step, and to TensorBoard events.
+    """Appends scalars to metrics.jsonl, one JSON object per line with its step, and gives them to loggers.
 
     A resumed run drops lines from steps that it will do again, and a torn last line. What it measures again at the very step
     of the checkpoint (the clusters of the epoch that starts there) is the same and is not written twice. Only the first
     process writes.
     """
 
-    def __init__(self, workdir: pathlib.Path, writer: str, resume_step: int):
+    def __init__(
+        self,
+        workdir: pathlib.Path,
+        loggers: Sequence[str],
+        resume_step: int,
+        config: ConfigDict | None = None,
+    ):
+        """Open the file and start the loggers.
+
+        Args:
+            workdir: of the run.
+            loggers: names as in `hexa_jax.storage.loggers.PACKAGES`.
+            resume_step: step that the run goes on from; 0 at its beginning.
+            config: for loggers that show settings.
+
+        Raises:
+            LoggerError: a logger is not known or not installed.
+        """
         self.path = workdir / "metrics.jsonl"
         self._file = None
         if not processes.is_main_process():
@@ -263,7 +279,8 @@ class Metrics:
         temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
         os.replace(temporary, self.path)
         self._file = self.path.open("a", buffering=1)
-        self._board = _board(workdir / "tensorboard", writer, resume_step)
+        settings = flatten(config.to_dict()) if config is not None else {}
+        self._loggers = Loggers(loggers, workdir, settings, resume_step)
 
     def write(self, step: int, values: dict[str, Any]) -> None:
         """Write scalars of one step; arrays of one element count as scalars."""
@@ -273,13 +290,13 @@ class Metrics:
         if step == self._resume_step and {"step", *numbers} in self._known:
             return
         self._file.write(json.dumps({"step": step} | numbers) + "\n")
-        self._board(step, numbers)
+        self._loggers.write(step, numbers)
 
     def close(self) -> None:
         """Flush and close."""
         if self._file is not None:
             self._file.close()
-            self._board(None, {})
+            self._loggers.close()
 
 
 def _parsed(path: pathlib.Path) -> list[dict]:
@@ -292,29 +309,3 @@ def _parsed(path: pathlib.Path) -> list[dict]:
             except json.JSONDecodeError:
                 logging.warning("%s: dropped a torn line", path)
     return [line for line in lines if isinstance(line, dict) and "step" in line]
-
-
-def _board(folder: pathlib.Path, writer: str, resume_step: int):
-    """A function (step, values) that writes TensorBoard events; step None closes."""
-    if writer == "clu":
-        from clu import metric_writers  # imports TensorFlow: only on request
-
-        clu_writer = metric_writers.SummaryWriter(str(folder))
-
-        def write_clu(step: int | None, values: dict[str, float]) -> None:
-            clu_writer.close() if step is None else clu_writer.write_scalars(step, values)
-
-        return write_clu
-    if writer != "tensorboardX":
-        raise WorkdirError(f"config.runtime.writer={writer!r} is not known: use one of clu, tensorboardX")
-    import tensorboardX
-
-    board = tensorboardX.SummaryWriter(str(folder), purge_step=resume_step + 1 if resume_step else None)
-
-    def write(step: int | None, values: dict[str, float]) -> None:
-        if step is None:
-            board.close()
-        for name, value in values.items():
-            board.add_scalar(name, value, step)
-
-    return write

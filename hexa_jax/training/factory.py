@@ -18,6 +18,7 @@ from hexa_jax.data.domains import DOMAINS
 from hexa_jax.data.source import Source
 from hexa_jax.data.sources import make_source
 from hexa_jax.data.subset import Subset, spread
+from hexa_jax.evals.health import HIGHER_IS_BETTER
 from hexa_jax.methods import METHODS
 from hexa_jax.methods.base import LabelsBeforeStep, LabelsFromOutputs, Method, Spec
 from hexa_jax.models.heads import Network, ProjectionHead
@@ -25,6 +26,7 @@ from hexa_jax.models.norm import ADVERSARIAL, CLEAN
 from hexa_jax.models.resnet import make_resnet
 from hexa_jax.parallel import processes
 from hexa_jax.parallel.mesh import Layout, make_mesh
+from hexa_jax.storage.loggers import LoggerError, check_loggers
 from hexa_jax.training.objective import Objective
 from hexa_jax.training.objective_from_outputs import ObjectiveFromOutputs
 from hexa_jax.training.step import Trainer
@@ -279,11 +281,16 @@ NOT_NEGATIVE = (
 
 
 def _check_ranges(config: ConfigDict) -> None:
-    choose("runtime.writer", config.runtime.writer, dict.fromkeys(("clu", "tensorboardX")))
+    try:
+        check_loggers(config.runtime.get("loggers", ()))  # older runs have others
+    except LoggerError as error:
+        raise ConfigError(str(error)) from None
     if config.data.domain:
         choose("data.domain", config.data.domain, DOMAINS)
     choose("data.normalization", config.data.normalization, dict.fromkeys(("fixed", "measured")))
     choose("eval_statistics", config.eval_statistics, dict.fromkeys(("running", "reestimated")))
+    if "health" in config:  # not in runs of before it was there
+        _check_health(config)
     for names, wanted, lowest in ((POSITIVE, "positive", 1e-12), (NOT_NEGATIVE, "0 or more", 0)):
         for name in names:
             if (value := operator.attrgetter(name)(config)) < lowest:
@@ -292,6 +299,16 @@ def _check_ranges(config: ConfigDict) -> None:
         raise ConfigError(f"config.seed={config.seed} must be below 2^32")
     if min(config.data.crop_size, default=1) < 1:
         raise ConfigError(f"config.data.crop_size={tuple(config.data.crop_size)} must be positive")
+
+
+def _check_health(config: ConfigDict) -> None:
+    health, best = config.health, config.runtime.keep_best
+    for name, lowest in (("images", 3), ("every_epochs", 0)):
+        if health[name] < lowest:
+            raise ConfigError(f"config.health.{name}={health[name]} must be {lowest} or more")
+    choose("runtime.keep_best", best, dict.fromkeys(("", *HIGHER_IS_BETTER)))
+    if best and not health.every_epochs:
+        raise ConfigError(f"config.runtime.keep_best={best} needs health.every_epochs of 1 or more")
 
 
 def _view_warnings(config: ConfigDict, scheme: Scheme) -> list[str]:

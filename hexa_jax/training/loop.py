@@ -19,7 +19,9 @@ from hexa_jax.checkpoint.checkpointer import CheckpointError, Checkpoints
 from hexa_jax.core.batch import Batch
 from hexa_jax.core.console import StepTimer, log
 from hexa_jax.core.preemption import Diverged, PreemptionGuard, Terminated
+from hexa_jax.core.progress_bar import ProgressBar
 from hexa_jax.data.source import Source
+from hexa_jax.evals.health import HIGHER_IS_BETTER
 from hexa_jax.models.norm import CLEAN, stats_collection
 from hexa_jax.parallel import processes
 from hexa_jax.parallel.hardware import accelerator_warning, devices_in_words
@@ -29,7 +31,9 @@ from hexa_jax.training.factory import make_schedule, make_trainer, open_training
 from hexa_jax.training.fit_memory import compile_to_fit
 from hexa_jax.training.initial_weights import InitialWeights, read_initial_weights, record_initial_weights
 from hexa_jax.training.input import TrainingData
+from hexa_jax.training.live_report import LiveReport
 from hexa_jax.training.normalization import settle_normalization
+from hexa_jax.training.online_health import Sample, make_sample
 from hexa_jax.training.online_probe import Probe, make_probe
 from hexa_jax.training.step import CompiledSteps, Trainer, TrainState
 from hexa_jax.views.preview import ViewPreview
@@ -77,9 +81,15 @@ class _Run:
         self.state, self.step, self.metadata = self._restore()
         self.input = TrainingData.open(config, source, self.trainer)
         self.probe: Probe | None = make_probe(config, source, self.trainer)
-        self.metrics = Metrics(workdir, runtime.writer, self.step)
+        self.sample: Sample | None = make_sample(config, source, self.trainer)
+        if self.sample and "clusters" in self.metadata:
+            self.sample.clusters = np.asarray(self.metadata["clusters"], np.int32)
+        self.checkpoints.best = self.metadata.get("best", {}).get("step")
+        self.report = LiveReport(config, workdir, self.trainer, self.input, self.probe, self.sample)
+        self.metrics = Metrics(workdir, runtime.loggers, self.step, config)
         self.clock = StepTimer(config.batch_size, self.total)
         self.stop = PreemptionGuard()
+        self.bar, self.bar_text = ProgressBar(), "first step"
         self.schedule: Callable = make_schedule(config, self.steps_per_epoch)
 
     def _read_initial(self, trainer: Trainer) -> InitialWeights | None:
@@ -116,6 +126,7 @@ class _Run:
             self._settle_last_checkpoint()
             return self._finish()
         finally:
+            self.bar.close()
             self.stop.close()
             self.metrics.close()
             self.checkpoints.close()
@@ -139,19 +150,43 @@ class _Run:
                 self._report(*pending)  # of the step before: reading this one's numbers would wait for it
             self.step += 1
             pending = (self.step, metrics)
-            if self.step % self.steps_per_epoch == 0 and (due := self._due(self.step // self.steps_per_epoch)):
-                self._report(*pending)
-                pending = None
-                with self.clock.paused():
-                    self._evaluate(self.step // self.steps_per_epoch, due)
+            self.bar.show(self.step, self.total, self.bar_text)
+            best = False
+            if self.step % self.steps_per_epoch == 0:
+                pending, best = self._end_epoch(self.step // self.steps_per_epoch, pending)
             stopping = self.stop.reached()
-            if self.step % every == 0 or self.step == self.total or stopping:
+            if self.step % every == 0 or self.step == self.total or stopping or best:
                 if pending:
                     self._report(*pending)  # also the check that what is saved is finite
                 pending = None
+                if best and self.metadata.get("reestimated") != self.step:
+                    self._settle_statistics()
                 self._save(last=stopping or self.step == self.total)
             if stopping and self.step < self.total:
                 raise self._terminated()
+
+    def _end_epoch(self, epoch: int, pending: tuple[int, dict]) -> tuple[tuple[int, dict] | None, bool]:
+        """Measure and show what is due after an epoch.
+
+        Args:
+            epoch: number of epochs done.
+            pending: the last step and its metrics, not yet reported.
+
+        Returns:
+            `pending` if it is still to be reported, and whether the checkpoint of this step is the best so far.
+        """
+        health, due = self._health_due(epoch), self._due(epoch)
+        page_due = self.report.due(epoch)
+        if not (health or due or page_due):
+            return pending, False
+        self._report(*pending)
+        with self.clock.paused():
+            best = health and self._measure_health(epoch)
+            if due:
+                self._evaluate(epoch, due)
+            if page_due:
+                self.report.write(self.state, self.views, self.assignments)
+        return None, best
 
     def _terminated(self) -> Terminated:
         return Terminated(f"SIGTERM: saved step {self.step} in {self.workdir}; the same command resumes it")
@@ -164,15 +199,68 @@ class _Run:
             self._measure_initial()
         if needed:
             log(f"first pass: {self.steps_per_epoch} forward steps fill the bank")
-            for batch in itertools.islice(self.input.batches(0), self.steps_per_epoch):
+            batches = itertools.islice(self.input.batches(0), self.steps_per_epoch)
+            for batch in self.bar.track(batches, self.steps_per_epoch, "first pass"):
                 self.state = self.steps.observe(self.state, batch, self.input.resident)
                 if self.stop.reached():
                     raise Terminated(f"SIGTERM during the first pass, nothing to save yet: {self.workdir}")
         if measured:
             self._measure_random(calibrated=needed)
+        if self.sample:
+            made_up = not (needed or self.initial)  # the running statistics of a fresh network
+            self._log_health(0, self.sample.measure(self._few_statistics() if made_up else self.state))
         self.metadata["first_pass"] = True
         if needed:
             self._save(last=False)
+
+    # ---- Health: measures without labels ------------------------------------------------------------------------------
+
+    def _health_due(self, epoch: int) -> bool:
+        every = self.config.health.every_epochs
+        return self.sample is not None and (epoch % every == 0 or epoch == self.config.epochs)
+
+    def _measure_health(self, epoch: int) -> bool:
+        """Measure and log; return whether this is the best epoch so far by `runtime.keep_best`."""
+        assert self.sample is not None
+        values = self.sample.measure(self._health_state())
+        self._log_health(epoch, values)
+        name = self.config.runtime.keep_best
+        if name not in values:  # no wish, or no epoch before this one to compare clusters with
+            return False
+        sign = 1 if HIGHER_IS_BETTER[name] else -1
+        best = self.metadata.get("best")
+        ahead = best is None or best["name"] != name or sign * values[name] > sign * best["value"]
+        if not processes.broadcast_from_main(ahead):
+            return False
+        self.metadata["best"] = {
+            "name": name,
+            "value": values[name],
+            "step": self.step,
+            "epoch": epoch,
+        }
+        self.checkpoints.best = self.step
+        return True
+
+    def _log_health(self, epoch: int, values: dict[str, float]) -> None:
+        assert self.sample is not None and self.sample.clusters is not None
+        self.metadata["clusters"] = self.sample.clusters.tolist()
+        self.metrics.write(self.step, {"epoch": epoch, **values})
+        log(
+            f"epoch {epoch}: effective rank {values['rankme']:.1f} of {self.sample.rank_limit}, "
+            f"neighbors agree {values['neighbor_agreement']:.0%}"
+            + (f", clusters stable {s:.0%}" if (s := values.get("cluster_stability")) else "")
+        )
+
+    def _health_state(self) -> TrainState:
+        """The state with the statistics to measure health by; the run's own stay as they are."""
+        return self._few_statistics() if self.config.eval_statistics == "reestimated" else self.state
+
+    def _few_statistics(self) -> TrainState:
+        """Statistics over about as many images as the sample has: a whole pass each epoch costs too much."""
+        batches = -(-self.config.health.images // self.config.batch_size)
+        return self._reestimated(min(batches, self.steps_per_epoch), stoppable=False)
+
+    # ---- Accuracies and statistics -------------------------------------------------------------------------------------
 
     def _measure_initial(self) -> None:
         results = self._probe_results(self.state)  # by the statistics that came with the weights
@@ -207,12 +295,13 @@ class _Run:
         params, batch_stats = drawn(np.uint32(self.config.seed))
         return self.state._replace(params=params, batch_stats=batch_stats)
 
-    def _reestimated(self, num_batches: int, state: TrainState | None = None) -> TrainState:
+    def _reestimated(self, num_batches: int, state: TrainState | None = None, stoppable: bool = True) -> TrainState:
         """Return a state with clean statistics that are the mean over batches of training crops.
 
         Args:
             num_batches: number of batches.
             state: None: the run's own.
+            stoppable: whether SIGTERM ends it; few batches are quickly made.
 
         Raises:
             Terminated: SIGTERM arrived; nothing is saved, and the state is as it was.
@@ -220,10 +309,11 @@ class _Run:
         state = self.state if state is None else state
         total: Any = None
         with contextlib.closing(self.input.batches(0)) as batches:
-            for batch in itertools.islice(batches, num_batches):
+            some = itertools.islice(batches, num_batches)
+            for batch in self.bar.track(some, num_batches, "statistics"):
                 moments = self.steps.moments(state, batch, self.input.resident)
                 total = moments if total is None else jax.tree.map(jnp.add, total, moments)
-                if self.stop.reached():
+                if stoppable and self.stop.reached():
                     raise Terminated(f"SIGTERM before the first step, nothing to save yet: {self.workdir}")
         mean = jax.tree.map(lambda value: value / num_batches, total)
         return state._replace(batch_stats=state.batch_stats | {stats_collection(CLEAN): mean})
@@ -323,11 +413,13 @@ class _Run:
         values["images_per_second"], left = self.clock.read(step)
         values["input_wait"] = waited = self.clock.input_wait
         self.metrics.write(step, values)
-        log(
-            f"step {step}/{self.total}  epoch {values['epoch']:.2f}/{self.config.epochs}  loss {loss:.4f}  "
+        self.bar_text = (
+            f"epoch {values['epoch']:.2f}/{self.config.epochs}  loss {loss:.4f}  "
             f"{values['images_per_second']:.0f} images/s  ETA {left}"
             + (f"  waited for input {waited:.0%} of the time" if waited > STARVED else "")
         )
+        if not self.bar.active:
+            log(f"step {step}/{self.total}  {self.bar_text}")
         if values["embedding_std"] < COLLAPSED and step > self.steps_per_epoch:
             logging.warning(
                 "step %d: embeddings have collapsed (spread %.4f, 1 is a full sphere): the loss says nothing any more; "
@@ -352,10 +444,10 @@ class _Run:
             if pixels is not None:
                 results |= {f"pixels_{name}": value for name, value in self._accuracies(pixels).items()}
         write_json(self.workdir / "result.json", results)
-        shown = page.Pictured(self.views(), self.source, self.assignments)
-        if processes.is_main_process():
-            path = page.write_report(self.workdir, self.config, shown, results)
-            log(page.table(results) + f"\nreport: {path}")
+        if self.sample and self.sample.features is None:  # the run had ended before this start
+            self.sample.measure(self.state)
+        path = self.report.write(self.state, self.views, self.assignments)
+        log(page.table(results) + f"\nreport: {path}")
         return results
 
     # ---- What the report shows ----------------------------------------------------------------------------------------

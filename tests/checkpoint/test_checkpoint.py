@@ -423,6 +423,30 @@ def test_keep_last_and_keep_every(tmp_path):
         Checkpoints(tmp_path, keep_last=0)
 
 
+def test_the_best_stays_until_a_better_one_is_complete(tmp_path, monkeypatch):
+    checkpoints = Checkpoints(tmp_path, keep_last=1)
+
+    def save(step, best):
+        checkpoints.best = best
+        checkpoints.save(step, make_state(step))
+        checkpoints.wait()
+        return checkpoints.steps()
+
+    assert save(1, 1) == [1]
+    assert [save(step, 1) for step in (2, 3)] == [[1, 2], [1, 3]]
+    monkeypatch.setattr(checkpointer, "write_manifest", lambda *_: (_ for _ in ()).throw(OSError(28, "no space")))
+    with pytest.raises(CheckpointError):
+        save(4, 4)  # called the best, but never complete
+    monkeypatch.undo()
+    assert save(5, 4) == [1, 5]
+    assert save(6, 6) == [6]
+    again = Checkpoints(tmp_path, keep_last=1)  # a resumed run says which one it was
+    again.best = 6
+    again.save(7, make_state(7))
+    again.wait()
+    assert again.steps() == [6, 7]
+
+
 def test_old_ones_go_only_after_the_new_one_is_complete(tmp_path, monkeypatch):
     checkpoints = save_all(tmp_path, [1], keep_last=1)
     seen, write = [], checkpointer.write_manifest

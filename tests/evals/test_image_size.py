@@ -11,7 +11,8 @@ from hexa_jax import export, main
 from hexa_jax.cli.command import parse_command
 from hexa_jax.core.errors import ConfigError
 from hexa_jax.evals.backbone import random_backbone
-from hexa_jax.evals.tasks.image_size import trained_size, with_size
+from hexa_jax.evals.image_size import trained_size
+from hexa_jax.evals.tasks.image_size import with_size
 
 
 def run_config(crop_size=(224,), resize=256, crop=224):

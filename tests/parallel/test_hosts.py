@@ -45,7 +45,7 @@ def test_two_processes_do_what_one_does(alone, tmp_path, kind):
         [line["loss"] for line in lines(folder) if "loss" in line] for folder in (tmp_path, alone(kind))
     )
     assert losses == pytest.approx(expected, rel=1e-6) and len(losses) == 8
-    assert (tmp_path / "report" / "hard_examples.png").is_file()
+    assert (tmp_path / "report" / "index.html").is_file()
     accuracy = [line["knn_accuracy"] for line in lines(tmp_path) if "knn_accuracy" in line]
     assert (
         accuracy == [line["knn_accuracy"] for line in lines(alone(kind)) if "knn_accuracy" in line]

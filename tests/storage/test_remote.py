@@ -468,7 +468,7 @@ def test_two_processes_with_disks_of_their_own(cloud, tmp_path):
     assert [process.code for process in ended] == [0, 0], ended[0].stderr + ended[1].stderr
     cloud.get("pair", tmp_path / "pair")
     assert_same(what_was_learned(tmp_path / "pair"), what_was_learned(tmp_path / "alone"))
-    assert f"pair/{OWNER}" not in cloud.names() and (tmp_path / "pair/report/hard_examples.png").is_file()
+    assert f"pair/{OWNER}" not in cloud.names() and (tmp_path / "pair/report/index.html").is_file()
     assert not [path for number in range(2) for path in (tmp_path / str(number)).glob("hexa_jax_*")]
 
 

@@ -13,6 +13,7 @@ import pytest
 
 import configs.common
 from hexa_jax.storage import workdir
+from hexa_jax.storage.loggers import LoggerError
 from hexa_jax.storage.workdir import Metrics, WorkdirError, abandon, closest, flatten, held, open_workdir, write_json
 
 
@@ -115,7 +116,7 @@ def test_a_mistake_leaves_the_folder_free_for_the_corrected_command(tmp_path, co
     abandon(open_workdir(str(folder), config))
     assert [entry.name for entry in folder.iterdir()] == ["notes.txt"]
     open_workdir(str(folder), config)
-    Metrics(folder, "tensorboardX", 0).close()
+    Metrics(folder, ("tensorboard",), 0).close()
     abandon(folder)  # a run that began stays
     assert (folder / "config.json").exists() and (folder / "metrics.jsonl").exists()
 
@@ -141,7 +142,7 @@ def test_a_setting_that_an_older_run_did_not_know_stands_for_what_it_did(tmp_pat
 def begun(folder, config, step):
     """A run that wrote metrics and a checkpoint of a step; what an interrupted save leaves lies beside it."""
     open_workdir(str(folder), config)
-    metrics = Metrics(folder, "tensorboardX", 0)
+    metrics = Metrics(folder, ("tensorboard",), 0)
     metrics.write(step, {"knn_accuracy": 3.0})
     metrics.close()
     for name in (f"step_{step:08d}", f"step_{step:08d}_1"):
@@ -221,7 +222,7 @@ def lines_of(folder) -> list[dict]:
 
 
 def test_metrics_are_lines_at_once(tmp_path):
-    metrics = Metrics(tmp_path, "tensorboardX", 0)
+    metrics = Metrics(tmp_path, ("tensorboard",), 0)
     metrics.write(1, {"loss": jnp.float32(2.5), "count": np.int64(3), "array": np.array([7.0])[0]})
     assert lines_of(tmp_path) == [{"step": 1, "loss": 2.5, "count": 3.0, "array": 7.0}]  # before it is closed
     metrics.write(2, {"loss": 2})
@@ -232,14 +233,14 @@ def test_metrics_are_lines_at_once(tmp_path):
 
 
 def test_resume_drops_what_will_be_done_again(tmp_path, caplog):
-    metrics = Metrics(tmp_path, "tensorboardX", 0)
+    metrics = Metrics(tmp_path, ("tensorboard",), 0)
     for step in (0, 1, 2, 2, 3, 4):
         metrics.write(step, {"loss": step / 2})
     metrics.close()
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 2, "lo')  # torn by a crash
     with caplog.at_level(logging.WARNING):
-        metrics = Metrics(tmp_path, "tensorboardX", 2)
+        metrics = Metrics(tmp_path, ("tensorboard",), 2)
     assert "torn" in caplog.text
     metrics.write(3, {"loss": 30})
     metrics.close()
@@ -247,9 +248,9 @@ def test_resume_drops_what_will_be_done_again(tmp_path, caplog):
     assert {entry.name for entry in tmp_path.iterdir()} == {"metrics.jsonl", "tensorboard"}
 
 
-def test_unknown_writer(tmp_path):
-    with pytest.raises(WorkdirError, match=r"runtime\.writer='tensorbord' is not known: use one of clu, tensorboardX"):
-        Metrics(tmp_path, "tensorbord", 0)
+def test_unknown_logger(tmp_path):
+    with pytest.raises(LoggerError, match=r"runtime\.loggers: 'tensorbord' is not known: use some of tensorboard, wandb"):
+        Metrics(tmp_path, ("tensorbord",), 0)
 
 
 def test_closest():

@@ -4,32 +4,7 @@ from ml_collections import ConfigDict
 
 from hexa_jax.core.console import log
 from hexa_jax.core.errors import ConfigError
-
-IMAGENET = (
-    256,
-    224,
-)  # short side and centre crop of the usual protocol; also configs/common.py's kNN
-# Networks do well on images somewhat larger than the crops that they learned from: SwAV trains at
-# 160 pixels and tests at 224.
-LARGER = 1.5
-
-
-def trained_size(run: ConfigDict | None) -> tuple[int, int]:
-    """Short side and centre crop, in pixels, that suit the network of a pre-training run.
-
-    They are those of the run's own kNN, `knn.resize` and `knn.crop`. Where these are the defaults,
-    which suit only crops of about 224 pixels, they follow from the largest of `data.crop_size`.
-
-    Args:
-        run: config of the pre-training run; None for weights of unknown origin, which are taken
-            for ImageNet's.
-    """
-    if run is None:
-        return IMAGENET
-    if (own := (run.knn.resize, run.knn.crop)) != IMAGENET:
-        return own
-    largest = max(run.data.crop_size)
-    return IMAGENET if largest <= IMAGENET[1] <= LARGER * largest else _with_margin(largest)
+from hexa_jax.evals.image_size import IMAGENET, LARGER, trained_size, with_margin
 
 
 def size_after_change(size: tuple[int, int], before: int, after: int) -> tuple[int, int]:
@@ -68,7 +43,7 @@ def with_size(config: ConfigDict, run: ConfigDict | None) -> ConfigDict:
     if resize and crop:
         return config
     if crop:
-        resize, crop = _with_margin(crop)
+        resize, crop = with_margin(crop)
     elif resize:
         crop = max(round(resize * IMAGENET[1] / IMAGENET[0]), 1)
     else:
@@ -84,8 +59,3 @@ def with_size(config: ConfigDict, run: ConfigDict | None) -> ConfigDict:
         "--config.data.resize and --config.data.crop change it"
     )
     return chosen
-
-
-def _with_margin(crop: int) -> tuple[int, int]:
-    """A crop's side with the short side that has the usual margin around it."""
-    return round(crop * IMAGENET[0] / IMAGENET[1]), crop

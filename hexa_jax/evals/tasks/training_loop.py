@@ -70,7 +70,7 @@ class TrainingLoop:
         start = int(state.step)
         if start >= self.total:
             return state, history
-        metrics = Metrics(self.folder, self.config.runtime.writer, start)
+        metrics = Metrics(self.folder, self.config.runtime.loggers, start, self.config)
         clock, batches = StepTimer(self.config.batch_size, self.total), self.batches(start)
         try:
             clock.start(start)
