@@ -58,7 +58,7 @@ def filesystem(url: str) -> Any:
         import fsspec
         import gcsfs  # noqa: F401
     except ImportError:
-        raise RemoteError(f"{url} needs gcsfs: pip install -e '.[gcs]' in the clone of hexa_jax") from None
+        raise RemoteError(f"{url} needs gcsfs: pip install gcsfs") from None
     fsspec.config.conf.setdefault("gcs", {})["use_listings_cache"] = False  # others write there, too
     bucket = fsspec.filesystem("gcs", finalize_on_close=True)
     # A bucket has no folders to make. gcsfs would ask for the bucket itself, which who may read and write files often may not.
