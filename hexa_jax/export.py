@@ -105,7 +105,7 @@ def _torchvision(arrays: dict[str, np.ndarray], architecture: Architecture, pixe
     try:
         import torch
     except ImportError:
-        raise WeightsError("writing .pth needs torch: pip install -e '.[torch]', or use .safetensors") from None
+        raise WeightsError("writing .pth needs torch: pip install torch, or use .safetensors") from None
     try:
         torch.save({name: torch.from_numpy(np.array(value)) for name, value in arrays.items()}, output)
     except RuntimeError as error:  # what torch makes of an OSError

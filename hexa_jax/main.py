@@ -12,6 +12,7 @@ Exit codes: 0 the work was done, 1 the run failed, 2 a mistake in the command or
 
 import logging
 import os
+import pathlib
 import sys
 
 import jax
@@ -19,6 +20,7 @@ import jax
 from hexa_jax.checkpoint.checkpointer import CheckpointError
 from hexa_jax.cli.command import parse_command
 from hexa_jax.core import console
+from hexa_jax.core.compiled import keep_compiled_programs
 from hexa_jax.core.errors import ConfigError
 from hexa_jax.core.preemption import Diverged, Terminated
 from hexa_jax.data.pipeline import InputLost
@@ -35,7 +37,7 @@ from hexa_jax.evals.tasks.transfer import transfer
 from hexa_jax.experiments.evaluation_tables import tables
 from hexa_jax.models.weights import WeightsError
 from hexa_jax.parallel import processes
-from hexa_jax.storage.gcs import RemoteError
+from hexa_jax.storage.gcs import RemoteError, is_remote
 from hexa_jax.storage.workdir import COMMAND, WorkdirError, abandon, held, open_workdir, write_json
 from hexa_jax.storage.workdir_sync import local_workdir
 from hexa_jax.training.loop import pretrain
@@ -71,6 +73,7 @@ def main(argv: list[str]) -> int:
     if {"--help", "-h"} & set(argv):
         print(__doc__)
         return 0
+    folder = ""
     try:
         config, folder, extend, place, origin = parse_command(argv)
         if config.task not in TASKS:
@@ -102,7 +105,9 @@ def main(argv: list[str]) -> int:
     except Terminated as stopped:
         return _stop(stopped, 143)
     except KeyboardInterrupt:
-        return _stop("interrupted; the same command resumes from the last checkpoint", 130)
+        saved = folder and (is_remote(folder) or any(pathlib.Path(folder).glob("checkpoints/step_*")))
+        end = "resumes from the last checkpoint" if saved else "starts from the beginning: nothing was saved yet"
+        return _stop(f"interrupted; the same command {end}", 130)
     return 0
 
 
@@ -112,6 +117,7 @@ def _stop(message: object, code: int) -> int:
 
 
 if __name__ == "__main__":
+    keep_compiled_programs()
     code = main(sys.argv)
     if code not in (0, 143) and jax.distributed.is_initialized():
         os._exit(code)  # the usual way out would wait for the other processes, which may be gone

@@ -8,10 +8,10 @@ hexa COMMAND --help                  what a command takes
 
 import difflib
 import importlib
-import os
-import pathlib
 import sys
 from typing import NamedTuple
+
+from hexa_jax.core.compiled import keep_compiled_programs
 
 
 class Command(NamedTuple):
@@ -31,8 +31,6 @@ COMMANDS = {
     "recipes": Command("hexa_jax.cli.recipes", "list the recipes, one line each"),
     "doctor": Command("hexa_jax.cli.doctor", "show devices and versions, and what is wrong with them"),
 }
-# Where compiled programs are kept between starts; a step of a large network takes minutes to compile.
-CACHE = pathlib.Path("~/.cache/hexa_jax/compiled")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -59,13 +57,8 @@ def main(argv: list[str] | None = None) -> int:
             file=sys.stderr,
         )
         return 2
-    _keep_compiled_programs()
+    keep_compiled_programs()
     return importlib.import_module(COMMANDS[name].module).main(rest)
-
-
-def _keep_compiled_programs() -> None:
-    """Set JAX's compilation cache, before JAX is imported, unless the user has set or emptied it."""
-    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(CACHE.expanduser()))
 
 
 def _help() -> str:

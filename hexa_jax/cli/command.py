@@ -61,7 +61,7 @@ def parse_command(argv: list[str]) -> Command:
             f"unknown flag --{error.flagname}{_meant(error.flagname, list(values), list(known))}"
         ) from None
     except (flags.Error, TypeError, ValueError) as error:
-        raise ConfigError(_one_line(error)) from None
+        raise ConfigError(_wrong_value(_one_line(error), known)) from None
     if len(rest) > 1:
         raise ConfigError(f"unexpected argument {rest[1]!r}: settings are given as --config.key=value")
     if values.workdir is None:
@@ -106,6 +106,14 @@ def _meant(name: str, flag_names: list[str], keys: list[str]) -> str:
     if settings:
         return f"; did you mean {' or '.join(f'--config.{key}' for key in settings[:3])}?"
     return closest(name, flag_names)
+
+
+def _wrong_value(message: str, known: dict) -> str:
+    """Return what absl says of a value of a wrong type in words for a person."""
+    match = re.match(r"flag --config\.([^=]+)=(.*?): ", message)
+    kinds = {bool: "True or False", int: "a whole number", float: "a number"}
+    kind = kinds.get(type(known.get(match[1]))) if match else None
+    return f"--config.{match[1]}={match[2]}: must be {kind}" if match and kind else message
 
 
 def _flags(argv: list[str]) -> flags.FlagValues:

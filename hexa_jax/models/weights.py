@@ -305,9 +305,7 @@ def _load_torch(path: str) -> Mapping[str, Any]:
     try:
         import torch
     except ImportError:
-        raise WeightsError(
-            f"reading {path} needs torch: pip install -e '.[torch]', or convert it to .safetensors"
-        ) from None
+        raise WeightsError(f"reading {path} needs torch: pip install torch, or convert it to .safetensors") from None
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:

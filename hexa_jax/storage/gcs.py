@@ -62,7 +62,7 @@ def filesystem(url: str) -> Any:
         import fsspec
         import gcsfs  # noqa: F401
     except ImportError:
-        raise RemoteError(f"{url} needs gcsfs: pip install -e '.[gcs]' in the clone of hexa_jax") from None
+        raise RemoteError(f"{url} needs gcsfs: pip install gcsfs") from None
     # others write there, too
     fsspec.config.conf.setdefault("gcs", {})["use_listings_cache"] = False
     bucket = fsspec.filesystem("gcs", finalize_on_close=True)

@@ -224,6 +224,11 @@ def _start_over(workdir: pathlib.Path, reason: str) -> None:
 
 
 def _check_same(workdir: pathlib.Path, before: dict, now: dict, extend: bool) -> None:
+    if before.get("task") != now["task"]:
+        task = before.get("task")
+        raise WorkdirError(
+            f"workdir {workdir} holds a run of config.task={task}: give {now['task']} a folder of its own"
+        )
     differ = []
     for name in sorted(before.keys() | now.keys()):
         old, new = before.get(name), now.get(name)

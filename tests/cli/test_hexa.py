@@ -2,16 +2,20 @@
 
 import importlib
 import json
+import os
 import shutil
 
+import jax
 import pytest
 from command_line import image_folder
 from small import small_config
 
+from hexa_jax import main
 from hexa_jax.cli import app, doctor, evaluate, export, pretrain
 from hexa_jax.cli.command import parse_command
 from hexa_jax.cli.facts import data_facts, network_of_weights
 from hexa_jax.cli.words import Mistake, source_of
+from hexa_jax.core import compiled
 from hexa_jax.data.source import DataError
 from hexa_jax.data.sources import make_source
 from hexa_jax.storage.workdir import flatten
@@ -39,7 +43,7 @@ def photos(tmp_path_factory):
 def test_help_version_and_a_wrong_command(capsys):
     assert app.main([]) == app.main(["--help"]) == 0
     said = capsys.readouterr().out
-    assert all(said.count(f"    hexa {name} ") == 2 + 2 * (name == "pretrain") for name in app.COMMANDS)
+    assert all(said.count(f"hexa {name}  ") == 2 for name in app.COMMANDS)
     assert app.main(["pretain"]) == 2
     assert "did you mean 'pretrain'?" in capsys.readouterr().err
 
@@ -52,7 +56,7 @@ def test_every_command_explains_itself(name, capsys):
 
 
 @pytest.mark.parametrize(
-    ("main", "argv", "line"),
+    ("command", "argv", "line"),
     [
         (pretrain.main, [], "the following arguments are required: IMAGES; see hexa pretrain --help"),
         (pretrain.main, ["x", "--epoch=2"], "unknown option '--epoch=2'; see hexa pretrain --help"),
@@ -67,9 +71,9 @@ def test_every_command_explains_itself(name, capsys):
         (doctor.main, ["now"], "it takes no words"),
     ],
 )
-def test_a_mistake_is_one_line(main, argv, line, capsys, tmp_path, monkeypatch):
+def test_a_mistake_is_one_line(command, argv, line, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert main(argv) == 2
+    assert command(argv) == 2
     (message,) = capsys.readouterr().err.splitlines()
     assert message.startswith("hexa ") and line in message
     assert not list(tmp_path.iterdir())
@@ -188,6 +192,36 @@ def test_accuracy_is_measured_on_labeled_images_of_their_own(tmp_path):
     config.knn.source = "folder:" + str(next(path for path in tmp_path.iterdir() if path.is_dir()))
     with pytest.raises(DataError, match="sub-folders"):
         make_probe(config, source, make_trainer(config, len(source)))
+
+
+def test_compiled_programs_are_kept_unless_the_user_says_otherwise(monkeypatch, tmp_path):
+    before = jax.config.jax_compilation_cache_dir
+    monkeypatch.setenv(compiled.VARIABLE, "")
+    compiled.keep_compiled_programs()
+    assert os.environ[compiled.VARIABLE] == "" and jax.config.jax_compilation_cache_dir == before
+    monkeypatch.delenv(compiled.VARIABLE)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    try:
+        compiled.keep_compiled_programs()
+        folder = os.environ[compiled.VARIABLE]
+        assert folder.startswith(f"{tmp_path}/.cache/hexa_jax/compiled/")
+        assert jax.config.jax_compilation_cache_dir == folder
+    finally:
+        jax.config.update("jax_compilation_cache_dir", before)
+        monkeypatch.setenv(compiled.VARIABLE, folder)  # monkeypatch puts back what was there
+
+
+@pytest.mark.parametrize("saved", [False, True])
+def test_an_interruption_promises_only_what_is_there(saved, tmp_path, monkeypatch, capsys):
+    def stopped(_, workdir):
+        if saved:
+            (workdir / "checkpoints" / "step_00000003").mkdir(parents=True)
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(main.TASKS, "pretrain", stopped)
+    assert main.main(["hexa", "--config=tiny", f"--workdir={tmp_path / 'w'}"]) == 130
+    said = capsys.readouterr().err
+    assert ("resumes from the last checkpoint" in said) == saved and ("nothing was saved" in said) != saved
 
 
 def test_doctor_finds_what_is_wrong(monkeypatch, capsys):

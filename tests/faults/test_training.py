@@ -70,7 +70,7 @@ def programs():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Trainer, "_reduced_gradients", planted)
         patch.setattr(Trainer, "compile", build_once)
-        patch.setattr(loop, "compile_ahead", lambda config, trainer, steps, source: steps)
+        patch.setattr(loop, "compile_to_fit", lambda config, trainer, source: (trainer, trainer.compile()))
         patch.setattr(loop, "make_probe", lambda *_: None)
         patch.setattr(loop._Run, "_finish", lambda self: self.checkpoints.wait())
         yield steps

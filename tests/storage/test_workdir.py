@@ -29,6 +29,14 @@ def refused(path, config, **options) -> str:
     return str(caught.value)
 
 
+def test_an_evaluation_is_sent_to_a_folder_of_its_own(tmp_path):
+    config = configs.common.get_config()
+    open_workdir(str(tmp_path / "run"), config)
+    config.task, config.seed = "knn", 5
+    with pytest.raises(WorkdirError, match=r"holds a run of config.task=pretrain: give knn a folder of its own$"):
+        open_workdir(str(tmp_path / "run"), config)
+
+
 def test_a_new_folder_holds_the_config(tmp_path, config):
     folder = open_workdir(str(tmp_path / "deep" / "run"), config)
     assert folder == tmp_path / "deep" / "run"
@@ -172,7 +180,7 @@ def test_a_run_that_made_a_step_does_not(tmp_path, config):
         assert sorted(tmp_path.joinpath(name).rglob("*")) == before
     begun(tmp_path / "c", configs.common.get_config(), step=0)
     config.task = "knn"  # no command to train: it would evaluate into the run's own folder
-    assert "task was 'pretrain', is 'knn'" in refused(tmp_path / "c", config)
+    assert "holds a run of config.task=pretrain: give knn" in refused(tmp_path / "c", config)
 
 
 def test_unwritable_folders(tmp_path, config, monkeypatch):

@@ -220,7 +220,7 @@ def too_large_for_numpy(*_):
 def test_memory_that_runs_out_is_one_line(fail, processes, tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(main.TASKS, "pretrain", fail)
     monkeypatch.setattr(jax, "process_count", lambda: processes)
-    monkeypatch.setattr("hexa_jax.parallel.processes.first", lambda: True)
+    monkeypatch.setattr("hexa_jax.parallel.processes.is_main_process", lambda: True)
     assert main.main(words(tmp_path / "run")) == 1
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("hexa_jax: out of memory: use --config.runtime.microbatches=N (0 finds N before ")
@@ -247,11 +247,11 @@ def test_a_step_that_runs_out_leaves_the_workdir_to_the_corrected_command(tmp_pa
     """The first step fails; then another batch size, and the run goes to its end."""
     finished("deepcluster")  # has compiled most of what this run needs
 
-    def compiled(config, trainer, steps, source):
-        return steps._replace(train=exhausted)
+    def compiled(config, trainer, source):
+        return trainer, trainer.compile()._replace(train=exhausted)
 
     with monkeypatch.context() as patch:
-        patch.setattr("hexa_jax.training.loop.compile_ahead", compiled)
+        patch.setattr("hexa_jax.training.loop.compile_to_fit", compiled)
         assert main.main(words(tmp_path / "run")) == 1
     assert (tmp_path / "run" / "metrics.jsonl").exists()  # a first pass and a kNN were made
     assert main.main(words(tmp_path / "run", epochs=1, **{"linear.at_end": False})) == 0
