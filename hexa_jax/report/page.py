@@ -20,22 +20,29 @@ ROWS = [
     ("raw pixels", "pixels_"),
     ("random initialisation", "random_"),
     ("initial weights", "initial_"),
+    ("plain", "plain_"),
     ("pre-trained", ""),
 ]
 COLUMNS = [("kNN", "knn_accuracy"), ("linear probe", "linear_accuracy")]
 
 
 def table(results: dict[str, Any]) -> str:
-    """The closing table as text: accuracies in per cent of pixels, random weights and the pre-trained network."""
+    """The closing table as text: accuracies in per cent of pixels, random weights, the plain run and this one."""
     columns = [(title, name) for title, name in COLUMNS if any(prefix + name in results for _, prefix in ROWS)]
     if not columns:
         return "no labels: nothing to measure accuracy with"
+    compared = any("plain_" + name in results for _, name in columns)
     lines = [f"{'accuracy in %':24}" + "".join(f"{title:>14}" for title, _ in columns)]
     for title, prefix in ROWS:
+        title = "with hard examples" if compared and not prefix else title
         cells = [results.get(prefix + name) for _, name in columns]
-        if prefix == "initial_" and all(cell is None for cell in cells):  # the run started from random weights
+        # Most runs start from random weights, and are compared with no other run.
+        if prefix in ("initial_", "plain_") and all(cell is None for cell in cells):
             continue
         lines.append(f"{title:24}" + "".join("             -" if c is None else f"{c:14.1f}" for c in cells))
+    if "nmi" in results:
+        plain = f" (plain: {results['plain_nmi']:.2f})" if "plain_nmi" in results else ""
+        lines.append(f"clusters and labels share {results['nmi']:.2f} of their information (NMI){plain}")
     return "\n".join(lines)
 
 
@@ -47,7 +54,13 @@ class Pictured(NamedTuple):
     assignments: np.ndarray | None
 
 
-def write_report(workdir: pathlib.Path, config: ConfigDict, run: Pictured, results: dict[str, Any]) -> pathlib.Path:
+def write_report(
+    workdir: pathlib.Path,
+    config: ConfigDict,
+    run: Pictured,
+    results: dict[str, Any],
+    plain: pathlib.Path | None = None,
+) -> pathlib.Path:
     """Write `report/` of a workdir: pictures and index.html.
 
     Args:
@@ -55,18 +68,20 @@ def write_report(workdir: pathlib.Path, config: ConfigDict, run: Pictured, resul
         config: of the run.
         run: what to show of it.
         results: for the table.
+        plain: workdir of the plain run to compare with, whose curves are drawn beside; None: none.
 
     Returns:
         The path of index.html.
     """
     folder = workdir / "report"
     folder.mkdir(exist_ok=True)
-    pictures = {"curves.png": "Loss and accuracy", "hard_examples.png": "What the network learns from"}
-    _curves(workdir / "metrics.jsonl", folder / "curves.png")
-    _hard_examples(run.views, folder / "hard_examples.png")
+    pictures = {}
     if run.assignments is not None and (run.assignments[0] >= 0).any():
         pictures["clusters.png"] = "Clusters of the first head: each row shows members of one cluster"
         _clusters(run.source, run.assignments[0], folder / "clusters.png")
+    pictures |= {"curves.png": "Loss and accuracy", "hard_examples.png": "What the network learns from"}
+    _curves(workdir, folder / "curves.png", plain)
+    _hard_examples(run.views, folder / "hard_examples.png")
     page = folder / "index.html"
     figures = "".join(f"<h2>{title}</h2><img src={name!r} style='max-width:100%'>" for name, title in pictures.items())
     settings = html.escape(json.dumps(config.to_dict(), indent=1))
@@ -88,8 +103,14 @@ def _started_from(workdir: pathlib.Path) -> str:
     return f"<p>Started from {name}, SHA-256 <code>{record['sha256']}</code></p>"
 
 
-def _curves(metrics: pathlib.Path, path: pathlib.Path) -> None:
-    lines = [json.loads(line) for line in metrics.read_text().splitlines()]
+def _curves(workdir: pathlib.Path, path: pathlib.Path, plain: pathlib.Path | None) -> None:
+    """Metrics over steps, those of the plain run dashed."""
+
+    def read(folder: pathlib.Path) -> list[dict]:
+        return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+    lines = read(workdir)
+    runs = [("", lines, "-")] + ([("plain: ", read(plain), "--")] if plain else [])
     names = [
         ("loss", "loss_"),
         ("kNN accuracy in %", "knn_accuracy"),
@@ -101,13 +122,14 @@ def _curves(metrics: pathlib.Path, path: pathlib.Path) -> None:
     figure = Figure(figsize=(4 * max(len(names), 1), 3))
     axes = figure.subplots(1, max(len(names), 1), squeeze=False)
     for axis, (title, prefix) in zip(axes[0], names, strict=False):
-        for key in sorted({key for line in lines for key in line if key.startswith(prefix)}):
-            points = [(line["step"], line[key]) for line in lines if key in line]
-            axis.plot(
-                *zip(*points, strict=True), label=key.removeprefix("loss_"), marker="." if len(points) < 30 else None
-            )
+        for origin, lines, style in runs:
+            for key in sorted({key for line in lines for key in line if key.startswith(prefix)}):
+                points = [(line["step"], line[key]) for line in lines if key in line]
+                marker = "." if len(points) < 30 else None
+                label = origin + key.removeprefix("loss_")
+                axis.plot(*zip(*points, strict=True), style, label=label, marker=marker)
         axis.set(title=title, xlabel="step")
-        if prefix == "loss_":
+        if prefix == "loss_" or plain:
             axis.legend()
     _save(figure, path)
 

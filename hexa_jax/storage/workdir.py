@@ -174,6 +174,8 @@ def _made_no_step(workdir: pathlib.Path) -> bool:
     metrics = workdir / "metrics.jsonl"
     if str(workdir) in console.aliases or not metrics.exists() or (workdir / "result.json").exists():
         return False  # a bucket's checkpoints are not here
+    if any(workdir.glob("*/checkpoints")):
+        return False  # a finished part, such as the plain run, is worth keeping
     saved = [folder.name for folder in workdir.glob("checkpoints/*")]
     if any(not name.startswith(f"step_{0:08d}") for name in saved):
         return False
