@@ -18,6 +18,8 @@ def get_config() -> ml_collections.ConfigDict:
     # Fig. 2 has std, std+adv, std+cmx, std+adv+cmx, std+adv+cmxA and all (std+adv+cmx+cmxA). Views named here whose weight
     # is 0 below count 1, others not at all. Empty: the weights alone decide.
     config.scheme = ""
+    # Train the same recipe without hard views first, in the folder plain/ of the workdir, and show both in one report.
+    config.compare_with_plain = False
     config.seed = 0
     # bfloat16 (compute only; parameters and statistics stay float32), float32 (accelerators may still round the factors of
     # products: JAX_DEFAULT_MATMUL_PRECISION=highest forbids it) or float64 (for equality tests)

@@ -13,31 +13,39 @@ from ml_collections import ConfigDict
 
 from hexa_jax.data.source import Source
 from hexa_jax.report import sections
-from hexa_jax.report.record import read_record
+from hexa_jax.report.record import RunRecord, read_record
 from hexa_jax.report.style import document
+from hexa_jax.storage.workdir import PLAIN
 from hexa_jax.views.preview import ViewPreview
 
 ROWS = [
     ("raw pixels", "pixels_"),
     ("random initialisation", "random_"),
     ("initial weights", "initial_"),
+    ("plain", "plain_"),
     ("pre-trained", ""),
 ]
 COLUMNS = [("kNN", "knn_accuracy"), ("linear probe", "linear_accuracy")]
 
 
 def table(results: dict[str, Any]) -> str:
-    """The closing table as text: accuracies in per cent of pixels, random weights and the pre-trained network."""
+    """The closing table as text: accuracies in per cent of pixels, random weights, the plain run and this one."""
     columns = [(title, name) for title, name in COLUMNS if any(prefix + name in results for _, prefix in ROWS)]
     if not columns:
         return "no labels: nothing to measure accuracy with"
+    compared = any("plain_" + name in results for _, name in columns)
     lines = [f"{'accuracy in %':24}" + "".join(f"{title:>14}" for title, _ in columns)]
     for title, prefix in ROWS:
+        title = "with hard examples" if compared and not prefix else title
         cells = [results.get(prefix + name) for _, name in columns]
-        if prefix == "initial_" and all(cell is None for cell in cells):  # it started at random
+        # Most runs start from random weights, and are compared with no other run.
+        if prefix in ("initial_", "plain_") and all(cell is None for cell in cells):
             continue
         numbers = "".join("             -" if c is None else f"{c:14.1f}" for c in cells)
         lines.append(f"{title:24}" + numbers)
+    if "nmi" in results:
+        plain = f" (plain: {results['plain_nmi']:.2f})" if "plain_nmi" in results else ""
+        lines.append(f"NMI of clusters and labels: {results['nmi']:.2f}{plain}")
     return "\n".join(lines)
 
 
@@ -96,7 +104,7 @@ def write_report(workdir: pathlib.Path, config: ConfigDict, run: Pictured) -> pa
         for section in (
             sections.health(record),
             sections.scores(record),
-            sections.curves([record]),
+            sections.curves(*_with_plain(record)),
             sections.hard_examples(record, run.views) if run.views is not None else None,
             sections.clusters(record, run),
             sections.image_map(run.sample),
@@ -114,3 +122,11 @@ def write_report(workdir: pathlib.Path, config: ConfigDict, run: Pictured) -> pa
     temporary.write_text(document(escape(f"{record.name}: report"), body), encoding="utf-8")
     os.replace(temporary, path)
     return path
+
+
+def _with_plain(record: RunRecord) -> tuple[list[RunRecord], list[str]]:
+    """Return the run and the plain one that it is compared with, if any, with titles."""
+    folder = record.workdir / PLAIN
+    if not (folder / "metrics.jsonl").is_file():
+        return [record], []
+    return [record, read_record(folder)], ["hard examples", "plain"]

@@ -174,6 +174,7 @@ ORIGINS = (
     ("raw pixels", "pixels_"),
     ("random weights", "random_"),
     ("initial weights", "initial_"),
+    ("plain", "plain_"),
     ("pre-trained", ""),
 )
 

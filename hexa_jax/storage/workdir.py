@@ -43,6 +43,7 @@ ADDED = {
 }
 NORMALIZATION = "normalization.json"  # pixel statistics of a run that measured them
 MEASURED = ("data.pixel_mean", "data.pixel_std")
+PLAIN = "plain"  # folder of the plain run that a run is compared with, inside its workdir
 
 
 class WorkdirError(ValueError):
@@ -207,6 +208,8 @@ def _made_no_step(workdir: pathlib.Path) -> bool:
     metrics = workdir / "metrics.jsonl"
     if str(workdir) in console.aliases or not metrics.exists() or (workdir / "result.json").exists():
         return False  # a bucket's checkpoints are not here
+    if any(workdir.glob("*/checkpoints")):
+        return False  # a finished part, such as the plain run, is worth keeping
     saved = [folder.name for folder in workdir.glob("checkpoints/*")]
     if any(not name.startswith(f"step_{0:08d}") for name in saved):
         return False

@@ -2,6 +2,7 @@
 
 import contextlib
 import itertools
+import json
 import logging
 import math
 import pathlib
@@ -18,6 +19,7 @@ from sklearn.metrics import normalized_mutual_info_score
 from hexa_jax.checkpoint.checkpointer import CheckpointError, Checkpoints
 from hexa_jax.core.batch import Batch
 from hexa_jax.core.console import StepTimer, log
+from hexa_jax.core.errors import ConfigError
 from hexa_jax.core.preemption import Diverged, PreemptionGuard, Terminated
 from hexa_jax.core.progress_bar import ProgressBar
 from hexa_jax.data.source import Source
@@ -26,8 +28,8 @@ from hexa_jax.models.norm import CLEAN, stats_collection
 from hexa_jax.parallel import processes
 from hexa_jax.parallel.hardware import accelerator_warning, devices_in_words
 from hexa_jax.report import page
-from hexa_jax.storage.workdir import Metrics, write_json
-from hexa_jax.training.factory import make_schedule, make_trainer, open_training_source
+from hexa_jax.storage.workdir import PLAIN, Metrics, open_workdir, write_json
+from hexa_jax.training.factory import make_schedule, make_scheme, make_trainer, open_training_source
 from hexa_jax.training.fit_memory import compile_to_fit
 from hexa_jax.training.initial_weights import InitialWeights, read_initial_weights, record_initial_weights
 from hexa_jax.training.input import TrainingData
@@ -41,23 +43,68 @@ from hexa_jax.views.preview import ViewPreview
 COLLAPSED = 0.02  # embedding_std below this: all embeddings are nearly the same
 STARVED = 0.3  # share of the time spent on waiting for input above which the terminal is told
 INITIAL = "initial_"  # what the accuracies of the weights that a run started from are called by
+COMPARED = ("knn_accuracy", "linear_accuracy", "nmi")  # results of the plain run that are shown beside the run's own
 CALIBRATION_STEPS = 50  # forward passes that give a random network its BatchNorm statistics
 
 
 def pretrain(config: ConfigDict, workdir: pathlib.Path) -> dict[str, Any]:
-    """Run or resume; returns the flat results that `result.json` holds.
+    """Run or resume; with `config.compare_with_plain` the plain run first, in a workdir of its own inside.
+
+    Returns:
+        The flat results that `result.json` holds.
 
     Raises:
         Terminated: SIGTERM arrived; the state is saved.
         Diverged: the loss became NaN or infinite; no checkpoint was overwritten.
+        ConfigError: there are no hard views to compare with the plain run.
     """
     source = open_training_source(config)
     settle_normalization(config, workdir, source)
+    if not config.get("compare_with_plain"):
+        return _pretrain(config, workdir, source)
+    plain = plain_config(config)
+    # The epochs have been checked with the run's own config: where they may grow, they may here.
+    folder = open_workdir(str(workdir / PLAIN), plain, extend=True)
+    log("the plain run first, then the one with hard views")
+    found = _finished(folder, plain) or _pretrain(plain, folder, source, with_report=False)
+    return _pretrain(config, workdir, source, plain=found)
+
+
+def plain_config(config: ConfigDict) -> ConfigDict:
+    """The same run without hard views.
+
+    Raises:
+        ConfigError: the config has none.
+    """
+    if not make_scheme(config).views:
+        raise ConfigError("config.compare_with_plain: this run has no hard views, it is the plain one")
+    plain = ConfigDict(config.to_dict())
+    plain.scheme, plain.compare_with_plain = "std", False
+    plain.knn.pixels = False  # the same images: measured once
+    return plain
+
+
+def _finished(workdir: pathlib.Path, config: ConfigDict) -> dict[str, Any] | None:
+    """The results of a run that has ended, None of one that has not."""
+    path = workdir / "result.json"
+    results = json.loads(path.read_text()) if path.exists() else {}
+    return results if results.get("epochs") == config.epochs else None
+
+
+def _pretrain(
+    config: ConfigDict,
+    workdir: pathlib.Path,
+    source: Source,
+    plain: dict[str, Any] | None = None,
+    with_report: bool = True,
+) -> dict[str, Any]:
     trainer = make_trainer(config, len(source), num_classes=source.num_classes)
     if processes.is_main_process() and (unused := accelerator_warning()):
         logging.warning(unused)
     with jax.set_mesh(trainer.mesh):
-        return _Run(config, workdir, source, trainer).run()
+        run = _Run(config, workdir, source, trainer)
+        run.plain, run.with_report = plain, with_report
+        return run.run()
 
 
 class _Run:
@@ -91,6 +138,8 @@ class _Run:
         self.stop = PreemptionGuard()
         self.bar, self.bar_text = ProgressBar(), "first step"
         self.schedule: Callable = make_schedule(config, self.steps_per_epoch)
+        self.plain: dict[str, Any] | None = None  # results of the plain run that this one is compared with
+        self.with_report = True
 
     def _read_initial(self, trainer: Trainer) -> InitialWeights | None:
         shapes = trainer.state_shapes()
@@ -176,7 +225,7 @@ class _Run:
             `pending` if it is still to be reported, and whether the checkpoint of this step is the best so far.
         """
         health, due = self._health_due(epoch), self._due(epoch)
-        page_due = self.report.due(epoch)
+        page_due = self.with_report and self.report.due(epoch)
         if not (health or due or page_due):
             return pending, False
         self._report(*pending)
@@ -361,7 +410,7 @@ class _Run:
             labels = processes.largest(self.input.labels)  # each process has seen those of its own rows
             seen = (self.assignments >= 0).all(axis=0)  # none while a method warms up without clusters
             if seen.any() and (labels[seen] >= 0).all():  # after a resume, tfds's are gathered anew
-                values["nmi"] = _nmi(self.assignments, labels)
+                self.metadata["nmi"] = values["nmi"] = _nmi(self.assignments, labels)
         if values:
             self.metrics.write(self.step, {"epoch": epoch} | values)
             log(f"epoch {epoch}: " + ", ".join(f"{name} {value:.4g}" for name, value in values.items()))
@@ -435,7 +484,8 @@ class _Run:
     def _finish(self) -> dict[str, Any]:
         self.checkpoints.wait()
         results: dict[str, Any] = {"step": self.step, "epochs": self.config.epochs}
-        results |= {name: value for name, value in self.metadata.items() if name.startswith(("random_", INITIAL))}
+        kept = [name for name in self.metadata if name.startswith(("random_", INITIAL)) or name == "nmi"]
+        results |= {name: self.metadata[name] for name in kept}
         if self.probe:
             accuracies = self._probe_results(self.state)
             self.metrics.write(self.step, {"epoch": self.config.epochs, **accuracies})
@@ -443,9 +493,13 @@ class _Run:
             pixels = self.probe.pixels() if self.config.knn.pixels else None
             if pixels is not None:
                 results |= {f"pixels_{name}": value for name, value in self._accuracies(pixels).items()}
+        if self.plain is not None:
+            results |= {f"plain_{name}": self.plain[name] for name in COMPARED if name in self.plain}
         write_json(self.workdir / "result.json", results)
         if self.sample and self.sample.features is None:  # the run had ended before this start
             self.sample.measure(self.state)
+        if not self.with_report:
+            return results
         path = self.report.write(self.state, self.views, self.assignments)
         log(page.table(results) + f"\nreport: {path}")
         return results
