@@ -91,14 +91,17 @@ def test_bad_arguments_are_named():
     assert make_shapes(0)[0].shape == (0, 32, 32, 3)
 
 
-def test_source_draws_what_make_shapes_draws():
+@pytest.mark.parametrize("kept", [True, False])
+def test_source_draws_what_make_shapes_draws(kept):
     source = ShapesSource("test", image_size=24, num_examples=30, seed=5)
+    source._fits = kept
     images, labels = make_shapes(30, image_size=24, seed=5, split="test")
     for copy in (source, pickle.loads(pickle.dumps(source))):
         for i in (29, 0, 7):
             np.testing.assert_array_equal(copy[i]["image"], images[i])
             assert copy[i]["label"] == labels[i] and type(copy[i]["label"]) is int
     np.testing.assert_array_equal(source.labels(), labels)
+    np.testing.assert_array_equal(source.arrays()[0], images)
     assert len(source) == 30 and source.num_classes == len(source.class_names) == 10
     assert source.name(7) == "shapes:test, index 7"
     for outside in (-1, 30):
