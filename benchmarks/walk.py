@@ -14,9 +14,8 @@ import sys
 from types import CodeType, FrameType
 from typing import Any
 
-import jax
-
 import hexa_jax
+import jax
 from hexa_jax.cli.command import parse_command
 from hexa_jax.training.factory import make_trainer
 

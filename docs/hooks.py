@@ -15,7 +15,11 @@ SKIPPED = {"__init__.py", "common.py"}
 
 def on_files(files: Files, config: Any) -> Files:
     """Add the generated pages to those of the folder."""
-    pages = {"reference/config.md": config_keys(), "reference/recipes.md": recipes(), "reference/sources.md": sources()}
+    pages = {
+        "reference/config.md": config_keys(),
+        "reference/recipes.md": recipes(),
+        "reference/sources.md": sources(),
+    }
     for path, text in pages.items():
         files.append(File.generated(config, path, content=text))
     return files
@@ -26,7 +30,9 @@ def config_keys() -> str:
     source = (ROOT / "configs" / "common.py").read_text()
     comments = _comments(source)
     function = next(
-        node for node in ast.parse(source).body if isinstance(node, ast.FunctionDef) and node.name == "get_config"
+        node
+        for node in ast.parse(source).body
+        if isinstance(node, ast.FunctionDef) and node.name == "get_config"
     )
     names, rows = {"config": ""}, []
     for node in function.body:
@@ -41,11 +47,15 @@ def config_keys() -> str:
         " below `runtime` say how to run and may change when a run is resumed, all others may not.\n"
     ]
     for group, lines in groups.items():
-        parts.append(f"## {group}\n\n| key | default | meaning |\n|---|---|---|\n" + "\n".join(lines) + "\n")
+        parts.append(
+            f"## {group}\n\n| key | default | meaning |\n|---|---|---|\n" + "\n".join(lines) + "\n"
+        )
     return "\n".join(parts)
 
 
-def _rows(node: ast.stmt, names: dict[str, str], comments: dict[int, str], source: str) -> list[tuple[str, str, str]]:
+def _rows(
+    node: ast.stmt, names: dict[str, str], comments: dict[int, str], source: str
+) -> list[tuple[str, str, str]]:
     """Keys that a statement of get_config sets; `names` maps its variables to groups of keys."""
     if not isinstance(node, ast.Assign):
         return []

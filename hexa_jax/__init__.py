@@ -9,11 +9,13 @@ def load(checkpoint: str) -> tuple[Any, Any]:
     """A pre-trained backbone in one line: `apply, variables = hexa_jax.load("runs/hexa_moco")`.
 
     Args:
-        checkpoint: workdir of a pre-training run, or a weights file (`.safetensors`, `.npz`; `.pth` and the like with torch).
+        checkpoint: workdir of a pre-training run, or a weights file (`.safetensors`, `.npz`; `.pth`
+            and the like with torch).
 
     Returns:
-        apply(variables, images) -> pooled features float32 [N, F] of images [N, H, W, 3], uint8 or float in [0, 1]; jit and
-        differentiate it as you like. And the variables: parameters and clean BatchNorm statistics.
+        apply(variables, images) -> pooled features float32 [N, F] of images [N, H, W, 3], uint8 or
+        float in [0, 1]; jit and differentiate it as you like. And the variables: parameters and
+        clean BatchNorm statistics.
 
     Raises:
         CheckpointError, WeightsError: nothing usable is there; one line says what.

@@ -13,9 +13,9 @@ Command line: `python -m hexa_jax.export --checkpoint=WORKDIR --format=FORMAT --
 --output      the file or folder
 --input       of stablehlo and onnx: uint8 (the default), or float32 with pixels in [0, 1]
 
-A stablehlo or onnx file takes images [N, H, W, 3] in RGB, any number of them, as a decoder gives them: normalization is inside.
-It returns pooled features, float32 [N, F]. H and W are those of the run's own evaluation in a stablehlo file, and free in an
-onnx file.
+A stablehlo or onnx file takes images [N, H, W, 3] in RGB, any number of them, as a decoder gives
+them: normalization is inside. It returns pooled features, float32 [N, F]. H and W are those of the
+run's own evaluation in a stablehlo file, and free in an onnx file.
 
 The clean BatchNorm set is written; heads and classifiers are not.
 """
@@ -58,14 +58,20 @@ def export(backbone: Backbone, form: str, output: pathlib.Path, dtype: str = "ui
         backbone: from `load_backbone`.
         form: one of FORMATS.
         output: file or folder, made anew.
-        dtype: of the images that a stablehlo or onnx file takes: "uint8", or "float32" for pixels in [0, 1].
+        dtype: of the images that a stablehlo or onnx file takes: "uint8", or "float32" for pixels
+            in [0, 1].
 
     Raises:
         WeightsError: the format cannot hold this network, or needs a library that is missing.
     """
     arrays = to_torchvision(backbone.variables)
     architecture = architecture_of(arrays)._replace(stem=backbone.network.backbone.stem)
-    writers = {"torchvision": _torchvision, "timm": _timm, "huggingface": _huggingface, "detectron2": _detectron2}
+    writers = {
+        "torchvision": _torchvision,
+        "timm": _timm,
+        "huggingface": _huggingface,
+        "detectron2": _detectron2,
+    }
     if form not in FORMATS:
         raise WeightsError(f"--format={form} is not known: use one of {', '.join(FORMATS)}")
     output.parent.mkdir(parents=True, exist_ok=True)
@@ -79,19 +85,25 @@ def export(backbone: Backbone, form: str, output: pathlib.Path, dtype: str = "ui
     if form == "stablehlo":
         _stablehlo(backbone, crop, output, dtype)
     elif form == "onnx":
-        about = pixels | {"architecture": architecture.name, "stem": architecture.stem, "input": dtype}
+        about = pixels | {
+            "architecture": architecture.name,
+            "stem": architecture.stem,
+            "input": dtype,
+        }
         _onnx(arrays, architecture, about, output, dtype)
     else:
         writers[form](arrays, architecture, pixels, output)
 
 
 def _crop_pct(resize: int, crop: int) -> float:
-    """The ratio from which both libraries get the short side back as int(crop / ratio), in spite of rounding."""
+    """Return the ratio from which both libraries get the short side as int(crop / ratio)."""
     ratio = crop / resize
     return ratio if int(crop / ratio) == resize else float(np.nextafter(ratio, 0))
 
 
-def _torchvision(arrays: dict[str, np.ndarray], architecture: Architecture, pixels: dict, output: pathlib.Path) -> None:
+def _torchvision(
+    arrays: dict[str, np.ndarray], architecture: Architecture, pixels: dict, output: pathlib.Path
+) -> None:
     if output.suffix == ".safetensors":
         _safetensors(
             arrays,
@@ -105,16 +117,28 @@ def _torchvision(arrays: dict[str, np.ndarray], architecture: Architecture, pixe
     try:
         import torch
     except ImportError:
-        raise WeightsError("writing .pth needs torch: pip install torch, or use .safetensors") from None
+        raise WeightsError(
+            "writing .pth needs torch: pip install torch, or use .safetensors"
+        ) from None
     try:
-        torch.save({name: torch.from_numpy(np.array(value)) for name, value in arrays.items()}, output)
+        torch.save(
+            {name: torch.from_numpy(np.array(value)) for name, value in arrays.items()}, output
+        )
     except RuntimeError as error:  # what torch makes of an OSError
         raise WeightsError(f"{output} cannot be written: {error}") from None
 
 
-def _timm(arrays: dict[str, np.ndarray], architecture: Architecture, pixels: dict, output: pathlib.Path) -> None:
-    if architecture.stem != "imagenet" or architecture.base_channels != 64 or architecture.depth == 10:
-        raise WeightsError("timm's ResNets have a 7x7 stem and the standard width: this network has another")
+def _timm(
+    arrays: dict[str, np.ndarray], architecture: Architecture, pixels: dict, output: pathlib.Path
+) -> None:
+    if (
+        architecture.stem != "imagenet"
+        or architecture.base_channels != 64
+        or architecture.depth == 10
+    ):
+        raise WeightsError(
+            "timm's ResNets have a 7x7 stem and the standard width: this network has another"
+        )
     output.mkdir(exist_ok=True)
     _safetensors(arrays, output / "model.safetensors", {"format": "pt"})
     config = {
@@ -132,7 +156,9 @@ def _timm(arrays: dict[str, np.ndarray], architecture: Architecture, pixels: dic
     (output / "config.json").write_text(json.dumps(config, indent=1) + "\n")
 
 
-def _huggingface(arrays: dict[str, np.ndarray], architecture: Architecture, pixels: dict, output: pathlib.Path) -> None:
+def _huggingface(
+    arrays: dict[str, np.ndarray], architecture: Architecture, pixels: dict, output: pathlib.Path
+) -> None:
     config = huggingface_config(architecture)
     output.mkdir(exist_ok=True)
     _safetensors(to_huggingface(arrays), output / "model.safetensors", {"format": "pt"})
@@ -152,14 +178,20 @@ def _huggingface(arrays: dict[str, np.ndarray], architecture: Architecture, pixe
     (output / "preprocessor_config.json").write_text(json.dumps(processor, indent=1) + "\n")
 
 
-def _detectron2(arrays: dict[str, np.ndarray], architecture: Architecture, pixels: dict, output: pathlib.Path) -> None:
+def _detectron2(
+    arrays: dict[str, np.ndarray], architecture: Architecture, pixels: dict, output: pathlib.Path
+) -> None:
     if output.suffix != ".pkl":
         raise WeightsError(f"--output={output} must end in .pkl")
     if architecture.stem != "imagenet":
         raise WeightsError(
             f"detectron2's ResNet has a 7x7 stem: a network with stem={architecture.stem} cannot be written for it"
         )
-    content: dict[str, Any] = {"model": to_detectron2(arrays), "__author__": "hexa_jax", "matching_heuristics": True}
+    content: dict[str, Any] = {
+        "model": to_detectron2(arrays),
+        "__author__": "hexa_jax",
+        "matching_heuristics": True,
+    }
     with output.open("wb") as file:
         pickle.dump(content, file, protocol=2)
 
@@ -173,15 +205,19 @@ def _stablehlo(backbone: Backbone, side: int, output: pathlib.Path, dtype: str) 
     def features(images: jax.Array) -> jax.Array:
         return backbone.features(backbone.variables, images)
 
-    # Accelerators would otherwise round the factors of products, each in its way: features that were
-    # stored on one kind of device would not be those of another.
+    # Accelerators would otherwise round the factors of products, each in its way: features that
+    # were stored on one kind of device would not be those of another.
     with jax.default_matmul_precision("highest"):
         exported = jax.export.export(jax.jit(features), platforms=PLATFORMS)(images)
     output.write_bytes(exported.serialize())
 
 
 def _onnx(
-    arrays: dict[str, np.ndarray], architecture: Architecture, about: dict, output: pathlib.Path, dtype: str
+    arrays: dict[str, np.ndarray],
+    architecture: Architecture,
+    about: dict,
+    output: pathlib.Path,
+    dtype: str,
 ) -> None:
     if output.suffix != ".onnx":
         raise WeightsError(f"--output={output} must end in .onnx")
@@ -189,11 +225,15 @@ def _onnx(
     try:
         content = model.SerializeToString()
     except ValueError:  # of protobuf
-        raise WeightsError("an ONNX file holds at most 2 GiB, this network has more: use --format=stablehlo") from None
+        raise WeightsError(
+            "an ONNX file holds at most 2 GiB, this network has more: use --format=stablehlo"
+        ) from None
     output.write_bytes(content)
 
 
-def _safetensors(arrays: dict[str, np.ndarray], path: pathlib.Path, metadata: dict[str, str]) -> None:
+def _safetensors(
+    arrays: dict[str, np.ndarray], path: pathlib.Path, metadata: dict[str, str]
+) -> None:
     from safetensors import SafetensorError
     from safetensors.numpy import save_file
 
@@ -220,7 +260,10 @@ def main(argv: list[str]) -> int:
         print(f"hexa_jax.export: {with_aliases(str(error))}", file=sys.stderr)
         return 2
     except OSError as error:
-        print(f"hexa_jax.export: {error.filename or 'output'}: {error.strerror or error}", file=sys.stderr)
+        print(
+            f"hexa_jax.export: {error.filename or 'output'}: {error.strerror or error}",
+            file=sys.stderr,
+        )
         return 2
     print(words.output)
     return 0

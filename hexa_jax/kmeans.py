@@ -67,10 +67,17 @@ def _sum_by_cluster(x: jax.Array, label: jax.Array, num_clusters: int) -> jax.Ar
     """
 
     def by_scatter(x: jax.Array, label: jax.Array) -> jax.Array:
-        return jnp.zeros((num_clusters, x.shape[1]), x.dtype).at[label].add(x, mode="drop", wrap_negative_indices=False)
+        return (
+            jnp.zeros((num_clusters, x.shape[1]), x.dtype)
+            .at[label]
+            .add(x, mode="drop", wrap_negative_indices=False)
+        )
 
     return jax.lax.platform_dependent(
-        x, label, cpu=by_scatter, default=functools.partial(_sum_by_matmul, num_clusters=num_clusters)
+        x,
+        label,
+        cpu=by_scatter,
+        default=functools.partial(_sum_by_matmul, num_clusters=num_clusters),
     )
 
 
@@ -117,7 +124,9 @@ def spherical_kmeans(
             "rows are split over devices here: pass init, so that every device starts from the same centroids"
         )
     if axis_name is None and num_clusters > num_rows:
-        raise ValueError(f"{num_clusters} clusters need at least as many rows, there are {num_rows}")
+        raise ValueError(
+            f"{num_clusters} clusters need at least as many rows, there are {num_rows}"
+        )
     mask = jnp.ones(num_rows, bool) if mask is None else mask
     if init is None:
         priority = jnp.where(mask, jax.random.uniform(key, (num_rows,)), -1)
@@ -142,7 +151,9 @@ def spherical_kmeans(
             counted = jnp.concatenate([chunk[0], jnp.ones((rows, 1), x.dtype)], axis=1)
             return totals + _sum_by_cluster(counted, label, num_clusters), None
 
-        totals = jax.lax.scan(add, jnp.zeros((num_clusters, dim + 1), x.dtype), (x_chunks, mask_chunks))[0]
+        totals = jax.lax.scan(
+            add, jnp.zeros((num_clusters, dim + 1), x.dtype), (x_chunks, mask_chunks)
+        )[0]
         totals = reduce(totals)
         return jnp.where(totals[:, dim:] > 0, _normalize(totals[:, :dim]), centroids)
 

@@ -8,7 +8,9 @@ import jax
 import jax.numpy as jnp
 
 
-def info_nce(query: jax.Array, positive: jax.Array, negatives: jax.Array, temperature: float) -> jax.Array:
+def info_nce(
+    query: jax.Array, positive: jax.Array, negatives: jax.Array, temperature: float
+) -> jax.Array:
     """Compute InfoNCE against a queue of negatives (equation 2).
 
     Args:
@@ -47,7 +49,9 @@ def nt_xent(z1: jax.Array, z2: jax.Array, temperature: float) -> jax.Array:
     return (direction(z1, z2) + direction(z2, z1)) / 2
 
 
-def prototype_cross_entropy(z: jax.Array, prototypes: jax.Array, labels: jax.Array, temperature: float) -> jax.Array:
+def prototype_cross_entropy(
+    z: jax.Array, prototypes: jax.Array, labels: jax.Array, temperature: float
+) -> jax.Array:
     """Compute the softmax cross-entropy of the cluster index over cosine scores (equation 4).
 
     Args:

@@ -1,13 +1,14 @@
-"""Command line: `python -m hexa_jax.main --config=configs/hexa_dcluster.py --workdir=DIR [--config.key=value ...]`.
+"""Command line: `python -m hexa_jax.main --config=configs/NAME.py --workdir=DIR ...`.
 
 --config   a file with a get_config() function; configs/common.py lists every key with its meaning
 --workdir  the folder of the run, local or gs://BUCKET/FOLDER; starting again in it resumes
 --extend   allow more epochs than the run in the workdir had
 --coordinator=HOST:PORT --num_processes=N --process_id=I
-           for runs over several processes whose launcher is not recognised (srun, mpirun, GKE and Cloud TPU pods are)
+           for runs over several processes whose launcher is not recognised (srun, mpirun, GKE and
+           Cloud TPU pods are)
 
-Exit codes: 0 the work was done, 1 the run failed, 2 a mistake in the command or its data, 130 interrupted,
-143 stopped by SIGTERM and saved.
+Exit codes: 0 the work was done, 1 the run failed, 2 a mistake in the command or its data, 130
+interrupted, 143 stopped by SIGTERM and saved.
 """
 
 import logging
@@ -77,7 +78,9 @@ def main(argv: list[str]) -> int:
     try:
         config, folder, extend, place, origin = parse_command(argv)
         if config.task not in TASKS:
-            raise ConfigError(f"config.task={config.task!r} is not known: use one of {', '.join(TASKS)}")
+            raise ConfigError(
+                f"config.task={config.task!r} is not known: use one of {', '.join(TASKS)}"
+            )
         logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s", force=True)
         if config.precision == "float64":
             jax.config.update("jax_enable_x64", True)
@@ -101,12 +104,21 @@ def main(argv: list[str]) -> int:
             return _stop(out_of_memory(error, config), 1)
         if jax.process_count() == 1:
             raise
-        return _stop(f"a step failed, perhaps because another process is gone: {str(error).splitlines()[0][:200]}", 1)
+        return _stop(
+            f"a step failed, perhaps because another process is gone: {str(error).splitlines()[0][:200]}",
+            1,
+        )
     except Terminated as stopped:
         return _stop(stopped, 143)
     except KeyboardInterrupt:
-        saved = folder and (is_remote(folder) or any(pathlib.Path(folder).glob("checkpoints/step_*")))
-        end = "resumes from the last checkpoint" if saved else "starts from the beginning: nothing was saved yet"
+        saved = folder and (
+            is_remote(folder) or any(pathlib.Path(folder).glob("checkpoints/step_*"))
+        )
+        end = (
+            "resumes from the last checkpoint"
+            if saved
+            else "starts from the beginning: nothing was saved yet"
+        )
         return _stop(f"interrupted; the same command {end}", 130)
     return 0
 

@@ -12,7 +12,9 @@ import optax
 Schedule = Callable[[jax.Array], jax.Array]
 
 
-def warmup_cosine(base: float, final: float, steps: int, warmup_steps: int = 0, warmup_start: float = 0.0) -> Schedule:
+def warmup_cosine(
+    base: float, final: float, steps: int, warmup_steps: int = 0, warmup_start: float = 0.0
+) -> Schedule:
     """Warm up linearly, then decay by a cosine, both per step.
 
     The rule of facebookresearch/swav, main_deepclusterv2.py.
@@ -24,7 +26,9 @@ def warmup_cosine(base: float, final: float, steps: int, warmup_steps: int = 0, 
         warmup_steps: steps of the warm-up, the last of which has `base`.
         warmup_start: learning rate of the first step of the warm-up.
     """
-    cosine = optax.cosine_decay_schedule(base, max(steps - warmup_steps, 1), alpha=final / base if base else 0.0)
+    cosine = optax.cosine_decay_schedule(
+        base, max(steps - warmup_steps, 1), alpha=final / base if base else 0.0
+    )
     # One step less than optax's own warm-up: the last step of the warm-up already has `base`.
     warmup = optax.linear_schedule(warmup_start, base, max(warmup_steps - 1, 1))
     return optax.join_schedules([warmup, cosine], [warmup_steps])
@@ -39,10 +43,14 @@ def epoch_cosine(base: float, epochs: int, steps_per_epoch: int) -> Schedule:
     return lambda step: cosine(step // steps_per_epoch)
 
 
-def epoch_steps(base: float, milestones: Sequence[float], decay: float, steps_per_epoch: int) -> Schedule:
+def epoch_steps(
+    base: float, milestones: Sequence[float], decay: float, steps_per_epoch: int
+) -> Schedule:
     """Multiply `base` by `decay` at each milestone, in epochs from 0; fractions are allowed."""
     reached = collections.Counter(math.ceil(epoch * steps_per_epoch) for epoch in milestones)
-    return optax.piecewise_constant_schedule(base, {step: decay**times for step, times in reached.items()})
+    return optax.piecewise_constant_schedule(
+        base, {step: decay**times for step, times in reached.items()}
+    )
 
 
 def warmed_up(schedule: Schedule, steps: int, start: float) -> Schedule:
@@ -72,10 +80,14 @@ def lars(
     def matrices(params: optax.Params) -> optax.Params:
         return jax.tree.map(lambda leaf: leaf.ndim > 1, params)
 
-    return optax.lars(learning_rate, weight_decay, matrices, trust_coefficient, 0.0, matrices, momentum)
+    return optax.lars(
+        learning_rate, weight_decay, matrices, trust_coefficient, 0.0, matrices, momentum
+    )
 
 
-def sgd(learning_rate: float | Schedule, momentum: float, weight_decay: float) -> optax.GradientTransformation:
+def sgd(
+    learning_rate: float | Schedule, momentum: float, weight_decay: float
+) -> optax.GradientTransformation:
     """torch's SGD: all parameters are decayed, momentum has no dampening, the rate comes last."""
     decay = optax.add_decayed_weights(weight_decay)
     return optax.chain(decay, optax.sgd(learning_rate, momentum))
@@ -118,7 +130,9 @@ def scale_by_larc(weight_decay: float, trust_coefficient: float) -> optax.Gradie
 
     def update(updates: optax.Updates, params: optax.Params | None) -> Any:
         if params is None:
-            raise ValueError("larc scales each gradient by its parameter's norm: pass params to update")
+            raise ValueError(
+                "larc scales each gradient by its parameter's norm: pass params to update"
+            )
         return jax.tree.map(adapt, updates, params)
 
     return optax.stateless(update)

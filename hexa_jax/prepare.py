@@ -2,16 +2,18 @@
 
 python -m hexa_jax.prepare imagenet2012 --manual_dir=DIR [--data_dir=DIR]      any data set of tfds, by its name
 python -m hexa_jax.prepare folder:DIR --name=NAME [--data_dir=DIR] [--labels=auto]
-                                                                               a folder of images, one sub-folder per class or none
+                                                                               a folder of images,
+                                                                               one sub-folder per
+                                                                               class or none
 
 --data_dir    where it goes; by default TFDS_DATA_DIR, or ~/tensorflow_datasets. Copied to a bucket, it is read from there
 --manual_dir  where you put the archives that tfds may not download (ImageNet: ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar)
 --name        of the new data set: lower case, digits and underscores; --config.data.source=tfds:NAME reads it
 --labels      whether sub-folders are classes: auto (yes, unless their names are dates or images lie beside them), folders or none
 
-Images keep their bytes: nothing is decoded. A data set that is there is left alone; one that was interrupted is begun anew.
-This needs TensorFlow (pip install -e '.[prepare]' in the clone of hexa_jax, or pip install tensorflow-cpu importlib_resources);
-training does not.
+Images keep their bytes: nothing is decoded. A data set that is there is left alone; one that was
+interrupted is begun anew. This needs TensorFlow (pip install -e '.[prepare]' in the clone of
+hexa_jax, or pip install tensorflow-cpu importlib_resources); training does not.
 """
 
 import importlib.util
@@ -45,7 +47,9 @@ def main(argv: list[str]) -> int:
         options = parser.parse_args(argv)
         if is_remote(options.data_dir or ""):
             where = f"gcloud storage cp -r DIR/* {options.data_dir}"
-            raise DataError(f"--data_dir={options.data_dir}: prepare into a local folder and copy it: {where}")
+            raise DataError(
+                f"--data_dir={options.data_dir}: prepare into a local folder and copy it: {where}"
+            )
         if importlib.util.find_spec("tensorflow") is None:
             raise DataError(
                 "preparing needs TensorFlow: pip install -e '.[prepare]' in the clone of hexa_jax, "
@@ -87,13 +91,16 @@ def prepare_tfds(name: str, data_dir: str | None, manual_dir: str | None) -> str
 
 
 def prepare_folder(directory: str, name: str, data_dir: str | None, labels: str = "auto") -> str:
-    """Pack a folder of images, with their labels if they have any, into a data set; returns its folder.
+    """Pack a folder of images, with labels if any, into a data set; return its folder.
 
     Raises:
-        DataError: no images, a name that tfds would not take, or a data set of that name with other images.
+        DataError: no images, a name that tfds would not take, or a data set of that name with other
+            images.
     """
     if not re.fullmatch(r"[a-z][a-z0-9_]*", name):
-        raise DataError(f"--name={name!r}: lower case letters, digits and underscores, such as --name=my_photos")
+        raise DataError(
+            f"--name={name!r}: lower case letters, digits and underscores, such as --name=my_photos"
+        )
     source = FolderSource(str(pathlib.Path(directory).expanduser()), labels)
     if source.labels_note:
         print(source.labels_note.replace("--config.data.labels", "--labels"), flush=True)

@@ -5,6 +5,7 @@ import struct
 
 import numpy as np
 import pytest
+
 from command_line import (
     DEEPCLUSTER,
     EPOCHS,

@@ -3,9 +3,8 @@
 import jax
 import numpy as np
 import pytest
-from jax.test_util import check_grads
-
 from hexa_jax import losses
+from jax.test_util import check_grads
 
 N, D, K = 5, 4, 7
 

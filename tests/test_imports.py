@@ -4,9 +4,8 @@ import ast
 import itertools
 import pathlib
 
-import pytest
-
 import hexa_jax
+import pytest
 
 ROOT = pathlib.Path(hexa_jax.__file__).parent
 # A package may import packages of lower levels, and itself. The longest prefix counts.

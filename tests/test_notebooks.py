@@ -5,8 +5,9 @@ import os
 import jupytext
 import nbformat
 import pytest
-from command_line import REPOSITORY, environment
 from nbclient import NotebookClient
+
+from command_line import REPOSITORY, environment
 
 NAMES = ("pretrain", "use_a_backbone")
 

@@ -1,10 +1,12 @@
-"""Saves and restores the training state: asynchronous, atomic, and verified against a checksum manifest.
+"""Save and restore the training state: asynchronous, atomic, verified by checksums.
 
-A checkpoint is a folder `step_00001200` that orbax fills. It counts once `MANIFEST.json` lies in it, which is written
-last and holds the size and checksum of every file, the path, shape and dtype of every leaf, and the caller's metadata.
-Orbax restores a flipped byte without a word, so the manifest is verified first. No other module imports orbax.
+A checkpoint is a folder `step_00001200` that orbax fills. It counts once `MANIFEST.json` lies in
+it, which is written last and holds the size and checksum of every file, the path, shape and dtype
+of every leaf, and the caller's metadata. Orbax restores a flipped byte without a word, so the
+manifest is verified first. No other module imports orbax.
 
-The folder may be in a bucket: orbax and the manifest's code write there directly, and nothing is ever renamed.
+The folder may be in a bucket: orbax and the manifest's code write there directly, and nothing is
+ever renamed.
 """
 
 import asyncio
@@ -40,20 +42,27 @@ PATIENCE = 3  # failures in a row that a run outlives, if their reason may pass
 HUNG = 1200.0  # seconds after which a save is given up
 PAUSE = 2.0  # seconds before a save that must not fail is tried again; doubles each time
 
-_FOLDER = re.compile(r"step_(\d+)(?:_(\d+))?(?:\.orbax-checkpoint-tmp.*)?")  # orbax writes under the long name first
-_saves = itertools.count()  # numbers barriers; the same on every process, because all save in the same order
+# orbax writes under the long name first
+_FOLDER = re.compile(r"step_(\d+)(?:_(\d+))?(?:\.orbax-checkpoint-tmp.*)?")
+# numbers barriers; the same on every process, because all save in the same order
+_saves = itertools.count()
 _log = logging.getLogger(__name__)
 
 lost_references.mend()
-# Drop orbax's progress lines, and the tracebacks of its threads: those errors arrive here as exceptions anyway.
+# Drop orbax's progress lines, and the tracebacks of its threads: those errors arrive here as
+# exceptions anyway.
 logging.getLogger("absl").addFilter(
-    lambda record: "orbax" not in record.pathname or (record.levelno >= logging.WARNING and not record.exc_info)
+    lambda record: (
+        "orbax" not in record.pathname
+        or (record.levelno >= logging.WARNING and not record.exc_info)
+    )
 )
 
 
 class _Folder(NamedTuple):
     step: int
-    attempt: int  # a step saved again goes into a new folder, so the old one lives until the new one is complete
+    # a step saved again goes into a new folder, so the old one lives until the new one is complete
+    attempt: int
     path: Any  # local, or in a bucket, as `gcs.path_of` gives it
 
     @property
@@ -64,14 +73,19 @@ class _Folder(NamedTuple):
 class Checkpoints:
     """The checkpoints of one run, in a directory that the first save makes.
 
-    The newest `keep_last` are kept, for ever those whose step is divisible by `keep_every`, and the one of step `best`, which the
-    caller sets before the save of that step. With several processes
-    all make the same calls in the same order, and all see the directory. One in the mirror of a workdir is really in the bucket.
+    The newest `keep_last` are kept, for ever those whose step is divisible by `keep_every`, and the
+    one of step `best`, which the caller sets before the save of that step. With several processes
+    all make the same calls in the same order, and all see the directory. One in the mirror of a
+    workdir is really in the bucket.
     """
 
-    def __init__(self, directory: str | os.PathLike, *, keep_last: int = 3, keep_every: int | None = None):
+    def __init__(
+        self, directory: str | os.PathLike, *, keep_last: int = 3, keep_every: int | None = None
+    ):
         if keep_last < 1 or (keep_every is not None and keep_every < 1):
-            raise CheckpointError(f"keep_last ({keep_last}) and keep_every ({keep_every}) must be at least 1")
+            raise CheckpointError(
+                f"keep_last ({keep_last}) and keep_every ({keep_every}) must be at least 1"
+            )
         self.directory = gcs.counterpart(directory)
         self.keep_last = keep_last
         self.keep_every = keep_every
@@ -85,9 +99,10 @@ class Checkpoints:
     def save(self, step: int, tree: Any, metadata: dict | None = None) -> None:
         """Saves in the background; on return the arrays of `tree` may be donated or deleted.
 
-        Waits for the save before it. If that failed for a reason that may pass, a warning says so; older checkpoints are
-        intact. With several processes no reason passes: they would have to agree on it through the storage that fails. A
-        step that exists is replaced once the new one is complete.
+        Waits for the save before it. If that failed for a reason that may pass, a warning says so;
+        older checkpoints are intact. With several processes no reason passes: they would have to
+        agree on it through the storage that fails. A step that exists is replaced once the new one
+        is complete.
 
         Args:
           step: number of the checkpoint, at least 0.
@@ -95,24 +110,28 @@ class Checkpoints:
           metadata: what JSON can hold; it comes back with the tree.
 
         Raises:
-          CheckpointError: this save cannot start, or the one before it failed, for a reason that stays or for the
-            (PATIENCE + 1)th time in a row.
+          CheckpointError: this save cannot start, or the one before it failed, for a reason that
+            stays or for the (PATIENCE + 1)th time in a row.
         """
         self._settle()
         step = int(step)
         named = tree_io.named(tree)
         manifest = {"step": step, "metadata": metadata or {}, "leaves": tree_io.specs(named)}
         manifest = json.loads(json.dumps(manifest))  # a copy
-        taken = [*self._folders(), *filter(None, [self._failed_folder])]  # a save given up on may still write there
+        # a save given up on may still write there
+        taken = [*self._folders(), *filter(None, [self._failed_folder])]
         attempts = [folder.attempt for folder in taken if folder.step == step]
         attempt, _ = _from_first_process(max(attempts, default=-1) + 1, 0)
         folder = _Folder(step, attempt, self._path(step, attempt))
         context = ocp.Context()
         context.array.saving.enable_write_sharding_file = False  # `like` brings the shardings
-        context.array.saving.use_replica_parallel = False  # it compiles slices of every shape; small states lose
-        # By the wall clock, which somebody may set forward meanwhile; `wait` looks at the monotonic one.
+        # it compiles slices of every shape; small states lose
+        context.array.saving.use_replica_parallel = False
+        # By the wall clock, which somebody may set forward meanwhile; `wait` looks at the monotonic
+        # one.
         context.asynchronous.timeout_secs = 30 * 24 * 3600
-        context.asynchronous.create_directories_asynchronously = False  # a failed mkdir would leave threads waiting
+        # a failed mkdir would leave threads waiting
+        context.asynchronous.create_directories_asynchronously = False
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
             with context:
@@ -126,11 +145,16 @@ class Checkpoints:
             self._error = failed
             return
         arguments = (folder, manifest, response, f"hexa_jax_{next(_saves)}", self.best)
-        self._thread = threading.Thread(target=self._finish, args=arguments, name="checkpoint", daemon=True)
+        self._thread = threading.Thread(
+            target=self._finish, args=arguments, name="checkpoint", daemon=True
+        )
         self._thread.start()
 
     def save_now(self, step: int, tree: Any, metadata: dict | None = None) -> None:
-        """Saves and waits, for the last save of a run: a failure that may pass is tried again, PATIENCE times."""
+        """Save and wait, for the last save of a run.
+
+        A transient failure is tried again, PATIENCE times.
+        """
         for attempt in range(PATIENCE + 1):
             try:
                 self.save(step, tree, metadata)
@@ -144,7 +168,11 @@ class Checkpoints:
                 time.sleep(pause)
 
     def wait(self) -> None:
-        """Blocks until the last save is on disk; raises CheckpointError, once, if it failed: older ones are intact."""
+        """Wait until the last save is on disk.
+
+        Raises:
+            CheckpointError: it failed; raised once, and older checkpoints are intact.
+        """
         if self._thread is not None:
             thread, self._thread = self._thread, None
             thread.join(HUNG)
@@ -167,7 +195,7 @@ class Checkpoints:
             _log.warning("%s; the run goes on, and the next save is due now", error)
 
     def close(self) -> None:
-        """The same as `wait`, for `contextlib.closing`: the end of the process cuts off a save in flight."""
+        """Wait, for `contextlib.closing`: the end of the process would cut off a pending save."""
         self.wait()
 
     def steps(self) -> list[int]:
@@ -175,7 +203,11 @@ class Checkpoints:
         return sorted({folder.step for folder in self._folders() if folder.complete})
 
     def metadata(self, step: int) -> dict:
-        """The metadata saved with `step`; CheckpointError where there is none, or its manifest is damaged."""
+        """Return the metadata saved with `step`.
+
+        Raises:
+            CheckpointError: there is none, or its manifest is damaged.
+        """
         for folder in reversed(self._folders()):
             if folder.step == step and folder.complete:
                 return read_manifest(folder.path)["metadata"]
@@ -184,24 +216,29 @@ class Checkpoints:
     def restore(self, step: int, like: Any, *, partial: bool = False) -> tuple[int, Any, dict]:
         """Restores one step; `like`, `partial`, result and errors as in `restore_latest`."""
         self.wait()
-        restored = self._restore([folder for folder in self._folders() if folder.step == step], like, partial)
+        restored = self._restore(
+            [folder for folder in self._folders() if folder.step == step], like, partial
+        )
         if restored is None:
             raise self._no_such(step)
         return restored
 
     def restore_latest(self, like: Any, *, partial: bool = False) -> tuple[int, Any, dict] | None:
-        """Restores the newest intact checkpoint; half-written and damaged newer ones are skipped with a warning.
+        """Restore the newest intact checkpoint, skipping damaged ones with a warning.
 
         Args:
-          like: pytree of `jax.ShapeDtypeStruct` (without sharding: the first device) or of arrays. It gives structure,
-            leaf types and shardings, which may be over other devices than those that saved.
+          like: pytree of `jax.ShapeDtypeStruct` (without sharding: the first device) or of arrays.
+            It gives structure, leaf types and shardings, which may be over other devices than those
+            that saved.
           partial: whether the checkpoint may hold leaves that `like` lacks; they are not read.
 
         Returns:
-          (step, tree with the structure of `like`, metadata), or None where no checkpoint is complete.
+          (step, tree with the structure of `like`, metadata), or None where no checkpoint is
+          complete.
 
         Raises:
-          CheckpointError: every complete checkpoint is damaged, or `like` has other leaves, shapes or dtypes.
+          CheckpointError: every complete checkpoint is damaged, or `like` has other leaves, shapes
+              or dtypes.
         """
         self.wait()
         return self._restore(self._folders(), like, partial)
@@ -217,14 +254,22 @@ class Checkpoints:
             except (FileNotFoundError, NotADirectoryError):
                 entries = []
         matches = [match for match in map(_FOLDER.fullmatch, entries) if match]
-        return sorted(_Folder(int(match[1]), int(match[2] or 0), self.directory / match[0]) for match in matches)
+        return sorted(
+            _Folder(int(match[1]), int(match[2] or 0), self.directory / match[0])
+            for match in matches
+        )
 
     def _no_such(self, step: int) -> CheckpointError:
-        return CheckpointError(f"{self.directory} holds no checkpoint of step {step}; it holds {self.steps()}")
+        return CheckpointError(
+            f"{self.directory} holds no checkpoint of step {step}; it holds {self.steps()}"
+        )
 
-    def _restore(self, folders: list[_Folder], like: Any, partial: bool = False) -> tuple[int, Any, dict] | None:
+    def _restore(
+        self, folders: list[_Folder], like: Any, partial: bool = False
+    ) -> tuple[int, Any, dict] | None:
         step, attempt = (-2 if any(folder.complete for folder in folders) else -1), 0
-        for folder in reversed(folders if jax.process_index() == 0 else []):  # not every host need hash every file
+        # not every host need hash every file
+        for folder in reversed(folders if jax.process_index() == 0 else []):
             try:
                 with gcs.told(folder.path):
                     verify(folder.path)
@@ -236,11 +281,18 @@ class Checkpoints:
         step, attempt = _from_first_process(step, attempt)
         if step == -2:
             tried = sorted({folder.step for folder in folders})
-            raise CheckpointError(f"no intact checkpoint in {self.directory} (tried {tried}); remove it to start anew")
+            raise CheckpointError(
+                f"no intact checkpoint in {self.directory} (tried {tried}); remove it to start anew"
+            )
         return None if step == -1 else _load(self._path(step, attempt), like, partial)
 
     def _finish(
-        self, folder: _Folder, manifest: dict, response: ocp.AsyncResponse, barrier: str, best: int | None
+        self,
+        folder: _Folder,
+        manifest: dict,
+        response: ocp.AsyncResponse,
+        barrier: str,
+        best: int | None,
     ) -> None:
         """The thread: waits for orbax, writes the manifest, deletes what is no longer needed."""
         try:
@@ -265,14 +317,18 @@ class Checkpoints:
             for leftover in self._folders() if jax.process_index() == 0 else []:
                 if leftover[:2] == folder[:2] and not leftover.complete:
                     _remove(leftover.path, ignore_errors=True)
-        failed = CheckpointError(f"cannot save step {folder.step} in {self.directory}: {one_line(error)}")
+        failed = CheckpointError(
+            f"cannot save step {folder.step} in {self.directory}: {one_line(error)}"
+        )
         failed.passing = jax.process_count() == 1 and is_transient(error)
         return failed
 
     def _delete_old(self, saved: _Folder, best: int | None) -> None:
-        """Keeps the newest up to `saved`, every k-th, the best, and all that are newer; half-written ones go."""
+        """Delete what is neither among the newest, nor a k-th, nor the best, nor newer."""
         steps = [step for step in self.steps() if step <= saved.step]
-        kept = set(steps[-self.keep_last :]) | {s for s in steps if self.keep_every and s % self.keep_every == 0}
+        kept = set(steps[-self.keep_last :]) | {
+            s for s in steps if self.keep_every and s % self.keep_every == 0
+        }
         if best in steps:
             self._saved_best = best
         kept |= {step for step in steps if step in (best, self._saved_best)}
@@ -280,14 +336,18 @@ class Checkpoints:
             replaced = folder.step == saved.step and folder.path != saved.path
             try:
                 with gcs.told(folder.path, "cannot be deleted"):
-                    if folder.complete and (replaced or (folder.step <= saved.step and folder.step not in kept)):
+                    if folder.complete and (
+                        replaced or (folder.step <= saved.step and folder.step not in kept)
+                    ):
                         (
                             folder.path / MANIFEST
                         ).unlink()  # first: a kill in the middle leaves nothing that looks complete
                     if not folder.complete:
                         _remove(folder.path)
             except (OSError, gcs.RemoteError) as error:
-                _log.warning("cannot delete the old checkpoint %s: %s", folder.path, one_line(error))
+                _log.warning(
+                    "cannot delete the old checkpoint %s: %s", folder.path, one_line(error)
+                )
 
 
 def _remove(path: Any, ignore_errors: bool = False) -> None:
@@ -300,15 +360,22 @@ def _remove(path: Any, ignore_errors: bool = False) -> None:
 def _from_first_process(*values: int) -> tuple[int, ...]:
     """The first process's values, on all of them."""
     if jax.process_count() > 1:
-        values = tuple(int(value) for value in multihost_utils.broadcast_one_to_all(np.array(values, np.int32)))
+        values = tuple(
+            int(value) for value in multihost_utils.broadcast_one_to_all(np.array(values, np.int32))
+        )
     return values
 
 
 def _load(path: Any, like: Any, partial: bool = False) -> tuple[int, Any, dict]:
-    """Reads a verified checkpoint, or those of its leaves that `like` has, into the structure and shardings of `like`."""
+    """Read a verified checkpoint into the structure and shardings of `like`.
+
+    With `partial`, only those leaves that `like` has.
+    """
     manifest = read_manifest(path)
     wanted = tree_io.named(like)
-    saved = {name: spec for name, spec in manifest["leaves"].items() if name in wanted or not partial}
+    saved = {
+        name: spec for name, spec in manifest["leaves"].items() if name in wanted or not partial
+    }
     tree_io.check_same(path, saved, tree_io.specs(wanted))
     targets = tree_io.targets(wanted)
     try:

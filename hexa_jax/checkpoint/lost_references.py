@@ -1,8 +1,9 @@
 """Keeps what tensorstore leaks from growing with every save and restore.
 
-Its `JsonToPyObject` (python/tensorstore/json_type_caster.cc, 0.1.86) hands references to PyDict_SetItem, which takes none, so
-every key and value of every dictionary that it returns lives for ever. Orbax asks for two kinds: the specification of
-the folder, once for each array, and counters, twice a save, for a log line and telemetry that nobody here reads.
+Its `JsonToPyObject` (python/tensorstore/json_type_caster.cc, 0.1.86) hands references to
+PyDict_SetItem, which takes none, so every key and value of every dictionary that it returns lives
+for ever. Orbax asks for two kinds: the specification of the folder, once for each array, and
+counters, twice a save, for a log line and telemetry that nobody here reads.
 """
 
 import collections
@@ -13,16 +14,20 @@ from typing import Any
 import tensorstore as ts
 
 _to_json = ts.KvStore.Spec.to_json
-_asked: collections.deque = collections.deque(maxlen=8)  # (specification, include_defaults, answer); a save uses two
+# (specification, include_defaults, answer); a save uses two
+_asked: collections.deque = collections.deque(maxlen=8)
 
 
 def _leaks() -> bool:
     spec = ts.KvStore.Spec({"driver": "file", "path": "/folder/"})
-    return sys.getrefcount(_to_json(spec)["path"]) > sys.getrefcount({"path": "/".join(("", "folder", ""))}["path"])
+    return sys.getrefcount(_to_json(spec)["path"]) > sys.getrefcount(
+        {"path": "/".join(("", "folder", ""))}["path"]
+    )
 
 
 def _to_json_once(self: ts.KvStore.Spec, include_defaults: bool = False) -> Any:
-    for spec, defaults, answer in _asked.copy():  # other threads append; specifications cannot be hashed
+    # other threads append; specifications cannot be hashed
+    for spec, defaults, answer in _asked.copy():
         if spec == self and defaults == include_defaults:
             return copy.deepcopy(answer)
     answer = _to_json(self, include_defaults)
@@ -31,7 +36,7 @@ def _to_json_once(self: ts.KvStore.Spec, include_defaults: bool = False) -> Any:
 
 
 def mend() -> None:
-    """Makes tensorstore convert a specification once, and report no counters; does nothing where it does not leak."""
+    """Make tensorstore convert a specification once, and report no counters, if it leaks."""
     if _leaks():
         ts.KvStore.Spec.to_json = _to_json_once  # type: ignore[method-assign]
         ts.experimental_collect_matching_metrics = lambda *arguments, **options: []

@@ -1,4 +1,4 @@
-"""The file that makes a folder of files count: their sizes and checksums, written last, read first."""
+"""The manifest of a checkpoint: sizes and checksums, written last and read first."""
 
 import errno
 import hashlib
@@ -11,7 +11,9 @@ from typing import Any
 from hexa_jax.storage import gcs
 
 MANIFEST = "MANIFEST.json"
-_KNOWN = re.compile("No space left on device|Read-only file system|Permission denied|Disk quota exceeded")
+_KNOWN = re.compile(
+    "No space left on device|Read-only file system|Permission denied|Disk quota exceeded"
+)
 _PASSING = (errno.EIO, errno.ESTALE, errno.EAGAIN, errno.EINTR, errno.ENOTCONN, errno.EHOSTDOWN)
 
 
@@ -22,15 +24,18 @@ class CheckpointError(ValueError):
 
 
 def is_transient(error: Exception) -> bool:
-    """Whether storage that fails this way may work again by itself, as a file server does that is being restarted.
+    """Return whether storage that fails this way may work again by itself.
 
     Told by the text, because orbax wraps the system's errors in its own.
     """
-    return any(text in str(error).lower() for text in ("timed out", *(os.strerror(code).lower() for code in _PASSING)))
+    return any(
+        text in str(error).lower()
+        for text in ("timed out", *(os.strerror(code).lower() for code in _PASSING))
+    )
 
 
 def one_line(error: Exception) -> str:
-    """The reason inside an error of the system, or of orbax, whose own text runs over many lines."""
+    """Return the reason inside an error of the system or of orbax in one line."""
     text = getattr(error, "strerror", None) or " ".join(str(error).split())
     known = _KNOWN.search(text)
     return known[0] if known else text[:300] or type(error).__name__
@@ -42,7 +47,9 @@ def _checksum(path: Any) -> str:
 
 
 def _own_checksum(manifest: dict) -> str:
-    return hashlib.blake2b(json.dumps(manifest, sort_keys=True).encode(), digest_size=16).hexdigest()
+    return hashlib.blake2b(
+        json.dumps(manifest, sort_keys=True).encode(), digest_size=16
+    ).hexdigest()
 
 
 def _sync(path: pathlib.Path) -> None:
@@ -73,7 +80,10 @@ def write_manifest(path: Any, manifest: dict) -> None:
         for entry in (*entries, path.parent):
             _sync(entry)
         names = [str(entry.relative_to(path)) for entry in entries if entry.is_file()]
-    files = {name: {"bytes": _size(path / name), "blake2b": _checksum(path / name)} for name in sorted(names)}
+    files = {
+        name: {"bytes": _size(path / name), "blake2b": _checksum(path / name)}
+        for name in sorted(names)
+    }
     manifest = {**manifest, "files": files}
     text = json.dumps({**manifest, "checksum": _own_checksum(manifest)}, indent=1)
     if gcs.is_remote(path):
@@ -107,7 +117,9 @@ def verify(path: Any) -> None:
     try:
         for name, entry in files.items():  # all sizes first: they cost nothing
             if (size := _size(path / name)) != entry["bytes"]:
-                raise CheckpointError(f"{path}: {name} has {size} bytes instead of {entry['bytes']}")
+                raise CheckpointError(
+                    f"{path}: {name} has {size} bytes instead of {entry['bytes']}"
+                )
         for name, entry in files.items():
             if _checksum(path / name) != entry["blake2b"]:
                 raise CheckpointError(f"{path}: {name} does not match its checksum")

@@ -1,4 +1,4 @@
-"""The leaves of a training state by name: what a checkpoint stores, how it tells states apart, how arrays come back into one."""
+"""The leaves of a training state by name: how a checkpoint stores and compares them."""
 
 from typing import Any
 
@@ -9,7 +9,7 @@ from hexa_jax.checkpoint.manifest import CheckpointError
 
 
 def named(tree: Any) -> dict[str, Any]:
-    """Leaves by path, such as `params/conv1/kernel`, in the tree's order; numbers become NumPy arrays.
+    """Return leaves by path, such as `params/conv1/kernel`, in the tree's order.
 
     Raises:
       CheckpointError: two leaves have one name, or one is a typed key.
@@ -19,15 +19,21 @@ def named(tree: Any) -> dict[str, Any]:
         name = jax.tree_util.keystr(path, simple=True, separator="/") or "."
         if name in found:
             raise CheckpointError(f"two leaves of the state are called {name}")
-        found[name] = leaf if isinstance(leaf, jax.Array | jax.ShapeDtypeStruct) else np.asarray(leaf)
+        found[name] = (
+            leaf if isinstance(leaf, jax.Array | jax.ShapeDtypeStruct) else np.asarray(leaf)
+        )
         if jax.dtypes.issubdtype(found[name].dtype, jax.dtypes.extended):
-            raise CheckpointError(f"{name} is a typed key, which no checkpoint can hold; store its key_data instead")
+            raise CheckpointError(
+                f"{name} is a typed key, which no checkpoint can hold; store its key_data instead"
+            )
     return found
 
 
 def specs(leaves: dict[str, Any]) -> dict[str, dict]:
     """Shape and dtype of each leaf, as JSON holds them."""
-    return {name: {"shape": list(leaf.shape), "dtype": str(leaf.dtype)} for name, leaf in leaves.items()}
+    return {
+        name: {"shape": list(leaf.shape), "dtype": str(leaf.dtype)} for name, leaf in leaves.items()
+    }
 
 
 def check_same(path: Any, saved: dict[str, dict], wanted: dict[str, dict]) -> None:
@@ -37,19 +43,36 @@ def check_same(path: Any, saved: dict[str, dict], wanted: dict[str, dict]) -> No
         return f"shape {tuple(spec['shape'])} {spec['dtype']}"
 
     changed = [name for name in wanted if name in saved and wanted[name] != saved[name]]
-    found = [f"the checkpoint holds {k} of {text(saved[k])}, this model wants {text(wanted[k])}" for k in changed]
-    found += [f"the checkpoint lacks {name}, which this model wants" for name in wanted if name not in saved]
-    found += [f"the checkpoint holds {name}, which this model lacks" for name in saved if name not in wanted]
+    found = [
+        f"the checkpoint holds {k} of {text(saved[k])}, this model wants {text(wanted[k])}"
+        for k in changed
+    ]
+    found += [
+        f"the checkpoint lacks {name}, which this model wants"
+        for name in wanted
+        if name not in saved
+    ]
+    found += [
+        f"the checkpoint holds {name}, which this model lacks"
+        for name in saved
+        if name not in wanted
+    ]
     if found:
         more = f"; and {len(found) - 3} more differences" if len(found) > 3 else ""
-        raise CheckpointError(f"{path} is of another architecture or method: {'; '.join(found[:3])}{more}")
+        raise CheckpointError(
+            f"{path} is of another architecture or method: {'; '.join(found[:3])}{more}"
+        )
 
 
 def targets(leaves: dict[str, Any]) -> dict[str, Any]:
-    """What orbax shall read each leaf as: an array on its devices, or a NumPy array; nothing for leaves without elements."""
+    """Return what orbax reads each leaf as: an array on its devices, or a NumPy array.
+
+    Leaves without elements are left out.
+    """
     found: dict[str, Any] = {}
     for name, leaf in leaves.items():
-        # Orbax makes arrays in a thread that `with jax.enable_x64()` does not reach: it would round 64 bits to 32.
+        # Orbax makes arrays in a thread that `with jax.enable_x64()` does not reach: it would round
+        # 64 bits to 32.
         if isinstance(leaf, np.ndarray) or leaf.dtype.itemsize > 4:
             found[name] = np.broadcast_to(np.zeros((), leaf.dtype), leaf.shape)  # takes no memory
         else:
@@ -58,14 +81,18 @@ def targets(leaves: dict[str, Any]) -> dict[str, Any]:
 
 
 def placed(like: Any, arrays: dict[str, Any]) -> Any:
-    """The tree `like` with the arrays that were read as its `targets`: its structure, leaf types and shardings."""
+    """Return the tree `like` with the arrays that were read as its `targets`."""
     originals, treedef = jax.tree.flatten(like)
     result = []
     for original, (name, leaf) in zip(originals, named(like).items(), strict=True):
         array = arrays[name] if leaf.size else np.zeros(leaf.shape, leaf.dtype)
         if not isinstance(leaf, np.ndarray) and isinstance(array, np.ndarray):
             array = jax.make_array_from_callback(leaf.shape, _sharding(leaf), array.__getitem__)
-        result.append(type(original)(array.item()) if isinstance(original, bool | int | float | complex) else array)
+        result.append(
+            type(original)(array.item())
+            if isinstance(original, bool | int | float | complex)
+            else array
+        )
     return jax.tree.unflatten(treedef, result)
 
 

@@ -15,7 +15,7 @@ from hexa_jax.core.compiled import keep_compiled_programs
 
 
 class Command(NamedTuple):
-    """A command: the module with its `main(argv) -> exit code`, imported when asked for; one line of help."""
+    """A command: the module with its `main(argv) -> exit code`, and a line of help."""
 
     module: str
     summary: str
@@ -23,13 +23,21 @@ class Command(NamedTuple):
 
 COMMANDS = {
     "pretrain": Command("hexa_jax.cli.pretrain", "pre-train a backbone on a folder of images"),
-    "embed": Command("hexa_jax.cli.embed", "write one row per image: embedding, cluster, nearest neighbors"),
+    "embed": Command(
+        "hexa_jax.cli.embed", "write one row per image: embedding, cluster, nearest neighbors"
+    ),
     "explore": Command("hexa_jax.cli.explore", "write one page to look through a collection"),
-    "evaluate": Command("hexa_jax.cli.evaluate", "measure a backbone: kNN, linear probe, transfer and others"),
+    "evaluate": Command(
+        "hexa_jax.cli.evaluate", "measure a backbone: kNN, linear probe, transfer and others"
+    ),
     "export": Command("hexa_jax.cli.export", "write the weights for other libraries"),
-    "report": Command("hexa_jax.cli.report", "write the report of a run, or of several on one page"),
+    "report": Command(
+        "hexa_jax.cli.report", "write the report of a run, or of several on one page"
+    ),
     "recipes": Command("hexa_jax.cli.recipes", "list the recipes, one line each"),
-    "doctor": Command("hexa_jax.cli.doctor", "show devices and versions, and what is wrong with them"),
+    "doctor": Command(
+        "hexa_jax.cli.doctor", "show devices and versions, and what is wrong with them"
+    ),
 }
 
 

@@ -1,4 +1,4 @@
-"""Choose the settings of a pre-training run from facts about the images and the device; no input or output.
+"""Choose a run's settings from facts about images and device, without input or output.
 
 The rules are few and plain, each choice has its reason, and every one of them can be overruled.
 """
@@ -20,16 +20,28 @@ FULL = 0.7  # of a device's memory, which images of one BatchNorm group may take
 FEWEST_EPOCHS, MOST_EPOCHS = 5, 100  # of a run on a CPU
 FEW_IMAGES = 10_000  # below which learning from scratch promises little
 # Multiplications of one image of 224 pixels through a ResNet with the 7x7 stem.
-MULTIPLICATIONS = {"resnet10": 0.89e9, "resnet18": 1.81e9, "resnet34": 3.66e9, "resnet50": 4.09e9, "resnet101": 7.8e9}
+MULTIPLICATIONS = {
+    "resnet10": 0.89e9,
+    "resnet18": 1.81e9,
+    "resnet34": 3.66e9,
+    "resnet50": 4.09e9,
+    "resnet101": 7.8e9,
+}
 STEM = {"imagenet": 1.0, "small": 4.0, "cifar": 16.0}  # how many times as many
 # Share of the speed of a large matrix product that a training step reaches. CPU: measured with
 # ResNet-18 of 32 channels on crops of 64 and 96 pixels (0.34 to 0.37), and 0.12 with 16 channels.
-# Accelerators wait for memory: half of what the traffic of the compiled step of moco_v2 allows on an
-# H100 (138 GB a step of 256 images, compiled ahead of time), which nobody has measured yet.
+# Accelerators wait for memory: half of what the traffic of the compiled step of moco_v2 allows on
+# an H100 (138 GB a step of 256 images, compiled ahead of time), which nobody has measured yet.
 EFFICIENCY = {"cpu": 0.35, "gpu": 0.15, "tpu": 0.2}
 # Bytes that a training pass keeps for a crop of 224 pixels in bfloat16, twice that in float32: the
 # compiler's 10.5 GiB for 256 crops and a ResNet-50, others by the sizes of their maps.
-ACTIVATIONS = {"resnet10": 9e6, "resnet18": 12e6, "resnet34": 18e6, "resnet50": 44e6, "resnet101": 66e6}
+ACTIVATIONS = {
+    "resnet10": 9e6,
+    "resnet18": 12e6,
+    "resnet34": 18e6,
+    "resnet50": 44e6,
+    "resnet101": 66e6,
+}
 NICE = (5, 10, 20, 30, 50, 100, 200, 300, 500, 1000, 2000, 3000)  # numbers of clusters
 
 
@@ -80,7 +92,8 @@ class Wishes:
 
     Attributes:
         recipe: its name with arguments; empty: the program's choice.
-        backbone: name of the network that given weights are of, such as "resnet50"; empty: none given.
+        backbone: name of the network that given weights are of, such as "resnet50"; empty: none
+            given.
         base_channels, stem: of that network.
         settings: by dotted key, overruling whatever would be chosen.
     """
@@ -116,11 +129,17 @@ def choose_recipe(data: DataFacts, device: DeviceFacts, wishes: Wishes) -> Recip
     if data.short_side <= TINY:
         return Recipe(TINY_IMAGES, f"for images of about 32 pixels (yours: {data.short_side})")
     if data.short_side < PHOTOGRAPH:
-        return Recipe(SMALL_ACCELERATOR, f"images of {data.short_side} pixels are small for crops of 224")
+        return Recipe(
+            SMALL_ACCELERATOR, f"images of {data.short_side} pixels are small for crops of 224"
+        )
     if device.memory and device.memory < PAPER_MEMORY:
-        return Recipe(SMALL_ACCELERATOR, f"{device.memory / 1e9:.0f} GB are little for a ResNet-50 at 224 pixels")
+        return Recipe(
+            SMALL_ACCELERATOR,
+            f"{device.memory / 1e9:.0f} GB are little for a ResNet-50 at 224 pixels",
+        )
     return Recipe(
-        PAPER, "the paper's network and crops, without hard examples; hexa_dcluster has them, in 2.7 times the time"
+        PAPER,
+        "the paper's network and crops, without hard examples; hexa_dcluster has them, in 2.7 times the time",
     )
 
 
@@ -143,7 +162,9 @@ def choose(
 class _Chooser:
     """Collects choices; `now` holds the settings with all of them."""
 
-    def __init__(self, data: DataFacts, device: DeviceFacts, wishes: Wishes, recipe: dict[str, Any]):
+    def __init__(
+        self, data: DataFacts, device: DeviceFacts, wishes: Wishes, recipe: dict[str, Any]
+    ):
         self.data, self.device, self.wishes, self.recipe = data, device, wishes, recipe
         self.now = recipe | wishes.settings
         self.choices: list[Choice] = []
@@ -158,7 +179,8 @@ class _Chooser:
 
     def choose(self) -> None:
         """Choose everything, in an order in which each choice sees those that it depends on."""
-        own = not self.wishes.recipe  # a recipe that the user names is changed only where it cannot work
+        # a recipe that the user names is changed only where it cannot work
+        own = not self.wishes.recipe
         if self.wishes.backbone:
             self._as_weights()
         self._crops(own)
@@ -166,8 +188,16 @@ class _Chooser:
         self._labels_of_method()
         self._groups()
         if self.device.platform != "cpu":
-            self.set("precision", "bfloat16", "what accelerators compute fastest; parameters stay float32")
-        self.set("runtime.microbatches", 0, "as many as the memory needs, found out before the first step")
+            self.set(
+                "precision",
+                "bfloat16",
+                "what accelerators compute fastest; parameters stay float32",
+            )
+        self.set(
+            "runtime.microbatches",
+            0,
+            "as many as the memory needs, found out before the first step",
+        )
         self._workers()
         self._epochs(own)
         for key, value in self.wishes.settings.items():
@@ -187,10 +217,21 @@ class _Chooser:
             return
         sizes, short = tuple(self.now["data.crop_size"]), self.data.short_side
         if own and self.device.platform == "cpu":
-            size = next((s for s in (96, 64) if short >= s and self._epochs_in_budget(s) >= 2 * FEWEST_EPOCHS), 64)
+            size = next(
+                (
+                    s
+                    for s in (96, 64)
+                    if short >= s and self._epochs_in_budget(s) >= 2 * FEWEST_EPOCHS
+                ),
+                64,
+            )
             size = min(size, _multiple(short, 8))
             narrow = self._epochs_in_budget(size) < FEWEST_EPOCHS and not self.wishes.backbone
-            reason = f"images of {short} pixels" if size < 64 else f"enough epochs in about {CPU_BUDGET // 60} minutes"
+            reason = (
+                f"images of {short} pixels"
+                if size < 64
+                else f"enough epochs in about {CPU_BUDGET // 60} minutes"
+            )
             self.set("data.crop_size", (size,), reason)
             if narrow:
                 self.set("model.base_channels", 16, f"{self.data.images} images are many for a CPU")
@@ -229,17 +270,24 @@ class _Chooser:
         if batch != before:
             for key in ("optimizer.learning_rate", "optimizer.final_learning_rate"):
                 if self.recipe[key]:
-                    self.set(key, float(f"{self.recipe[key] * batch / before:.4g}"), "in proportion to the batch")
+                    self.set(
+                        key,
+                        float(f"{self.recipe[key] * batch / before:.4g}"),
+                        "in proportion to the batch",
+                    )
         group = self.now["bn_group_size"]
         if group != batch and (group == before or batch % group):
             self.set("bn_group_size", batch, "the whole batch shares BatchNorm statistics")
-        blocks = {"cutmix_block": mixes(self.now), "shuffle_block": self.now["method"] in ("moco", "pcl")}
+        blocks = {
+            "cutmix_block": mixes(self.now),
+            "shuffle_block": self.now["method"] in ("moco", "pcl"),
+        }
         for key, used in blocks.items():
             if used and batch % self.now[key]:
                 self.set(key, math.gcd(batch, self.now[key]), "a divisor of the batch")
 
     def _shared(self, batch: int) -> int:
-        """A batch near the given one that all devices share equally, no larger than the data set."""
+        """Return a batch size near the given one that the devices share equally."""
         rounded = max(batch // self.device.count, 1) * self.device.count
         return rounded if rounded <= self.data.images else batch
 
@@ -249,7 +297,9 @@ class _Chooser:
         method = self.now["method"]
         if method in ("deepcluster", "swav"):
             key = {"deepcluster": "deepcluster.num_clusters", "swav": "swav.num_prototypes"}[method]
-            fitting = max([n for n in NICE if n <= images / 20] or [min(NICE[0], max(images // 2, 1))])
+            fitting = max(
+                [n for n in NICE if n <= images / 20] or [min(NICE[0], max(images // 2, 1))]
+            )
             if self.now[key] > fitting or not self.wishes.recipe:
                 self.set(key, min(fitting, 3000), f"about {images // fitting} images each")
         elif method in ("moco", "pcl"):
@@ -263,7 +313,11 @@ class _Chooser:
 
     def _groups(self) -> None:
         """BatchNorm groups that a microbatch can hold, where the whole batch may not fit."""
-        if not self.device.memory or "bn_group_size" in self.wishes.settings or self.device.platform == "cpu":
+        if (
+            not self.device.memory
+            or "bn_group_size" in self.wishes.settings
+            or self.device.platform == "cpu"
+        ):
             return
         group, size = self.now["bn_group_size"], self._bytes_of_image()
         rows = max(self.now["batch_size"] // self.device.count, 1)
@@ -275,14 +329,19 @@ class _Chooser:
         least = min([n for n in divisors if n >= 32] or divisors[-1:])
         smaller = max([*fitting, least])
         if smaller != group:
-            self.set("bn_group_size", smaller, "images that share BatchNorm statistics: as many as the memory holds")
+            self.set(
+                "bn_group_size",
+                smaller,
+                "images that share BatchNorm statistics: as many as the memory holds",
+            )
 
     def _bytes_of_image(self) -> float:
         backbone, _, width = self.now["model.backbone"].partition("w")
         per_crop = ACTIVATIONS.get(backbone, 44e6) * int(width or 1)
         per_crop *= self.now["model.base_channels"] / 64 * STEM[self.now["model.stem"]]
         crops = sum(
-            n * (s / 224) ** 2 for n, s in zip(self.now["data.num_crops"], self.now["data.crop_size"], strict=True)
+            n * (s / 224) ** 2
+            for n, s in zip(self.now["data.num_crops"], self.now["data.crop_size"], strict=True)
         )
         return per_crop * crops * (1 if self.now["precision"] == "bfloat16" else 2)
 
@@ -295,7 +354,11 @@ class _Chooser:
         needed = math.ceil(speed(self.device, self.now) * (self.data.decode_seconds + 0.002))
         workers = min(max(needed, 2), max(cores - 1, 1), 64)
         short = f", {needed} would keep up with the network" if needed > workers else ""
-        self.set("runtime.workers", workers, f"reading an image takes {1000 * self.data.decode_seconds:.0f} ms{short}")
+        self.set(
+            "runtime.workers",
+            workers,
+            f"reading an image takes {1000 * self.data.decode_seconds:.0f} ms{short}",
+        )
 
     def _epochs(self, own: bool) -> None:
         if "epochs" in self.wishes.settings:
@@ -303,16 +366,24 @@ class _Chooser:
         elif own and self.device.platform == "cpu":
             fitting = int(self._epochs_in_budget(max(self.now["data.crop_size"])))
             epochs = min(max(fitting, FEWEST_EPOCHS), MOST_EPOCHS)
-            few = (
-                f"fewer than {FEWEST_EPOCHS} epochs teach nothing: an accelerator, or --config.data.limit=N, is faster"
+            few = f"fewer than {FEWEST_EPOCHS} epochs teach nothing: an accelerator, or --config.data.limit=N, is faster"
+            self.set(
+                "epochs",
+                epochs,
+                few if fitting < FEWEST_EPOCHS else f"about {CPU_BUDGET // 60} minutes",
             )
-            self.set("epochs", epochs, few if fitting < FEWEST_EPOCHS else f"about {CPU_BUDGET // 60} minutes")
         elif own:
             # As many steps as 200 epochs of 100,000 images, in at most 800 epochs.
             epochs = (
-                200 if self.data.images >= 100_000 else min(800, math.ceil(200 * math.sqrt(1e5 / self.data.images)))
+                200
+                if self.data.images >= 100_000
+                else min(800, math.ceil(200 * math.sqrt(1e5 / self.data.images)))
             )
-            self.set("epochs", epochs, "the paper's" if epochs == 200 else "more than the paper's 200: fewer images")
+            self.set(
+                "epochs",
+                epochs,
+                "the paper's" if epochs == 200 else "more than the paper's 200: fewer images",
+            )
 
 
 def _power_of_two(number: int) -> int:
@@ -329,14 +400,18 @@ def mixes(settings: dict[str, Any]) -> bool:
     """Whether a view mixes images of a batch."""
     scheme = str(settings["scheme"]).lower()
     views = ("cutmix", "cutmix_adversarial", "mixup")
-    return "cmx" in scheme or "mixup" in scheme or any(settings[f"views.{view}.weight"] for view in views)
+    return (
+        "cmx" in scheme
+        or "mixup" in scheme
+        or any(settings[f"views.{view}.weight"] for view in views)
+    )
 
 
 # ---- Time ----------------------------------------------------------------------------------------
 
 
 class Estimate(NamedTuple):
-    """Expected seconds: of compiling and a first pass, of an epoch, and in all; with what limits an epoch."""
+    """Estimate seconds of compiling and a first pass, of an epoch, and in all."""
 
     start: float
     epoch: float
@@ -369,7 +444,7 @@ def speed(device: DeviceFacts, settings: dict[str, Any]) -> float:
 
 
 def flops_per_image(settings: dict[str, Any]) -> float:
-    """Return the floating-point operations of a training step for one image, all crops and views."""
+    """Return the FLOPs of a training step for one image, all crops and views."""
     backbone, _, width = settings["model.backbone"].partition("w")
     forward = 2 * MULTIPLICATIONS.get(backbone, 4.09e9) * int(width or 1) ** 2
     forward *= (settings["model.base_channels"] / 64) ** 2 * STEM.get(settings["model.stem"], 1.0)
@@ -378,6 +453,13 @@ def flops_per_image(settings: dict[str, Any]) -> float:
         for count, size in zip(settings["data.num_crops"], settings["data.crop_size"], strict=True)
     )
     passes = 3.0  # forward and twice as much backward
-    views = {"adversarial": 5.0, "cutmix": 3.0, "cutmix_adversarial": 3.0, "mixup": 3.0, "extra": 3.0, "noise": 3.0}
+    views = {
+        "adversarial": 5.0,
+        "cutmix": 3.0,
+        "cutmix_adversarial": 3.0,
+        "mixup": 3.0,
+        "extra": 3.0,
+        "noise": 3.0,
+    }
     passes += sum(cost for view, cost in views.items() if settings.get(f"views.{view}.weight"))
     return forward * crops * passes

@@ -100,7 +100,10 @@ def embed_collection(
 def class_names(images: Embedded, source: Source) -> list[str]:
     """[N] names of the images' classes, empty where there is none."""
     names = source.class_names
-    return ["" if label < 0 else str(label) if names is None else names[label] for label in images.labels.tolist()]
+    return [
+        "" if label < 0 else str(label) if names is None else names[label]
+        for label in images.labels.tolist()
+    ]
 
 
 def all_devices() -> Mesh:

@@ -1,4 +1,4 @@
-"""Parsing of the command line: whatever is wrong with it becomes one line that names the nearest thing that would work."""
+"""Parse the command line; each mistake is one line that names what would work."""
 
 import re
 import traceback
@@ -26,7 +26,8 @@ class Command(NamedTuple):
         workdir: folder of the run.
         extend: whether the run may get more epochs than it had.
         place: of this process among others.
-        origin: for the record: `argv`, the `recipe` (config file), and what was `changed` in it, {key: [was, is]}.
+        origin: for the record: `argv`, the `recipe` (config file), and what was `changed` in it,
+            {key: [was, is]}.
     """
 
     config: ConfigDict
@@ -40,12 +41,15 @@ def parse_command(argv: list[str]) -> Command:
     """The command in argv, whose first entry is the program's name.
 
     Raises:
-        ConfigError: no config or workdir, unknown flag or config key, value of a wrong type, config file that fails.
+        ConfigError: no config or workdir, unknown flag or config key, value of a wrong type, config
+            file that fails.
     """
     argv = _with_recipe_file(argv)
     defaults = _load_config(argv)
     known = flatten(defaults.to_dict())
-    overrides = [match[1] for match in (re.match(r"--?(?:no)?config\.([^=]+)", a) for a in argv[1:]) if match]
+    overrides = [
+        match[1] for match in (re.match(r"--?(?:no)?config\.([^=]+)", a) for a in argv[1:]) if match
+    ]
     for key in overrides:
         if key not in known:
             inside = [name for name in known if name.startswith(f"{key}.")]
@@ -63,15 +67,21 @@ def parse_command(argv: list[str]) -> Command:
     except (flags.Error, TypeError, ValueError) as error:
         raise ConfigError(_wrong_value(_one_line(error), known)) from None
     if len(rest) > 1:
-        raise ConfigError(f"unexpected argument {rest[1]!r}: settings are given as --config.key=value")
+        raise ConfigError(
+            f"unexpected argument {rest[1]!r}: settings are given as --config.key=value"
+        )
     if values.workdir is None:
         raise ConfigError(f"--workdir is missing: {HELP}")
     _check_tuples(known, flatten(values.config.to_dict()), overrides)
     data = values.config.get("data", ConfigDict())
     if data.get("domain"):
         set_domain(values.config, data.domain, keep=overrides)
-    if data.get("normalization") == "measured" and (given := {"data.pixel_mean", "data.pixel_std"} & set(overrides)):
-        raise ConfigError(f"--config.{min(given)} is given, and data.normalization=measured would measure it: use one")
+    if data.get("normalization") == "measured" and (
+        given := {"data.pixel_mean", "data.pixel_std"} & set(overrides)
+    ):
+        raise ConfigError(
+            f"--config.{min(given)} is given, and data.normalization=measured would measure it: use one"
+        )
     if "data.source" in overrides and "data.eval_source" not in overrides:
         _leave_out_foreign_images(values.config.data, defaults.data)
     if "data.crop_size" in overrides and not {"knn.resize", "knn.crop"} & set(overrides):
@@ -119,9 +129,13 @@ def _wrong_value(message: str, known: dict) -> str:
 def _flags(argv: list[str]) -> flags.FlagValues:
     """Fresh flags for each call; the config's own read their overrides from argv."""
     values = flags.FlagValues()
-    config_flags.DEFINE_config_file("config", None, "config file", lock_config=True, flag_values=values, sys_argv=argv)
+    config_flags.DEFINE_config_file(
+        "config", None, "config file", lock_config=True, flag_values=values, sys_argv=argv
+    )
     flags.DEFINE_string("workdir", None, "folder of the run", flag_values=values)
-    flags.DEFINE_bool("extend", False, "allow more epochs than the run in the workdir had", flag_values=values)
+    flags.DEFINE_bool(
+        "extend", False, "allow more epochs than the run in the workdir had", flag_values=values
+    )
     flags.DEFINE_string("coordinator", None, "HOST:PORT of the first process", flag_values=values)
     flags.DEFINE_integer("num_processes", None, "processes of the run", flag_values=values)
     flags.DEFINE_integer("process_id", None, "number of this process", flag_values=values)
@@ -139,13 +153,26 @@ def _load_config(argv: list[str]) -> ConfigDict:
     except flags.Error as error:
         *above, last = str(error).strip().splitlines()
         # A ValueError of the file's own comes with its traceback.
-        raise ConfigError(last.removeprefix("ValueError: ") if above else _one_line(error)) from None
+        raise ConfigError(
+            last.removeprefix("ValueError: ") if above else _one_line(error)
+        ) from None
     except OSError as error:
         missing = "No such file" in str(error) or not _config_path(argv)
-        reason = "does not exist" if missing else f"cannot be read: {_one_line(error).split('to load: ')[-1]}"
+        reason = (
+            "does not exist"
+            if missing
+            else f"cannot be read: {_one_line(error).split('to load: ')[-1]}"
+        )
         raise ConfigError(f"config file {_config_path(argv)!r} {reason}") from None
     except Exception as error:  # whatever the file itself does wrong
-        line = next((f":{f.lineno}" for f in reversed(traceback.extract_tb(error.__traceback__)) if _is(f, argv)), "")
+        line = next(
+            (
+                f":{f.lineno}"
+                for f in reversed(traceback.extract_tb(error.__traceback__))
+                if _is(f, argv)
+            ),
+            "",
+        )
         problem = f"{type(error).__name__}: {_one_line(error)}"
         raise ConfigError(f"config file {_config_path(argv)}{line} fails: {problem}") from None
     if config is None:
@@ -174,16 +201,24 @@ def _check_tuples(before: dict, now: dict, overrides: list[str]) -> None:
                 if not all(isinstance(value, str) for value in now[key]):
                     found = ", ".join(map(repr, now[key]))
                     example = f'("{before[key][0]}",)'
-                    raise ConfigError(f"--config.{key} takes a tuple of texts, such as '{example}', not ({found})")
+                    raise ConfigError(
+                        f"--config.{key} takes a tuple of texts, such as '{example}', not ({found})"
+                    )
                 continue
             old, new = _numbers(before[key]), _numbers(now[key])
             kinds = (int, float) if any(isinstance(value, float) for value in old) else (int,)
             pairs = isinstance(next(iter(before[key]), None), list)
-            if not all(type(value) in kinds for value in new) or pairs != any(isinstance(v, list) for v in now[key]):
+            if not all(type(value) in kinds for value in new) or pairs != any(
+                isinstance(v, list) for v in now[key]
+            ):
                 found = ", ".join(map(repr, now[key]))
-                wanted = ("pairs of " if pairs else "") + ("numbers" if float in kinds else "whole numbers")
+                wanted = ("pairs of " if pairs else "") + (
+                    "numbers" if float in kinds else "whole numbers"
+                )
                 example = "((1, 2),)" if pairs else "(1,)"
-                raise ConfigError(f"--config.{key} takes a tuple of {wanted}, such as '{example}', not ({found})")
+                raise ConfigError(
+                    f"--config.{key} takes a tuple of {wanted}, such as '{example}', not ({found})"
+                )
 
 
 def _leave_out_foreign_images(data: ConfigDict, recipe: ConfigDict) -> None:
@@ -215,7 +250,9 @@ def _data_set(source: str) -> str:
 
 def _numbers(values: Iterable[Any]) -> list[Any]:
     """What lists and lists of lists hold."""
-    return [number for value in values for number in (value if isinstance(value, list) else (value,))]
+    return [
+        number for value in values for number in (value if isinstance(value, list) else (value,))
+    ]
 
 
 def _one_line(error: BaseException) -> str:

@@ -52,10 +52,13 @@ def main(argv: list[str]) -> int:
         "devices": devices_in_words(jax.devices()),
         "accelerator": accelerator.name if accelerator else "none found",
         "memory": "unknown" if room is None else f"{in_words(room)} free for each device",
-        "CPU cores": str(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()),
+        "CPU cores": str(
+            len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        ),
         "packages": _versions(NEEDED),
         "optional": _versions(OPTIONAL) or "none",
-        "compiled programs": jax.config.jax_compilation_cache_dir or "not kept: each start compiles anew",
+        "compiled programs": jax.config.jax_compilation_cache_dir
+        or "not kept: each start compiles anew",
     }
     for name, value in rows.items():
         print(f"{name:18} {value}")
@@ -70,7 +73,9 @@ def main(argv: list[str]) -> int:
 def find_problems() -> list[str]:
     """Return one line, with a remedy, for each thing that is wrong on this machine."""
     missing = [name for name in NEEDED if _version(name) is None]
-    problems = [f"not installed: {sys.executable} -m pip install {' '.join(missing)}"] if missing else []
+    problems = (
+        [f"not installed: {sys.executable} -m pip install {' '.join(missing)}"] if missing else []
+    )
     problems += [accelerator_warning()]
     shared = pathlib.Path("/dev/shm")
     if shared.is_dir() and shutil.disk_usage(shared).total < SHARED_MEMORY:
@@ -80,7 +85,9 @@ def find_problems() -> list[str]:
             "or --config.runtime.workers=0"
         )
     if (free := shutil.disk_usage(".").free) < DISK:
-        problems.append(f"the disk of this folder has {in_words(free)} left, too little for checkpoints")
+        problems.append(
+            f"the disk of this folder has {in_words(free)} left, too little for checkpoints"
+        )
     if not os.access(".", os.W_OK):
         problems.append("this folder cannot be written to: give a --workdir elsewhere")
     return [problem for problem in problems if problem]

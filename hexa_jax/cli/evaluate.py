@@ -4,7 +4,8 @@ hexa evaluate W TASK [--workdir=DIR] [--data=IMAGES] [--held_out=IMAGES] [--conf
 
 W           workdir of a pre-training run, a weights file, or random
 TASK        a recipe of evaluations: knn, linear, transfer, features, robustness, linear_imagenet and
-            others (hexa recipes eval/ lists them); arguments follow a colon, as in semi_imagenet:percent=10
+            others (hexa recipes eval/ lists them); arguments follow a colon, as in
+            semi_imagenet:percent=10
 --workdir   where results go; by default W/TASK, where W is a workdir
 --data      labeled images, a folder with a folder per class; by default those of the pre-training run
 --held_out  images to test on; without any, kNN leaves each image out in turn
@@ -56,7 +57,9 @@ def evaluation(argv: list[str]) -> list[str]:
     workdir = known.workdir
     if workdir is None:
         if not (pathlib.Path(known.checkpoint).expanduser() / "config.json").is_file():
-            raise Mistake(f"--workdir is missing: a folder for the results, as {known.checkpoint} is no workdir")
+            raise Mistake(
+                f"--workdir is missing: a folder for the results, as {known.checkpoint} is no workdir"
+            )
         workdir = str(pathlib.Path(known.checkpoint) / name)
     words.append(f"--workdir={workdir}")
     if known.data:

@@ -1,4 +1,6 @@
-"""Write one page to look at a collection of images: map, neighbors, near duplicates, outliers, clusters.
+"""Write one page to look at a collection of images.
+
+Map, neighbors, near duplicates, outliers, clusters.
 
 hexa explore W IMAGES... [--output=page.html]
 

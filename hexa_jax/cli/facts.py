@@ -1,4 +1,4 @@
-"""Find out what `choices.py` decides by: the images, the device, and the network of given weights."""
+"""Find out what `choices.py` decides by: images, device, network of given weights."""
 
 import json
 import os
@@ -70,9 +70,13 @@ def device_facts(num_devices: int = 0) -> DeviceFacts:
         num_devices: the first so many; 0: all.
     """
     devices = jax.devices()[: num_devices or None]
-    platform = "cpu" if devices[0].platform == "cpu" else "tpu" if devices[0].platform == "tpu" else "gpu"
+    platform = (
+        "cpu" if devices[0].platform == "cpu" else "tpu" if devices[0].platform == "tpu" else "gpu"
+    )
     room = available(make_mesh(devices))
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = (
+        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    )
     return DeviceFacts(
         platform=platform,
         kind=devices[0].device_kind,
@@ -85,7 +89,7 @@ def device_facts(num_devices: int = 0) -> DeviceFacts:
 
 
 def _product_flops(device: jax.Device, platform: str) -> float:
-    """Operations per second of a product of two square matrices: float32 on a CPU, bfloat16 elsewhere."""
+    """Measure FLOPs per second of a matrix product: float32 on a CPU, else bfloat16."""
     side = PRODUCT[platform]
     dtype = jnp.float32 if platform == "cpu" else jnp.bfloat16
     matrix = jax.device_put(jnp.ones((side, side), dtype), device)

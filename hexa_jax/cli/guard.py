@@ -13,13 +13,15 @@ from hexa_jax.training.memory import is_out_of_memory
 
 
 def guarded(command: str, work: Callable[[], int]) -> int:
-    """Run the work of `hexa COMMAND` and return its exit code; a mistake of the user is one line and 2."""
+    """Run the work of `hexa COMMAND`; return its exit code, 2 after a user's mistake."""
     try:
         return work()
     except (Mistake, RecipeError, *USER_ERRORS) as error:
         return _stop(command, error, 2)
     except OSError as error:
-        return _stop(command, f"{error.filename or 'input or output'}: {error.strerror or error}", 2)
+        return _stop(
+            command, f"{error.filename or 'input or output'}: {error.strerror or error}", 2
+        )
     except (jax.errors.JaxRuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise

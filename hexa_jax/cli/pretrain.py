@@ -1,7 +1,7 @@
-"""Pre-train a backbone on images without labels, with settings chosen from the images and the device.
+"""Pre-train a backbone on images, with settings chosen from them and the device.
 
-hexa pretrain IMAGES [--workdir=W] [--recipe=NAME] [--init=WEIGHTS] [--epochs=N] [--labelled=FOLDER] [--dry-run]
-              [--extend] [--config.key=value ...]
+hexa pretrain IMAGES [--workdir=W] [--recipe=NAME] [--init=WEIGHTS] [--epochs=N] [--labelled=FOLDER]
+              [--dry-run] [--extend] [--config.key=value ...]
 
 IMAGES      a folder, several folders, or a source such as tar:GLOB, list:FILE.txt or tfds:NAME:SPLIT
 --workdir   the folder of the run; by default runs/ and the name of the folder of images. Starting
@@ -114,7 +114,9 @@ def _parse(argv: list[str]) -> tuple[Any, list[str]]:
     # Settings first: argparse would take what follows one that it does not know for images.
     is_setting = re.compile(r"--?(no)?config\.")
     settings = [word for word in argv if is_setting.match(word)]
-    known, rest = options.parse_known_intermixed_args([word for word in argv if not is_setting.match(word)])
+    known, rest = options.parse_known_intermixed_args(
+        [word for word in argv if not is_setting.match(word)]
+    )
     only_settings(rest, "pretrain")
     if (started_by := launcher(os.environ)) and started_by != TPU_VM:
         raise Mistake(
@@ -154,17 +156,23 @@ def _plan(options: Any, fixed: list[str], dry_run: bool) -> Plan:
         **(network_of_weights(options.init) if options.init else {}),
     )
     name, reason = choose_recipe(data, device, wishes)
-    recipe_settings = {key: _tuples(value) for key, value in flatten(_config(name, []).to_dict()).items()}
+    recipe_settings = {
+        key: _tuples(value) for key, value in flatten(_config(name, []).to_dict()).items()
+    }
     choices, time = choose(data, device, wishes, recipe_settings)
     _print_table(data, device, problems, [Choice("recipe", name, reason), *choices], time)
     if device.platform == "cpu" and time.total > LONG:
-        log("an accelerator would be faster by far; --config.data.limit=N trains on N of the images")
+        log(
+            "an accelerator would be faster by far; --config.data.limit=N trains on N of the images"
+        )
     if data.images < FEW_IMAGES and not options.init:
         log(
             f"{data.images} images are few to learn from scratch: --init=torchvision:resnet18 would start from weights "
             "of ImageNet"
         )
-    return Plan(name, {choice.key: choice.value for choice in choices if choice.key not in wishes.settings})
+    return Plan(
+        name, {choice.key: choice.value for choice in choices if choice.key not in wishes.settings}
+    )
 
 
 def _begun(workdir: str) -> Plan | None:
@@ -173,7 +181,9 @@ def _begun(workdir: str) -> Plan | None:
     saved = folder / "config.json"
     try:
         steps = [path.name for path in (folder / "checkpoints").iterdir()] if saved.exists() else []
-        if not any(name.startswith("step_") and not name.startswith("step_00000000") for name in steps):
+        if not any(
+            name.startswith("step_") and not name.startswith("step_00000000") for name in steps
+        ):
             return None
         before = flatten(json.loads(saved.read_text()))
     except (OSError, ValueError, AttributeError):
@@ -192,7 +202,7 @@ def _config(recipe: str, words: list[str]) -> ConfigDict:
 
 
 def _init(name: str) -> str:
-    """Weights by an absolute path, so that the run can be resumed from any folder; other names as they are."""
+    """Make a path to weights absolute, so that the run can be resumed from any folder."""
     path = pathlib.Path(name).expanduser()
     return str(path.absolute()) if path.exists() else name
 
@@ -200,7 +210,11 @@ def _init(name: str) -> str:
 def _name_of(source: str) -> str:
     """A name for the run on some images."""
     kind, _, rest = source.partition(":")
-    stem = pathlib.PurePath(rest.split(",")[0].rstrip("/")).name if kind in SOURCES and SOURCES[kind].paths else source
+    stem = (
+        pathlib.PurePath(rest.split(",")[0].rstrip("/")).name
+        if kind in SOURCES and SOURCES[kind].paths
+        else source
+    )
     return re.sub(r"[^\w.-]+", "_", pathlib.PurePath(stem).stem or kind)
 
 
@@ -223,7 +237,9 @@ def _print_table(
     for problem in problems[:SHOWN]:
         log(f"         unreadable: {problem}")
     if problems:
-        log(f"         {data.unreadable} of {data.sampled} looked at cannot be read; such images are left out")
+        log(
+            f"         {data.unreadable} of {data.sampled} looked at cannot be read; such images are left out"
+        )
     room = f", {in_words(device.memory)} of memory" if device.memory else ""
     what = "CPU" if device.platform == "cpu" else f"{device.count} x {device.kind}"
     log(f"device   {what}, {device.cores} cores{room}\n")

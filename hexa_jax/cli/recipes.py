@@ -4,7 +4,8 @@ hexa recipes [WORD]
 
 WORD    only recipes whose name or line holds it
 
-Arguments of a recipe follow a colon, as in deepcluster_v2:epochs=800; its file says which there are.
+Arguments of a recipe follow a colon, as in deepcluster_v2:epochs=800; its file says which there
+are.
 """
 
 import sys
@@ -21,7 +22,11 @@ def main(argv: list[str]) -> int:
         print(f"hexa recipes: unexpected {argv[-1]!r}; see hexa recipes --help", file=sys.stderr)
         return 2
     lines = {name: summary(name) for name in recipe_names()}
-    shown = {name: line for name, line in lines.items() if not argv or argv[0].lower() in f"{name} {line}".lower()}
+    shown = {
+        name: line
+        for name, line in lines.items()
+        if not argv or argv[0].lower() in f"{name} {line}".lower()
+    }
     if not shown:
         print(f"hexa recipes: no recipe mentions {argv[0]!r}", file=sys.stderr)
         return 2

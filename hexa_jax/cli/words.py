@@ -1,4 +1,4 @@
-"""What the commands of `hexa` share: how their words are read, and what an IMAGES argument means."""
+"""What the commands of `hexa` share: reading words and an IMAGES argument."""
 
 import glob
 import os
@@ -27,7 +27,9 @@ def only_settings(words: Sequence[str], command: str) -> list[str]:
     for word in words:
         if not re.match(r"--?(no)?config\.", word):
             what = "unknown option" if word.startswith("-") else "unexpected word"
-            raise Mistake(f"{what} {word!r}; see hexa {command} --help (settings are given as --config.key=value)")
+            raise Mistake(
+                f"{what} {word!r}; see hexa {command} --help (settings are given as --config.key=value)"
+            )
     return list(words)
 
 
@@ -42,7 +44,9 @@ def source_of(images: Sequence[str]) -> str:
     Raises:
         Mistake: several sources.
     """
-    if len(images) > 1 and (named := next((text for text in images if re.match(r"[a-z_]+:", text)), None)):
+    if len(images) > 1 and (
+        named := next((text for text in images if re.match(r"[a-z_]+:", text)), None)
+    ):
         raise Mistake(f"{named} cannot be combined with others: give folders, or one source")
     if len(images) > 1:
         return absolute_spec("folder:" + ",".join(images))

@@ -1,14 +1,15 @@
-"""The argparse of small command lines: a mistake is an exception of theirs in one line, not a usage page and an exit."""
+"""argparse for small command lines: a mistake is an exception in one line."""
 
 import argparse
 from typing import NoReturn
 
 
 class Parser(argparse.ArgumentParser):
-    """Of `python -m MODULE` or `hexa COMMAND`: words in full, and help is left to the module's docstring.
+    """Parser of `python -m MODULE` or `hexa COMMAND`; help is the module's docstring.
 
     Args:
-        module: in messages, such as hexa_jax.export; one of hexa_jax.cli is called as `hexa` calls it.
+        module: in messages, such as hexa_jax.export; one of hexa_jax.cli is called as `hexa` calls
+            it.
         mistake: what is raised.
     """
 

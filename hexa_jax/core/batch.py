@@ -13,8 +13,10 @@ class Batch(NamedTuple):
         row: int32, position in the step's batch, 0 to M * n - 1.
         valid: bool, False where an unreadable image was replaced.
         label: int32, -1 where there is none; only a supervised method learns from it.
-        crops: per resolution [M, n, V_r, S, S, 3], uint8 from the host; empty when crops are cut on the device.
-        key_crops: [M, n, 1, S, S, 3] views for a target encoder, in the order of `key_index`; None if the method has none.
+        crops: per resolution [M, n, V_r, S, S, 3], uint8 from the host; empty when crops are cut on
+            the device.
+        key_crops: [M, n, 1, S, S, 3] views for a target encoder, in the order of `key_index`; None
+            if the method has none.
         key_index: int32, the example that each row of `key_crops` shows.
         key_row: int32, for each row, the row of `key_crops` that shows the same example.
         clean: bool, False where `Method.update` gets another view's outputs for the clean ones; set

@@ -1,4 +1,4 @@
-"""Keep compiled programs between starts: a training step of a large network takes minutes to compile."""
+"""Keep compiled programs between starts: compiling a large step takes minutes."""
 
 import hashlib
 import os
@@ -11,7 +11,7 @@ FOLDER = pathlib.Path("~/.cache/hexa_jax/compiled")
 
 
 def keep_compiled_programs() -> None:
-    """Set JAX's compilation cache for this process and its children, unless the user has set or emptied it.
+    """Set JAX's compilation cache for this process and its children, unless it is set.
 
     Programs for another kind of CPU could not run here, so each kind has a folder of its own: a
     home directory may be shared by different machines.
@@ -32,5 +32,7 @@ def _kind_of_cpu(cpuinfo: pathlib.Path = pathlib.Path("/proc/cpuinfo")) -> str:
         lines = cpuinfo.read_text().splitlines()
     except OSError:
         lines = []
-    features = next((line for line in lines if line.startswith(("flags", "Features"))), platform.processor())
+    features = next(
+        (line for line in lines if line.startswith(("flags", "Features"))), platform.processor()
+    )
     return f"{platform.machine()}-{hashlib.sha256(features.encode()).hexdigest()[:8]}"

@@ -29,7 +29,8 @@ class StepTimer:
     def start(self, step: int) -> None:
         """Begin to count at a step."""
         self.last_step, self.last_time, self.rate = step, time.monotonic(), 0.0
-        self._waited, self.input_wait = 0.0, 0.0  # seconds since the last reading; their share of it
+        # seconds since the last reading; their share of it
+        self._waited, self.input_wait = 0.0, 0.0
 
     @contextlib.contextmanager
     def waiting(self) -> Iterator[None]:
@@ -46,7 +47,10 @@ class StepTimer:
         self.last_time += time.monotonic() - begin
 
     def read(self, step: int) -> tuple[float, str]:
-        """(images per second since the last call, time left as h:mm:ss); `input_wait` becomes the share waited since."""
+        """Return (images per second since the last call, time left as h:mm:ss).
+
+        `input_wait` becomes the share of time waited since.
+        """
         now = time.monotonic()
         done, elapsed = step - self.last_step, max(now - self.last_time, 1e-9)
         if done:

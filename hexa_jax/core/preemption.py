@@ -33,7 +33,9 @@ class PreemptionGuard:
         """Return whether to save and stop now; all processes call it once a step and agree."""
         self._asked += 1
         if not self._alone:
-            self._wanted = self._wanted or multihost_utils.reached_preemption_sync_point(self._asked)
+            self._wanted = self._wanted or multihost_utils.reached_preemption_sync_point(
+                self._asked
+            )
         return self._wanted
 
     def close(self) -> None:

@@ -45,7 +45,7 @@ class ProgressBar:
             self._drawn, self._last = True, now
 
     def track(self, items: Iterable[Any], total: int, what: str) -> Iterator[Any]:
-        """Yield the items, and show how many have been taken; without a terminal a line a minute."""
+        """Yield the items, showing how many are taken; without a terminal a line a minute."""
         begin = last = time.monotonic()
         for done, item in enumerate(items):
             now = time.monotonic()

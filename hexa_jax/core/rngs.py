@@ -21,7 +21,7 @@ class Purpose(enum.IntEnum):
 
 
 def purpose_of(view: str) -> int:
-    """Return the purpose of a hard view: a hash of its name, so that new views need no entry here."""
+    """Return the purpose of a hard view, a hash of its name: new views need no entry."""
     # The two views that came first keep the numbers of their own.
     known = {"cutmix": Purpose.CUTMIX, "cutmix_adversarial": Purpose.SECOND_CUTMIX}
     return known.get(view) or zlib.crc32(view.encode()) | 1 << 31
@@ -41,13 +41,13 @@ class Rngs(NamedTuple):
     step: jax.Array
 
     def per_example_keys(self, purpose: int, index: jax.Array) -> jax.Array:
-        """Return keys [...] for examples int32 [...]: functions of (seed, purpose, epoch, example)."""
+        """Return keys [...] of (seed, purpose, epoch, example) for examples int32 [...]."""
         key = jax.random.fold_in(purpose_key(self.seed, purpose), self.epoch)
         keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(index.reshape(-1))
         return keys.reshape(index.shape)
 
     def per_row_keys(self, purpose: int, row: jax.Array) -> jax.Array:
-        """Return keys [R] for rows int32 [R] of the batch: functions of (seed, purpose, step, row)."""
+        """Return keys [R] of (seed, purpose, step, row) for rows int32 [R] of the batch."""
         key = jax.random.fold_in(purpose_key(self.seed, purpose), self.step)
         return jax.vmap(lambda r: jax.random.fold_in(key, r))(row)
 

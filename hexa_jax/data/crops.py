@@ -1,4 +1,6 @@
-"""Float crops in [0, 1] from a batch, on the device: scaling, or cutting from a resident data set; then photometric augmentation.
+"""Float crops in [0, 1] from a batch, on the device.
+
+Scaled, or cut from a resident data set; then augmented.
 
 Legend: N rows, V crops, S side of a crop.
 """
@@ -39,7 +41,7 @@ class Resolution:
 
 
 def crop_number(resolutions: Sequence[Resolution], key_crops: int, crop_set: int) -> int:
-    """The number that the first crop of a set has in its example's random numbers; key crops come after set 0."""
+    """Return the number of a set's first crop in its example's random numbers."""
     own = sum(resolution.count for resolution in resolutions)
     return crop_set * own + (key_crops if crop_set else 0)
 
@@ -60,14 +62,17 @@ class DeviceCrops:
     photometric: tuple[Photometric, ...]
     dtype: jnp.dtype = jnp.float32
 
-    def online(self, keys: jax.Array, batch: Batch, data: jax.Array | None, crop_set: int = 0) -> tuple[jax.Array, ...]:
+    def online(
+        self, keys: jax.Array, batch: Batch, data: jax.Array | None, crop_set: int = 0
+    ) -> tuple[jax.Array, ...]:
         """Make crops of the examples `batch.index`.
 
         Args:
             keys: [N], one per example.
             batch: leaves [N, ...]; `crops` [N, sets * V_r, S, S, 3], set by set.
             data: uint8 [examples, H, W, 3] when the whole data set is on the device.
-            crop_set: 0 for the crops that the method learns from, further ones for views that need others.
+            crop_set: 0 for the crops that the method learns from, further ones for views that need
+                others.
 
         Returns:
             Per resolution [N, V_r, S, S, 3].
@@ -76,9 +81,15 @@ class DeviceCrops:
         shift = crop_number(self.resolutions, self.key_crops, crop_set)
         for r, resolution in enumerate(self.resolutions):
             place = crop_set * resolution.count
-            pixels = None if data is not None else batch.crops[r][:, place : place + resolution.count]
+            pixels = (
+                None if data is not None else batch.crops[r][:, place : place + resolution.count]
+            )
             number = shift + first
-            crops.append(self._make(keys, batch.index, pixels, data, resolution, first, resolution.count, number))
+            crops.append(
+                self._make(
+                    keys, batch.index, pixels, data, resolution, first, resolution.count, number
+                )
+            )
             first += resolution.count
         return tuple(crops)
 
@@ -86,7 +97,9 @@ class DeviceCrops:
         """Key crops [N, 1, S, S, 3] of the examples `batch.key_index`."""
         first = sum(resolution.count for resolution in self.resolutions)
         pixels = None if data is not None else batch.key_crops
-        return self._make(keys, batch.key_index, pixels, data, self.resolutions[0], first, self.key_crops, first)
+        return self._make(
+            keys, batch.key_index, pixels, data, self.resolutions[0], first, self.key_crops, first
+        )
 
     def _make(
         self,
@@ -99,7 +112,9 @@ class DeviceCrops:
         count: int,
         number: int,
     ) -> jax.Array:
-        """Crops with the settings `first` to `first + count - 1`: all in one call where these are the same.
+        """Augment crops by the settings `first` to `first + count - 1`.
+
+        In one call where these are the same.
 
         `number` is what the first one's random numbers are drawn by.
         """
@@ -108,7 +123,8 @@ class DeviceCrops:
         groups = [range(count)] if same else [range(v, v + 1) for v in range(count)]
         made = []
         for group in groups:
-            crop_keys = jnp.stack([_fold(keys, number + v) for v in group], axis=1).reshape(-1)  # [N * V]
+            # [N * V]
+            crop_keys = jnp.stack([_fold(keys, number + v) for v in group], axis=1).reshape(-1)
             if data is not None:
                 images = jnp.repeat(data[index], len(group), axis=0)
                 crops = random_resized_crop(
@@ -120,13 +136,17 @@ class DeviceCrops:
                     resolution.flip,
                     resolution.vertical_flip,
                     resolution.quarter_turns,
-                    _fold(crop_keys, TURNS) if resolution.vertical_flip or resolution.quarter_turns else None,
+                    _fold(crop_keys, TURNS)
+                    if resolution.vertical_flip or resolution.quarter_turns
+                    else None,
                 )
             else:
                 assert pixels is not None
                 chosen = pixels[:, group.start : group.stop]
                 crops = chosen.reshape(-1, *chosen.shape[2:]).astype(self.dtype) / 255
-            crops = augment(_fold(crop_keys, PHOTOMETRY), crops.astype(self.dtype), settings[group.start])
+            crops = augment(
+                _fold(crop_keys, PHOTOMETRY), crops.astype(self.dtype), settings[group.start]
+            )
             made.append(crops.reshape(len(index), len(group), *crops.shape[1:]))
         return jnp.concatenate(made, axis=1)
 

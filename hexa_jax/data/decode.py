@@ -1,7 +1,7 @@
-"""Host-side pixels: encoded bytes to RGB, random resized crops with flips and turns, and the centre crop of evaluation.
+"""Pixels on the host: decoding, random resized crops, evaluation's center crop.
 
-Every random number of a crop comes from `crop_generator(seed, epoch, index, crop)`, so a crop depends on those four
-integers only, and on no worker, process or order of visits.
+Every random number of a crop comes from `crop_generator(seed, epoch, index, crop)`, so a crop
+depends on those four integers only, and on no worker, process or order of visits.
 """
 
 import io
@@ -52,18 +52,21 @@ class BadImage(ValueError):
 def decode(data: bytes | np.ndarray, name: str, turn: bool = True) -> np.ndarray:
     """An image file's bytes as pixels, the way torchvision and Pillow's `convert("RGB")` read it.
 
-    Grey and palette images become RGB, CMYK is converted, alpha is dropped (not blended; only TIFF's alpha is blended
-    on black, by the TIFF library), 16 bits are divided by 257, the EXIF orientation is applied, animations give frame
-    one. A JPEG with damage inside, but whole, loads as in Pillow; libjpeg itself then writes a line to stderr.
+    Grey and palette images become RGB, CMYK is converted, alpha is dropped (not blended; only
+    TIFF's alpha is blended on black, by the TIFF library), 16 bits are divided by 257, the EXIF
+    orientation is applied, animations give frame one. A JPEG with damage inside, but whole, loads
+    as in Pillow; libjpeg itself then writes a line to stderr.
 
     Args:
-      data: JPEG, PNG, GIF, BMP, WebP, TIFF, AVIF or HEIC bytes; or pixels, uint8 [H, W, 3], which pass through.
+      data: JPEG, PNG, GIF, BMP, WebP, TIFF, AVIF or HEIC bytes; or pixels, uint8 [H, W, 3], which
+          pass through.
       name: what to call the image in an error, its path for example.
       turn: whether to apply the EXIF orientation.
     Returns:
       uint8 [H, W, 3], RGB.
     Raises:
-      BadImage: the bytes are empty, truncated, corrupt or of another format, or hold more than `MAX_PIXELS` pixels.
+      BadImage: the bytes are empty, truncated, corrupt or of another format, or hold more than
+          `MAX_PIXELS` pixels.
     """
     if isinstance(data, np.ndarray):
         return data
@@ -78,17 +81,18 @@ def decode(data: bytes | np.ndarray, name: str, turn: bool = True) -> np.ndarray
     if image is None:
         raise BadImage(name, "corrupt or truncated image data")
     if image.dtype == np.uint16:
-        image = cv2.convertScaleAbs(image, alpha=1 / 257)  # rounds; OpenCV's own way to 8 bits drops the low byte
+        # rounds; OpenCV's own way to 8 bits drops the low byte
+        image = cv2.convertScaleAbs(image, alpha=1 / 257)
     if image.dtype != np.uint8:
         raise BadImage(name, f"pixels of type {image.dtype} (8 or 16 bits per channel can be read)")
     return cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
 
 
 def crop_generator(seed: int, epoch: int, index: int, crop: int) -> np.random.Generator:
-    """The random numbers of one crop of one example in one epoch: equal integers give an equal stream.
+    """Return the random generator of one crop of one example in one epoch.
 
-    Philox is a function of (key, counter), made for being keyed: the seed is the key and the other integers are the
-    high words of the counter, so streams never overlap and nothing is hashed.
+    Philox is a function of (key, counter), made for being keyed: the seed is the key and the other
+    integers are the high words of the counter, so streams never overlap and nothing is hashed.
     """
     key = np.array([seed & _MASK, 0], np.uint64)
     counter = np.array([0, crop & _MASK, index & _MASK, epoch & _MASK], np.uint64)
@@ -105,10 +109,10 @@ def random_resized_crop(
     vertical_flip: float = 0.0,
     quarter_turns: bool = False,
 ) -> np.ndarray:
-    """torchvision's RandomResizedCrop followed by RandomHorizontalFlip, RandomVerticalFlip and quarter turns.
+    """Cut and resize a random crop, then mirror and turn it, as torchvision does.
 
-    Ten tries of a box with area U(scale) of the image and log-uniform aspect ratio; then the largest central box whose
-    ratio is allowed. The box is resized with `resize`.
+    Ten tries of a box with area U(scale) of the image and log-uniform aspect ratio; then the
+    largest central box whose ratio is allowed. The box is resized with `resize`.
 
     Args:
       image: uint8 [H, W, 3].
@@ -128,7 +132,8 @@ def random_resized_crop(
     if mirrored:
         crop = cv2.flip(crop, 1)
     if vertical_flip or quarter_turns:
-        # Drawn last and both together, so that neither setting changes the numbers that other draws see.
+        # Drawn last and both together, so that neither setting changes the numbers that other draws
+        # see.
         u_vertical, u_turn = generator.random(2).tolist()
         if u_vertical < vertical_flip:
             crop = cv2.flip(crop, 0)
@@ -138,7 +143,7 @@ def random_resized_crop(
 
 
 def resize_center_crop(image: np.ndarray, short_side: int, crop: int) -> np.ndarray:
-    """Evaluation's view: the short side resized to `short_side`, then the central `crop` x `crop` pixels.
+    """Resize the short side to `short_side`, and cut out the central square of side `crop`.
 
     Args:
       image: uint8 [H, W, 3].
@@ -150,14 +155,16 @@ def resize_center_crop(image: np.ndarray, short_side: int, crop: int) -> np.ndar
       ValueError: `crop` is larger than `short_side`.
     """
     if crop > short_side:
-        raise ValueError(f"a centre crop of {crop} pixels does not fit a short side of {short_side}")
+        raise ValueError(
+            f"a centre crop of {crop} pixels does not fit a short side of {short_side}"
+        )
     image = resize_short_side(image, short_side)
     top, left = round((image.shape[0] - crop) / 2), round((image.shape[1] - crop) / 2)
     return np.ascontiguousarray(image[top : top + crop, left : left + crop])
 
 
 def resize_short_side(image: np.ndarray, short_side: int) -> np.ndarray:
-    """uint8 [H, W, 3] with its shape kept and the shorter side as long as said; the longer one is rounded down."""
+    """Resize uint8 [H, W, 3] to a short side; the long one is rounded down."""
     height, width = image.shape[:2]
     shorter = min(height, width)
     return resize(image, short_side * height // shorter, short_side * width // shorter)
@@ -166,9 +173,10 @@ def resize_short_side(image: np.ndarray, short_side: int) -> np.ndarray:
 def resize(image: np.ndarray, height: int, width: int) -> np.ndarray:
     """uint8 [H, W, 3] to [height, width, 3], anti-aliased when shrinking, bilinear when growing.
 
-    Shrinking is bilinear to k times the size wanted, k the nearest integer to the shrinkage and at least 2, then the
-    mean of k x k pixels: on photos closer to Pillow's anti-aliased bilinear, which the reference recipes use, than
-    OpenCV's INTER_AREA, in half the time. Growing is plain bilinear, as in those recipes: cubic overshoots at edges.
+    Shrinking is bilinear to k times the size wanted, k the nearest integer to the shrinkage and at
+    least 2, then the mean of k x k pixels: on photos closer to Pillow's anti-aliased bilinear,
+    which the reference recipes use, than OpenCV's INTER_AREA, in half the time. Growing is plain
+    bilinear, as in those recipes: cubic overshoots at edges.
     """
     if image.shape[:2] == (height, width):
         return np.ascontiguousarray(image)
@@ -180,7 +188,11 @@ def resize(image: np.ndarray, height: int, width: int) -> np.ndarray:
 
 
 def _crop_box(
-    height: int, width: int, generator: np.random.Generator, scale: tuple[float, float], ratio: tuple[float, float]
+    height: int,
+    width: int,
+    generator: np.random.Generator,
+    scale: tuple[float, float],
+    ratio: tuple[float, float],
 ) -> tuple[int, int, int, int]:
     """(top, left, height, width) of a random box, by torchvision's rule."""
     log_low, log_high = math.log(ratio[0]), math.log(ratio[1])
@@ -205,7 +217,8 @@ def header_size(data: bytes, name: str) -> tuple[int, int]:
     Nothing is decoded, but a JPEG without its end and a PNG whose checksums do not match are found.
 
     Raises:
-        BadImage: what must not reach the decoder: other formats, decompression bombs, truncated files.
+        BadImage: what must not reach the decoder: other formats, decompression bombs, truncated
+            files.
     """
     if len(data) == 0:
         raise BadImage(name, "empty file")
@@ -218,7 +231,8 @@ def header_size(data: bytes, name: str) -> tuple[int, int]:
             width, height = image.size
         if width * height > MAX_PIXELS:
             raise BadImage(
-                name, f"{width} x {height} pixels, more than the limit of {MAX_PIXELS} (a decompression bomb?)"
+                name,
+                f"{width} x {height} pixels, more than the limit of {MAX_PIXELS} (a decompression bomb?)",
             )
         if reader is JpegImageFile:
             # Pillow has read up to the coded data, in which FF D9 can only be the end of image.
@@ -244,7 +258,8 @@ def _tiff_size(file: io.BytesIO) -> tuple[int, int]:
 def _reader(data: bytes, name: str) -> type[ImageFile]:
     """Pillow's class for a format.
 
-    `Image.open` would also choose one, but try every format there is, and warn of sizes that are allowed here.
+    `Image.open` would also choose one, but try every format there is, and warn of sizes that are
+    allowed here.
     """
     if data[4:8] == b"ftyp":
         return _heif_reader(data, name)

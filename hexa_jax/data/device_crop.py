@@ -1,6 +1,7 @@
 """Random resized crops and flips on the device, for small data sets that live there whole.
 
-Legend: N crop images, H W rows and columns of the input, S rows and columns of the output, C channels.
+Legend: N crop images, H W rows and columns of the input, S rows and columns of the output, C
+    channels.
 """
 
 import math
@@ -24,7 +25,7 @@ def random_resized_crop(
     quarter_turns: bool = False,
     turn_keys: jax.Array | None = None,
 ) -> jax.Array:
-    """Cuts one random box out of each image, by its own key, and resizes it to size x size with antialiasing.
+    """Cut a random box out of each image, by its own key, and resize it with antialiasing.
 
     Row n of the result depends on keys[n], turn_keys[n] and images[n] alone.
 
@@ -46,8 +47,9 @@ def random_resized_crop(
     Raises:
         ValueError: an argument is not as described.
 
-    The box is torchvision's RandomResizedCrop (whole pixels, 10 tries, else the central crop nearest to the ratio); the
-    resize is PIL's `crop(box).resize((S, S), BILINEAR)` without its rounding to whole grey levels.
+    The box is torchvision's RandomResizedCrop (whole pixels, 10 tries, else the central crop
+    nearest to the ratio); the resize is PIL's `crop(box).resize((S, S), BILINEAR)` without its
+    rounding to whole grey levels.
     """
     _check(keys, images, size, scale, ratio)
     if (vertical_flip or quarter_turns) and (turn_keys is None or turn_keys.shape != keys.shape):
@@ -62,14 +64,19 @@ def random_resized_crop(
         u_vertical, u_turn = uniform_per_key(turn_keys, 2).T
         upside_down = u_vertical < vertical_flip
         if quarter_turns:
-            # A quarter turn is a mirror image of the transposed crop, half a turn mirrors both axes.
+            # A quarter turn is a mirror image of the transposed crop, half a turn mirrors both
+            # axes.
             turns = jnp.floor(4 * u_turn)
             mirror ^= (turns == 1) | (turns == 2)
             upside_down ^= (turns == 2) | (turns == 3)
             transposed = ((turns == 1) | (turns == 3))[:, None, None, None]
     rows = _resize_matrix(top, box_height, upside_down, height, size)
     columns = _resize_matrix(left, box_width, mirror, width, size)
-    x = images.astype(jnp.float32) / 255 if images.dtype == jnp.uint8 else images.astype(jnp.float32)
+    x = (
+        images.astype(jnp.float32) / 255
+        if images.dtype == jnp.uint8
+        else images.astype(jnp.float32)
+    )
     x = jnp.einsum("nsh,nhwc->nswc", rows, x, precision="highest")
     x = jnp.einsum("ntw,nswc->nstc", columns, x, precision="highest")
     if transposed is not None:
@@ -78,7 +85,10 @@ def random_resized_crop(
 
 
 def random_box(uniform, height, width, scale, ratio):
-    """Boxes as torchvision draws them: (top, left, height, width), whole float32 numbers [N], from uniform [N, 22]."""
+    """Draw boxes (top, left, height, width) as torchvision does, from uniform [N, 22].
+
+    Whole float32 numbers [N] each.
+    """
     area, shape, place = uniform[:, :TRIES], uniform[:, TRIES : 2 * TRIES], uniform[:, 2 * TRIES :]
     area = height * width * (scale[0] + (scale[1] - scale[0]) * area)
     low, high = math.log(ratio[0]), math.log(ratio[1])
@@ -101,7 +111,7 @@ def random_box(uniform, height, width, scale, ratio):
 
 
 def _resize_matrix(start, length, mirror, size_in, size_out):
-    """[N, size_out, size_in]: row s holds the triangle weights of output s over the box [start, start + length)."""
+    """Return resize matrices [N, size_out, size_in] over boxes [start, start + length)."""
     start, length = start[:, None, None], length[:, None, None]
     source = jnp.arange(size_in, dtype=jnp.float32)[None, None, :]
     target = jnp.arange(size_out, dtype=jnp.float32)[None, :, None]
@@ -114,7 +124,9 @@ def _resize_matrix(start, length, mirror, size_in, size_out):
 
 
 def _check(keys, images, size, scale, ratio):
-    if images.ndim != 4 or not (images.dtype == jnp.uint8 or jnp.issubdtype(images.dtype, jnp.floating)):
+    if images.ndim != 4 or not (
+        images.dtype == jnp.uint8 or jnp.issubdtype(images.dtype, jnp.floating)
+    ):
         raise ValueError(
             f"random_resized_crop needs uint8 or float images [N, H, W, C], got {images.dtype} {list(images.shape)}"
         )
@@ -125,6 +137,10 @@ def _check(keys, images, size, scale, ratio):
     if size < 1:
         raise ValueError(f"the size of a crop must be at least 1 pixel, got {size}")
     if not 0 < scale[0] <= scale[1]:
-        raise ValueError(f"the scale of a crop must be (low, high) with 0 < low <= high, got {tuple(scale)}")
+        raise ValueError(
+            f"the scale of a crop must be (low, high) with 0 < low <= high, got {tuple(scale)}"
+        )
     if not 0 < ratio[0] <= ratio[1]:
-        raise ValueError(f"the ratio of a crop must be (low, high) with 0 < low <= high, got {tuple(ratio)}")
+        raise ValueError(
+            f"the ratio of a crop must be (low, high) with 0 < low <= high, got {tuple(ratio)}"
+        )

@@ -16,7 +16,8 @@ _FROM_ABOVE = {"data.flip": "both", "data.quarter_turns": True}
 DOMAINS: dict[str, dict[str, Any]] = {
     # Photographs of things and scenes, which stand upright; colors as in the recipe.
     "natural": {"data.flip": "horizontal", "data.quarter_turns": False},
-    # Satellites and drones. Color tells water from crops and soil: it is distorted less, and rarely taken away.
+    # Satellites and drones. Color tells water from crops and soil: it is distorted less, and rarely
+    # taken away.
     "aerial": {
         **_FROM_ABOVE,
         "augment.brightness": 0.4,
@@ -26,7 +27,8 @@ DOMAINS: dict[str, dict[str, Any]] = {
         "augment.gray_probability": (0.1,),
         "augment.solarize_probability": (0.0,),
     },
-    # Cells and tissue. Stains differ between laboratories, so that hue varies, but they say what is what: no gray.
+    # Cells and tissue. Stains differ between laboratories, so that hue varies, but they say what is
+    # what: no gray.
     "microscopy": {
         **_FROM_ABOVE,
         "augment.brightness": 0.3,
@@ -36,7 +38,8 @@ DOMAINS: dict[str, dict[str, Any]] = {
         "augment.gray_probability": (0.0,),
         "augment.solarize_probability": (0.0,),
     },
-    # X-ray, infrared, electron microscopes, scans: without color, operations on it do nothing but take time.
+    # X-ray, infrared, electron microscopes, scans: without color, operations on it do nothing but
+    # take time.
     "grey": {
         "augment.brightness": 0.4,
         "augment.contrast": 0.4,
@@ -50,7 +53,8 @@ DOMAINS: dict[str, dict[str, Any]] = {
 def set_domain(config: ConfigDict, name: str, keep: Collection[str] = ()) -> ConfigDict:
     """Set a config's augmentation to a preset; return the config.
 
-    A command does this where it says `--config.data.domain=NAME`; a config file or a program calls it.
+    A command does this where it says `--config.data.domain=NAME`; a config file or a program calls
+    it.
 
     Args:
         config: see configs/common.py.
@@ -61,5 +65,7 @@ def set_domain(config: ConfigDict, name: str, keep: Collection[str] = ()) -> Con
         ConfigError: there is no such preset.
     """
     preset = choose("data.domain", name, DOMAINS)
-    config.update_from_flattened_dict({key: value for key, value in preset.items() if key not in keep})
+    config.update_from_flattened_dict(
+        {key: value for key, value in preset.items() if key not in keep}
+    )
     return config

@@ -1,8 +1,8 @@
-"""The host's part of the input: which example stands in which row of which step, decoding, cropping, batching.
+"""The host's part of the input: order of examples, decoding, cropping, batching.
 
-Row r of step t of pass p is a function of (seed, p, t, r) only. grain gets this map and runs it in threads or processes; its
-own shuffling and sharding would make the batch depend on the number of processes. Pass 0 is DeepCluster's first pass; epoch e
-of training is pass e + 1, for all methods.
+Row r of step t of pass p is a function of (seed, p, t, r) only. grain gets this map and runs it in
+threads or processes; its own shuffling and sharding would make the batch depend on the number of
+processes. Pass 0 is DeepCluster's first pass; epoch e of training is pass e + 1, for all methods.
 """
 
 import collections
@@ -39,7 +39,10 @@ def pass_order(seed: int, pass_number: int, num_examples: int) -> np.ndarray:
 
 
 def key_rows(seed: int, pass_number: int, step: int, batch_size: int, block: int) -> np.ndarray:
-    """int64 [batch_size]: the row whose example each key slot shows, shuffled within blocks of consecutive rows."""
+    """Return int64 [batch_size]: the row whose example each key slot shows.
+
+    Shuffled within blocks of consecutive rows.
+    """
     generator = np.random.default_rng([seed, SHUFFLE_STREAM, pass_number, step])
     order = generator.permuted(np.tile(np.arange(block), (batch_size // block, 1)), axis=1)
     return (order + block * np.arange(batch_size // block)[:, None]).reshape(-1)
@@ -49,13 +52,15 @@ def key_rows(seed: int, pass_number: int, step: int, batch_size: int, block: int
 class HostSteps:
     """Random access to this process's part of every step: the source of grain's data set.
 
-    Element s is step s % steps_per_epoch of pass s // steps_per_epoch, as a dict of NumPy arrays [M, local, ...] and `bad`,
-    the indices of examples that could not be read.
+    Element s is step s % steps_per_epoch of pass s // steps_per_epoch, as a dict of NumPy arrays
+    [M, local, ...] and `bad`, the indices of examples that could not be read.
 
     Attributes:
-        source: random-access examples; None when the images live on the device, which then need no pixels from here.
+        source: random-access examples; None when the images live on the device, which then need no
+            pixels from here.
         labels: int32 [num_examples] of a resident data set; else labels are read with the images.
-        bad: indices known to be unreadable, with replacements already in place (resident data sets).
+        bad: indices known to be unreadable, with replacements already in place (resident data
+            sets).
         rows: [M, local] from `mesh.local_rows`.
         max_failures: consecutive unreadable images after which to give up.
         crop_sets: sets of crops of each image: the method's own, and those that hard views ask for.
@@ -91,7 +96,9 @@ class HostSteps:
         element: dict[str, np.ndarray] = {
             "index": index[rows],
             "row": rows.astype(np.int32),
-            "label": np.full(len(rows), -1, np.int32) if self.labels is None else self.labels[index[rows]],
+            "label": np.full(len(rows), -1, np.int32)
+            if self.labels is None
+            else self.labels[index[rows]],
         }
         shuffled = rows
         if self.key_crops:
@@ -106,9 +113,14 @@ class HostSteps:
         else:
             element |= self._pixels(index, rows, shuffled, pass_number)
         lead = self.rows.shape
-        return {name: leaf if name == "bad" else leaf.reshape(*lead, *leaf.shape[1:]) for name, leaf in element.items()}
+        return {
+            name: leaf if name == "bad" else leaf.reshape(*lead, *leaf.shape[1:])
+            for name, leaf in element.items()
+        }
 
-    def _pixels(self, index: np.ndarray, rows: np.ndarray, shuffled: np.ndarray, pass_number: int) -> dict:
+    def _pixels(
+        self, index: np.ndarray, rows: np.ndarray, shuffled: np.ndarray, pass_number: int
+    ) -> dict:
         """Crops of the rows, and key crops in shuffled order; each image is decoded once."""
         sets = range(self.crop_sets)
         shapes = [(len(rows), len(sets) * r.count, r.size, r.size, 3) for r in self.resolutions]
@@ -119,8 +131,11 @@ class HostSteps:
         position_of = {int(row): position for position, row in enumerate(rows)}
         valid, bad = np.ones(len(rows), bool), []
         label = np.full(len(rows), -1, np.int32)
-        for row in sorted(position_of.keys() | slot_of.keys()):  # a block that spans processes brings rows of others
-            image, row_label, failed = read_or_replace(self.source, int(index[row]), self.max_failures)
+        # a block that spans processes brings rows of others
+        for row in sorted(position_of.keys() | slot_of.keys()):
+            image, row_label, failed = read_or_replace(
+                self.source, int(index[row]), self.max_failures
+            )
             bad += failed
             cut = functools.partial(self._cut, image, pass_number, int(index[row]))
             if row in position_of:
@@ -141,7 +156,9 @@ class HostSteps:
         pixels |= {"valid": valid, "label": label, "bad": np.array(bad, np.int32)}
         return pixels | ({"key_crops": keys} if self.key_crops else {})
 
-    def _cut(self, image: np.ndarray, pass_number: int, index: int, crop: int, resolution: Resolution) -> np.ndarray:
+    def _cut(
+        self, image: np.ndarray, pass_number: int, index: int, crop: int, resolution: Resolution
+    ) -> np.ndarray:
         generator = crop_generator(self.seed, pass_number, index, crop)
         return random_resized_crop(
             image,
@@ -155,8 +172,10 @@ class HostSteps:
         )
 
 
-def read_or_replace(source: Any, index: int, max_failures: int) -> tuple[np.ndarray, int, list[int]]:
-    """Pixels uint8 [H, W, 3] and label (-1: none) of example `index` or the next readable one, and what failed before it.
+def read_or_replace(
+    source: Any, index: int, max_failures: int
+) -> tuple[np.ndarray, int, list[int]]:
+    """Read example `index` or the next readable one: pixels, label, and what failed.
 
     Raises:
         DataError: more than `max_failures` in a row cannot be read.
@@ -166,18 +185,24 @@ def read_or_replace(source: Any, index: int, max_failures: int) -> tuple[np.ndar
         candidate = (index + len(failed)) % len(source)
         try:
             example = source[candidate]
-            return decode(example["image"], source.name(candidate)), int(example.get("label", -1)), failed
+            return (
+                decode(example["image"], source.name(candidate)),
+                int(example.get("label", -1)),
+                failed,
+            )
         except (BadImage, OSError) as error:
             failed.append(candidate)
             if len(failed) > min(max_failures, len(source) - 1):
-                raise DataError(f"{len(failed)} images in a row cannot be read, the last is {error}") from error
+                raise DataError(
+                    f"{len(failed)} images in a row cannot be read, the last is {error}"
+                ) from error
 
 
 def tolerated(max_fraction: float, num_examples: int) -> int:
     """How many of `num_examples` may be unreadable: the fraction of them, but at least a handful.
 
-    A handful is 10 images, or 5 % where there are fewer than 200: of a thousand photographs, a fraction
-    that suits a million would tolerate one. A fraction of 0 tolerates none.
+    A handful is 10 images, or 5 % where there are fewer than 200: of a thousand photographs, a
+    fraction that suits a million would tolerate one. A fraction of 0 tolerates none.
     """
     handful = min(HANDFUL, num_examples // 20)
     return max(int(max_fraction * num_examples), handful) if max_fraction else 0
@@ -197,7 +222,8 @@ class BadImages:
             if int(index) not in self.seen:
                 self.seen.add(int(index))
                 logging.warning(
-                    "cannot read %s: its slot is filled by the next readable image", self.source.name(index)
+                    "cannot read %s: its slot is filled by the next readable image",
+                    self.source.name(index),
                 )
         if len(self.seen) > self.limit:
             raise DataError(
@@ -208,7 +234,7 @@ class BadImages:
 
 
 def resident_images(source: Any, bad_images: BadImages, max_failures: int) -> np.ndarray:
-    """The whole data set as uint8 [N, H, W, 3], unreadable examples replaced by the next readable one.
+    """Read the whole data set as uint8 [N, H, W, 3], replacing unreadable examples.
 
     Raises:
         DataError: images of different sizes, or too many unreadable ones.
@@ -241,11 +267,13 @@ class Elements(Protocol):
     def __getitem__(self, number: int) -> dict[str, np.ndarray]: ...
 
 
-def host_iterator(steps: Elements, start: int, workers: int, threads: int, buffer: int) -> Iterator[dict]:
-    """Elements `start`, `start` + 1, ... of the steps, read ahead by grain in threads or worker processes.
+def host_iterator(
+    steps: Elements, start: int, workers: int, threads: int, buffer: int
+) -> Iterator[dict]:
+    """Iterate over the steps from `start` on, read ahead by grain.
 
-    An element is a function of its number, so when a worker process dies (the system kills the largest when memory is short), new
-    ones begin where it was missed.
+    An element is a function of its number, so when a worker process dies (the system kills the
+    largest when memory is short), new ones begin where it was missed.
 
     Raises:
         InputLost: that happened more than WORKER_DEATHS times.
@@ -253,7 +281,8 @@ def host_iterator(steps: Elements, start: int, workers: int, threads: int, buffe
     position, deaths = start, 0
     while True:
         try:
-            # Closed also where a run ends early: what workers had ready lies in shared memory that nobody else would free.
+            # Closed also where a run ends early: what workers had ready lies in shared memory that
+            # nobody else would free.
             with contextlib.closing(_grain(steps, position, workers, threads, buffer)) as elements:
                 for element in elements:
                     position += 1
@@ -272,24 +301,32 @@ def host_iterator(steps: Elements, start: int, workers: int, threads: int, buffe
             logging.warning("%s Starting workers again at element %d", reason, position)
 
 
-def _grain(steps: Elements, start: int, workers: int, threads: int, buffer: int) -> grain.DatasetIterator:
+def _grain(
+    steps: Elements, start: int, workers: int, threads: int, buffer: int
+) -> grain.DatasetIterator:
     dataset = grain.MapDataset.source(steps)[start:]
     options = grain.ReadOptions(num_threads=max(threads, 1), prefetch_buffer_size=max(buffer, 1))
     if workers:
         options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=1)
     iterable = dataset.to_iter_dataset(options)
     if workers:
-        if not flags.FLAGS.is_parsed():  # grain's workers read absl flags, which a notebook or a benchmark never parses
+        # grain's workers read absl flags, which a notebook or a benchmark never parses
+        if not flags.FLAGS.is_parsed():
             flags.FLAGS.mark_as_parsed()
         iterable = iterable.mp_prefetch(
-            grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=max(1, buffer // workers)),
+            grain.MultiprocessingOptions(
+                num_workers=workers, per_worker_buffer_size=max(1, buffer // workers)
+            ),
             worker_init_fn=_end_with_parent,
         )
     return iter(iterable)
 
 
 def _end_with_parent(*_: int) -> None:
-    """In a worker: ends it when its parent is gone. One that was killed tells nobody, and grain's workers would wait for ever."""
+    """End a worker when its parent is gone.
+
+    A parent that was killed tells nobody, and grain's workers would wait for ever.
+    """
 
     def watch(parent: Any) -> None:
         parent.join()
@@ -299,7 +336,11 @@ def _end_with_parent(*_: int) -> None:
 
 
 def device_batches(
-    iterator: Iterator[dict], mesh: jax.sharding.Mesh, layout: Layout, bad_images: BadImages, labels: np.ndarray
+    iterator: Iterator[dict],
+    mesh: jax.sharding.Mesh,
+    layout: Layout,
+    bad_images: BadImages,
+    labels: np.ndarray,
 ) -> Generator[Batch, None, None]:
     """Batches on the devices, two ahead, so that the transfer of one overlaps the step before it.
 

@@ -1,9 +1,9 @@
-"""The embedded data set: ten classes told apart by shape alone, drawn from a seed without any download.
+"""The embedded data set: ten classes told apart by shape alone, drawn from a seed.
 
-Colour, position and scale vary widely, which the augmentation removes; rotation, edge softness, a faint gradient, texture
-and noise vary a little. The area is drawn whatever the shape, so colours and raw pixels say little about the class.
-Example i is a function of (seed, split, i), whatever else is drawn with it; the size in pixels changes its resolution,
-not its content.
+Colour, position and scale vary widely, which the augmentation removes; rotation, edge softness, a
+faint gradient, texture and noise vary a little. The area is drawn whatever the shape, so colours
+and raw pixels say little about the class. Example i is a function of (seed, split, i), whatever
+else is drawn with it; the size in pixels changes its resolution, not its content.
 """
 
 import functools
@@ -13,13 +13,28 @@ from typing import Any
 
 import numpy as np
 
-CLASS_NAMES = ["disk", "square", "triangle", "star", "cross", "ring", "crescent", "heart", "arrow", "hourglass"]
+CLASS_NAMES = [
+    "disk",
+    "square",
+    "triangle",
+    "star",
+    "cross",
+    "ring",
+    "crescent",
+    "heart",
+    "arrow",
+    "hourglass",
+]
 SPLITS = {"train": 1, "test": 2}
 _DRAWING = threading.Lock()
 
 
 def make_shapes(
-    indices: int | Sequence[int] | np.ndarray, *, image_size: int = 32, seed: int = 0, split: str = "train"
+    indices: int | Sequence[int] | np.ndarray,
+    *,
+    image_size: int = 32,
+    seed: int = 0,
+    split: str = "train",
 ) -> tuple[np.ndarray, np.ndarray]:
     """Draw examples of the data set. The label of example i is i mod 10.
 
@@ -38,13 +53,17 @@ def make_shapes(
     if not 16 <= image_size <= 1024:
         raise ValueError(f"shapes are drawn at 16 to 1024 pixels, not {image_size}")
     indices = (
-        np.arange(indices) if isinstance(indices, (int, np.integer)) else np.asarray(indices, np.int64).reshape(-1)
+        np.arange(indices)
+        if isinstance(indices, (int, np.integer))
+        else np.asarray(indices, np.int64).reshape(-1)
     )
     if indices.size and indices.min() < 0:
         raise ValueError(f"negative index {indices.min()} in shapes")
     images = np.empty((len(indices), image_size, image_size, 3), np.uint8)
     labels = (indices % len(CLASS_NAMES)).astype(np.int32)
-    keys = _mix(_mix(np.array([seed % 2**63 * 4 + SPLITS[split]], np.uint64)) + indices.astype(np.uint64))
+    keys = _mix(
+        _mix(np.array([seed % 2**63 * 4 + SPLITS[split]], np.uint64)) + indices.astype(np.uint64)
+    )
     chunk = max(1, 2**18 // image_size**2)  # keeps the temporaries in the processor's cache
     for start in range(0, len(indices), chunk):
         rows = slice(start, start + chunk)
@@ -55,16 +74,25 @@ def make_shapes(
 class ShapesSource:
     """The first `num_examples` examples as a source (see `sources`), drawn when asked for.
 
-    A set of up to 128 MiB is drawn whole by the first access, or by `arrays`, and kept: call `arrays` before starting
-    worker processes, and they share it.
+    A set of up to 128 MiB is drawn whole by the first access, or by `arrays`, and kept: call
+    `arrays` before starting worker processes, and they share it.
 
     Raises:
       ValueError: unknown split, or a size or number that cannot be drawn.
     """
 
-    def __init__(self, split: str = "train", *, image_size: int = 32, num_examples: int = 10_000, seed: int = 0):
+    def __init__(
+        self,
+        split: str = "train",
+        *,
+        image_size: int = 32,
+        num_examples: int = 10_000,
+        seed: int = 0,
+    ):
         if split not in SPLITS:
-            raise ValueError(f"unknown data source 'shapes:{split}': use shapes:train or shapes:test")
+            raise ValueError(
+                f"unknown data source 'shapes:{split}': use shapes:train or shapes:test"
+            )
         if num_examples < 1 or not 16 <= image_size <= 1024:
             raise ValueError(
                 f"shapes: cannot draw {num_examples} images of {image_size} pixels (1 or more of 16 to 1024)"
@@ -99,7 +127,7 @@ class ShapesSource:
 
 
 def _draw(keys: np.ndarray, labels: np.ndarray, size: int) -> np.ndarray:
-    """uint8 [N, S, S, 3] from one 64-bit key and one label per image; lengths are shares of the image's side."""
+    """Draw uint8 [N, S, S, 3] from a 64-bit key and a label per image."""
     n = len(keys)
     u = _uniform(keys[:, None], 18).T  # [18, N]: one row per random parameter
 
@@ -122,7 +150,8 @@ def _draw(keys: np.ndarray, labels: np.ndarray, size: int) -> np.ndarray:
     coverage *= (-1 / edge)[:, None, None].astype(np.float32)
     np.clip(coverage + 0.5, 0, 1, out=coverage)
 
-    # Any hue on any hue, but always dark on light: colour jitter removes a hue, and nothing would remove the polarity.
+    # Any hue on any hue, but always dark on light: colour jitter removes a hue, and nothing would
+    # remove the polarity.
     background, shape = _tint(u[5], 0.95, 0.45), _tint(u[6], 0.40, 0.70)  # [N, 3]
 
     shade = _shading(pixel - 0.5, u[8:])
@@ -144,23 +173,31 @@ def _outer(over_x: np.ndarray, over_y: np.ndarray) -> np.ndarray:
 
 
 def _shading(pixel: np.ndarray, u: np.ndarray) -> np.ndarray:
-    """A faint brightness gradient plus a faint wave: float32 [N, S, S]; `pixel` [S] in +-0.5, `u` [9, N]."""
+    """Return a faint gradient plus a faint wave, float32 [N, S, S]."""
     direction, slope = 2 * np.pi * u[0], 0.06 * u[1]
-    linear = _outer(np.outer(slope * np.cos(direction), pixel), np.outer(slope * np.sin(direction), pixel))
+    linear = _outer(
+        np.outer(slope * np.cos(direction), pixel), np.outer(slope * np.sin(direction), pixel)
+    )
     turn, waves, phase = np.pi * u[2], 2 * np.pi * (2 + 4 * u[3]), 2 * np.pi * u[4]
     along_x = np.outer(waves * np.cos(turn), pixel) + phase[:, None]
     along_y = np.outer(waves * np.sin(turn), pixel)
     strength = (0.01 * u[5])[:, None]
     # sin(a + b) in outer products: S sines per image, not S * S
-    wave = (strength * np.sin(along_x)).astype(np.float32)[:, None, :] * np.cos(along_y).astype(np.float32)[:, :, None]
-    wave += (strength * np.cos(along_x)).astype(np.float32)[:, None, :] * np.sin(along_y).astype(np.float32)[:, :, None]
+    wave = (strength * np.sin(along_x)).astype(np.float32)[:, None, :] * np.cos(along_y).astype(
+        np.float32
+    )[:, :, None]
+    wave += (strength * np.cos(along_x)).astype(np.float32)[:, None, :] * np.sin(along_y).astype(
+        np.float32
+    )[:, :, None]
     return linear + wave
 
 
 def _noise(keys: np.ndarray, size: int) -> np.ndarray:
     """Independent pixel noise, uniform in +-0.5: float32 [N, S, S]."""
     words = _uniform_bits(keys[:, None] ^ np.uint64(0xA5A5A5A5A5A5A5A5), (size * size + 3) // 4)
-    return (words.view(np.uint16)[:, : size * size].reshape(-1, size, size)) * np.float32(2**-16) - np.float32(0.5)
+    return (words.view(np.uint16)[:, : size * size].reshape(-1, size, size)) * np.float32(
+        2**-16
+    ) - np.float32(0.5)
 
 
 def _mix(x: np.ndarray) -> np.ndarray:
@@ -180,8 +217,8 @@ def _uniform(keys: np.ndarray, count: int) -> np.ndarray:
     return (_uniform_bits(keys, count) >> np.uint64(11)) * 2.0**-53
 
 
-# Signed distances (negative inside; exact near the outline, all that the edge needs). `x` to the right, `y` up.
-# Every shape is its own mirror image, so that flips keep the class.
+# Signed distances (negative inside; exact near the outline, all that the edge needs). `x` to the
+# right, `y` up. Every shape is its own mirror image, so that flips keep the class.
 
 
 def _half_planes(*distances: np.ndarray) -> np.ndarray:
@@ -222,7 +259,9 @@ def _crescent(x, y):
 
 
 def _heart(x, y):
-    return np.minimum((abs(x) + abs(y) - 1) * 0.7071068, np.hypot(abs(x) - 0.5, y - 0.5) - 0.7071068)
+    return np.minimum(
+        (abs(x) + abs(y) - 1) * 0.7071068, np.hypot(abs(x) - 0.5, y - 0.5) - 0.7071068
+    )
 
 
 def _arrow(x, y):
@@ -250,7 +289,7 @@ _SHAPES: list[Callable] = [
 
 @functools.cache
 def _normalisation(label: int) -> tuple[float, float]:
-    """(side, height of the centroid) of a shape as defined above, so that it can be drawn centred and with area 1."""
+    """Return (side, height of the centroid) of a shape, to center it with area 1."""
     grid = np.linspace(-1.5, 1.5, 601, dtype=np.float32)
     inside = _SHAPES[label](*np.meshgrid(grid, grid)) < 0
     return float(np.sqrt(inside.mean()) * 3), float(np.average(grid, weights=inside.sum(1)))
@@ -259,4 +298,6 @@ def _normalisation(label: int) -> tuple[float, float]:
 def _distance(label: int, x: np.ndarray, y: np.ndarray) -> np.ndarray:
     """Signed distance to the shape of area 1 centred at 0: float32, shape of x."""
     side, center = _normalisation(label)
-    return _SHAPES[label](x * np.float32(side), y * np.float32(side) + np.float32(center)) / np.float32(side)
+    return _SHAPES[label](
+        x * np.float32(side), y * np.float32(side) + np.float32(center)
+    ) / np.float32(side)

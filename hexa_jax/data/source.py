@@ -1,6 +1,7 @@
-"""What a source of examples is: `source[i]` is `{"image": encoded bytes or uint8 [H, W, 3], "label": int}`.
+"""Sources of examples: `source[i]` has "image" (bytes or uint8 [H, W, 3]) and "label".
 
-There is no label where the source has none. The index is the example's identity, the same on every host and in every run.
+There is no label where the source has none. The index is the example's identity, the same on every
+host and in every run.
 """
 
 from typing import Any, Protocol
@@ -24,7 +25,12 @@ class Source(Protocol):
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """Example `index`. Raises IndexError out of range, BadImage where the stored bytes cannot be read."""
+        """Return example `index`.
+
+        Raises:
+            IndexError: it is out of range.
+            BadImage: the stored bytes cannot be read.
+        """
 
     def name(self, index: int) -> str:
         """What to call the example in a message: its path, or "index N" of the source."""
@@ -46,7 +52,7 @@ def one_line(error: Exception) -> str:
 
 
 class StoredSource:
-    """Base of sources whose labels are in memory; a subclass says how to `read` an example and what its `name` is.
+    """Base of sources whose labels are in memory; a subclass defines `read` and `name`.
 
     Args:
         labels: int32 [N], -1 where unknown; None without labels.

@@ -28,7 +28,7 @@ class PixelStatistics(NamedTuple):
 
 
 def measure_pixels(source: Source, limit: int = SAMPLE) -> PixelStatistics:
-    """Return the statistics of `limit` images spread evenly over a source; each counts the same, whatever its size.
+    """Return pixel statistics of `limit` images spread evenly over a source.
 
     Raises:
         DataError: none of them can be read.

@@ -32,7 +32,7 @@ class Subset:
 
 
 def spread(num_examples: int, limit: int) -> np.ndarray:
-    """int64 indices of at most `limit` examples (0: all), spread evenly, so that sorted classes are all there."""
+    """Return int64 indices of at most `limit` examples (0: all), spread evenly."""
     count = min(limit, num_examples) if limit else num_examples
     return np.arange(count) * num_examples // count
 

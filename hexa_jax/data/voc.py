@@ -1,4 +1,4 @@
-"""Pascal VOC as images with several labels: `voc:DIR[:SPLIT]` reads a VOCdevkit folder, `tfds:voc/2007:SPLIT` a prepared one."""
+"""Pascal VOC as images with several labels: `voc:DIR[:SPLIT]`, `tfds:voc/2007:SPLIT`."""
 
 import pathlib
 import re
@@ -19,7 +19,7 @@ LISTS = "ImageSets/Main"
 
 
 def voc_root(directory: str) -> pathlib.Path:
-    """The folder with ImageSets, Annotations and JPEGImages: the one given, or VOC2007 in or below it.
+    """Find the folder with ImageSets, Annotations and JPEGImages, or VOC2007 in it.
 
     Raises:
         DataError: there is none.
@@ -55,8 +55,8 @@ class VOCImages:
 
     Attributes:
         class_names: of the columns.
-        matrix: int8 [N, C]: PRESENT, DIFFICULT (only difficult examples of the class are there) or ABSENT, as the official
-            `ImageSets/Main/CLASS_SPLIT.txt` files have it.
+        matrix: int8 [N, C]: PRESENT, DIFFICULT (only difficult examples of the class are there) or
+            ABSENT, as the official `ImageSets/Main/CLASS_SPLIT.txt` files have it.
     """
 
     num_classes = None  # of single labels
@@ -67,13 +67,19 @@ class VOCImages:
         self.root, self.split = root, split
         self.ids = words(lists / f"{split}.txt", 1)[:, 0].tolist()
         found = sorted(
-            match[1] for path in lists.iterdir() if (match := re.fullmatch(rf"(\w+)_{split}\.txt", path.name))
+            match[1]
+            for path in lists.iterdir()
+            if (match := re.fullmatch(rf"(\w+)_{split}\.txt", path.name))
         )
         known = [name for name in CLASSES if name in found] or found
         if not known:
-            raise DataError(f"{lists} has no CLASS_{split}.txt: VOC's classification lists are missing")
+            raise DataError(
+                f"{lists} has no CLASS_{split}.txt: VOC's classification lists are missing"
+            )
         self.class_names = known
-        self.matrix = np.stack([self._column(lists / f"{name}_{split}.txt") for name in known], axis=1)
+        self.matrix = np.stack(
+            [self._column(lists / f"{name}_{split}.txt") for name in known], axis=1
+        )
 
     def _column(self, path: pathlib.Path) -> np.ndarray:
         pairs = words(path, 2)
@@ -115,7 +121,9 @@ class VOCRecords:
             record = self.records.record(index)
             if "labels_no_difficult" not in record:
                 raise DataError(f"tfds:{spec} has no labels_no_difficult: it is no VOC data set")
-            rows.append((set(map(int, record["labels"])), set(map(int, record["labels_no_difficult"]))))
+            rows.append(
+                (set(map(int, record["labels"])), set(map(int, record["labels_no_difficult"])))
+            )
         self.class_names = list(CLASSES)
         self.matrix = np.full((len(rows), len(CLASSES)), ABSENT, np.int8)
         for row, (everything, easy) in enumerate(rows):
@@ -136,11 +144,14 @@ class VOCRecords:
         """None: images have several."""
 
 
-def open_voc(spec: str, data_dir: str | None = None, data_cache: str = "") -> VOCImages | VOCRecords:
+def open_voc(
+    spec: str, data_dir: str | None = None, data_cache: str = ""
+) -> VOCImages | VOCRecords:
     """The multi-label images that a config's string names.
 
     Args:
-        spec: `voc:DIR[:SPLIT]` with split train, val, trainval (default) or test; or `tfds:voc/2007[:SPLIT]`.
+        spec: `voc:DIR[:SPLIT]` with split train, val, trainval (default) or test; or
+            `tfds:voc/2007[:SPLIT]`.
         data_dir: where tfds data sets were prepared.
         data_cache: local folder for copies of a data set in a bucket.
 
@@ -151,8 +162,12 @@ def open_voc(spec: str, data_dir: str | None = None, data_cache: str = "") -> VO
     if kind == "tfds" and rest:
         return VOCRecords(rest, data_dir, data_cache)
     if kind != "voc" or not rest:
-        raise DataError(f"{spec!r} is no multi-label data set: use voc:VOCDEVKIT[:SPLIT] or tfds:voc/2007:SPLIT")
+        raise DataError(
+            f"{spec!r} is no multi-label data set: use voc:VOCDEVKIT[:SPLIT] or tfds:voc/2007:SPLIT"
+        )
     directory, _, split = (
-        rest.rpartition(":") if re.search(r":(train|val|trainval|test)$", rest) else (rest, "", "trainval")
+        rest.rpartition(":")
+        if re.search(r":(train|val|trainval|test)$", rest)
+        else (rest, "", "trainval")
     )
     return VOCImages(directory, split)

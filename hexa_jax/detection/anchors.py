@@ -49,4 +49,7 @@ def pyramid_anchors(
     ratios: Sequence[float] = RATIOS,
 ) -> list[np.ndarray]:
     """`grid_anchors` of each level, finest first."""
-    return [grid_anchors(image, feature, size, ratios) for feature, size in zip(features, sizes, strict=True)]
+    return [
+        grid_anchors(image, feature, size, ratios)
+        for feature, size in zip(features, sizes, strict=True)
+    ]

@@ -35,7 +35,9 @@ class _NoDoctype(ElementTree.TreeBuilder):
     """
 
     def doctype(self, name: str, public: str | None, system: str | None) -> NoReturn:
-        raise ElementTree.ParseError("it has a document type (DTD), which annotations have no need for")
+        raise ElementTree.ParseError(
+            "it has a document type (DTD), which annotations have no need for"
+        )
 
 
 def read_annotation(path: pathlib.Path) -> Scene:
@@ -87,7 +89,9 @@ def _corners(path: pathlib.Path, thing: Any) -> list[float]:
         raise DataError(f"{path}: object without bndbox")
     x1, y1, x2, y2 = values = [_number(path, box, name) for name in CORNERS]
     if x1 > x2 or y1 > y2:
-        raise DataError(f"{path}: the corners {x1:g}, {y1:g} and {x2:g}, {y2:g} of a box are in the wrong order")
+        raise DataError(
+            f"{path}: the corners {x1:g}, {y1:g} and {x2:g}, {y2:g} of a box are in the wrong order"
+        )
     return values
 
 

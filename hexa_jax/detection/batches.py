@@ -110,7 +110,9 @@ class DetectionSteps:
             pixels, index, failed = self._read(index)
             bad += failed
             size = pixels.shape[:2]
-            content = content_sizes(np.array(size), planned.short, self.plan.canvases.limit, planned.canvas)
+            content = content_sizes(
+                np.array(size), planned.short, self.plan.canvases.limit, planned.canvas
+            )
             mirrored = bool(crop_generator(self.seed, planned.epoch, index, 0).random() < self.flip)
             draw(pixels, content, mirrored, images[slot])
             truth = largest_boxes(self.source.truth(index, size), self.max_boxes)
@@ -182,7 +184,9 @@ class TrainingBatches:
     def __init__(self, config: ConfigDict, source: DetectionSource, mesh: Mesh):
         data, batch = config.data, config.batch_size
         if not 0 < batch <= len(source):
-            raise ConfigError(f"batch_size={batch} must be 1 to {len(source)}, the number of images")
+            raise ConfigError(
+                f"batch_size={batch} must be 1 to {len(source)}, the number of images"
+            )
         if data.max_boxes < 1:
             raise ConfigError(f"data.max_boxes={data.max_boxes} must be positive")
         if not 0 <= data.flip <= 1:
@@ -190,10 +194,14 @@ class TrainingBatches:
         self.config, self.source, self.mesh = config, source, mesh
         self._rows = _local(mesh, batch)
         self.canvases = Canvases(data.canvases, data.short_sides, data.long_limit)
-        self._plan = TrainingPlan(source.sizes.copy(), batch, config.seed, self.canvases, tuple(data.short_sides))
+        self._plan = TrainingPlan(
+            source.sizes.copy(), batch, config.seed, self.canvases, tuple(data.short_sides)
+        )
         self.steps_per_epoch = self._plan.steps_per_epoch
         truths = (source.truth(index) for index in range(len(source)))
-        self.images_over_max_boxes = sum(int((~truth.difficult).sum() > data.max_boxes) for truth in truths)
+        self.images_over_max_boxes = sum(
+            int((~truth.difficult).sum() > data.max_boxes) for truth in truths
+        )
         self.bad_images = BadImages(source, data.max_bad_fraction)
 
     def after(self, step: int, stop: int) -> Iterator[DetectionBatch]:
@@ -213,7 +221,9 @@ class TrainingBatches:
 
     def _place(self, element: dict) -> DetectionBatch:
         self.bad_images.add(element.pop("bad"))
-        for index, size in zip(element["index"].tolist(), element.pop("original").tolist(), strict=True):
+        for index, size in zip(
+            element["index"].tolist(), element.pop("original").tolist(), strict=True
+        ):
             self.source.note_size(index, tuple(size))
         return _on_devices(self.mesh, self.config.batch_size, element)
 
@@ -234,7 +244,9 @@ class EvaluationBatches:
         self.batch_size = max(1, -(-config.runtime.batch_size // mesh.size)) * mesh.size
         self._rows = _local(mesh, self.batch_size)
         self.canvases = Canvases(data.canvases, (data.eval_short_side,), data.long_limit)
-        self._plan = EvaluationPlan(source.sizes.copy(), self.batch_size, self.canvases, data.eval_short_side)
+        self._plan = EvaluationPlan(
+            source.sizes.copy(), self.batch_size, self.canvases, data.eval_short_side
+        )
 
     def __len__(self) -> int:
         return len(self._plan)
@@ -260,7 +272,9 @@ class EvaluationBatches:
         originals = processes.largest(originals)
         real = planned.index >= 0
         contents = np.zeros_like(originals)
-        contents[real] = content_sizes(originals[real], planned.short, self.canvases.limit, planned.canvas)
+        contents[real] = content_sizes(
+            originals[real], planned.short, self.canvases.limit, planned.canvas
+        )
         for index, size in zip(planned.index[real].tolist(), originals[real].tolist(), strict=True):
             self.source.note_size(index, tuple(size))
         batch = _on_devices(self.mesh, self.batch_size, element)

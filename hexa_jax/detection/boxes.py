@@ -31,7 +31,9 @@ def clip(boxes: jax.Array, size: jax.Array) -> jax.Array:
     """Boxes [..., 4] cut off at the edges of an image of `size` [..., 2] = (height, width)."""
     size = jnp.asarray(size).astype(boxes.dtype)
     limit = jnp.stack([size[..., 1], size[..., 0], size[..., 1], size[..., 0]], axis=-1)
-    limit = jnp.broadcast_to(limit.reshape(limit.shape[:-1] + (1,) * (boxes.ndim - limit.ndim) + (4,)), boxes.shape)
+    limit = jnp.broadcast_to(
+        limit.reshape(limit.shape[:-1] + (1,) * (boxes.ndim - limit.ndim) + (4,)), boxes.shape
+    )
     return jnp.clip(boxes, 0, limit)
 
 
@@ -72,7 +74,9 @@ def decode(deltas: jax.Array, references: jax.Array, weights: Weights) -> jax.Ar
     return jnp.concatenate([centre - 0.5 * size, centre + 0.5 * size], axis=-1)
 
 
-def nms(boxes: jax.Array, scores: jax.Array, threshold: float, valid: jax.Array | None = None) -> jax.Array:
+def nms(
+    boxes: jax.Array, scores: jax.Array, threshold: float, valid: jax.Array | None = None
+) -> jax.Array:
     """Greedy non-maximum suppression: which boxes stay, bool [R].
 
     A box goes when one that stays, with a higher score (or the same one and a lower index),

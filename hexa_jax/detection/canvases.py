@@ -11,7 +11,9 @@ Size = Sequence[int] | np.ndarray  # (height, width)
 STRIDE = 32  # canvases are multiples of it: the last map of the backbone then has whole pixels
 
 
-def content_sizes(sizes: np.ndarray, short: int, limit: int, canvas: tuple[int, int] | None = None) -> np.ndarray:
+def content_sizes(
+    sizes: np.ndarray, short: int, limit: int, canvas: tuple[int, int] | None = None
+) -> np.ndarray:
     """How large images become: the short side `short`, unless the long one then exceeds `limit`.
 
     As in torchvision's detection transform, the scale is one quotient in float64, and sides are
@@ -57,7 +59,11 @@ class Canvases:
     """
 
     def __init__(self, pairs: Sequence[tuple[int, int]], short_sides: Sequence[int], limit: int):
-        wrong = [pair for pair in pairs if len(pair) != 2 or min(pair) < 1 or any(side % STRIDE for side in pair)]
+        wrong = [
+            pair
+            for pair in pairs
+            if len(pair) != 2 or min(pair) < 1 or any(side % STRIDE for side in pair)
+        ]
         if wrong or not pairs:
             raise ConfigError(
                 f"data.canvases must be pairs (short, long) of multiples of {STRIDE}, not {wrong or pairs}"
@@ -71,7 +77,9 @@ class Canvases:
                 f"no pair of data.canvases holds images of {needed[0]} x {needed[1]} pixels, which data.short_sides "
                 f"(or eval_short_side) and long_limit allow: add {up}"
             )
-        self._pairs = sorted({(min(pair), max(pair)) for pair in pairs}, key=lambda pair: (pair[0] * pair[1], pair))
+        self._pairs = sorted(
+            {(min(pair), max(pair)) for pair in pairs}, key=lambda pair: (pair[0] * pair[1], pair)
+        )
         self.limit = limit
 
     def shapes(self, portrait: bool) -> list[tuple[int, int]]:
@@ -81,7 +89,9 @@ class Canvases:
     @property
     def all(self) -> list[tuple[int, int]]:
         """Every (height, width) that a batch can have."""
-        return list(dict.fromkeys(shape for portrait in (False, True) for shape in self.shapes(portrait)))
+        return list(
+            dict.fromkeys(shape for portrait in (False, True) for shape in self.shapes(portrait))
+        )
 
     def smallest(self, sizes: np.ndarray, short: int) -> tuple[int, int]:
         """Return the smallest canvas that holds images int [n, 2] of a batch.
@@ -122,7 +132,9 @@ def move_boxes(boxes: np.ndarray, size: Size, content: Size, mirrored: bool = Fa
     Sizes are (height, width).
     """
     ratio_y, ratio_x = np.array(content, np.float32) / np.array(size, np.float32)
-    x1, y1, x2, y2 = np.moveaxis(boxes * np.array([ratio_x, ratio_y, ratio_x, ratio_y], np.float32), -1, 0)
+    x1, y1, x2, y2 = np.moveaxis(
+        boxes * np.array([ratio_x, ratio_y, ratio_x, ratio_y], np.float32), -1, 0
+    )
     if mirrored:
         x1, x2 = content[1] - x2, content[1] - x1
     return np.stack([x1, y1, x2, y2], axis=-1).astype(np.float32)

@@ -62,7 +62,13 @@ class DetectionSource:
         DataError: no box is left.
     """
 
-    def __init__(self, files: "_Joined", scenes: list[Scene], class_names: Sequence[str] | None = None, limit: int = 0):
+    def __init__(
+        self,
+        files: "_Joined",
+        scenes: list[Scene],
+        class_names: Sequence[str] | None = None,
+        limit: int = 0,
+    ):
         occurring = sorted({name for scene in scenes for name in scene.names})
         if class_names is None:
             class_names = CLASSES if set(occurring) <= set(CLASSES) else occurring
@@ -72,7 +78,9 @@ class DetectionSource:
         rows = rows[spread(len(rows), limit)]
         self._files = _Joined(files.parts, files.places[rows])
         scenes = [scenes[row] for row in rows]
-        self.sizes = np.array([self._size(row, scene) for row, scene in enumerate(scenes)], np.int32).reshape(-1, 2)
+        self.sizes = np.array(
+            [self._size(row, scene) for row, scene in enumerate(scenes)], np.int32
+        ).reshape(-1, 2)
         self.found: dict[int, tuple[int, int]] = {}
         self._keep_known(scenes)
         self._count()
@@ -99,7 +107,9 @@ class DetectionSource:
         Those of image i lie from ends[i] to ends[i + 1].
         """
         number = {name: label for label, name in enumerate(self.class_names)}
-        labels = np.array([number.get(name, -1) for scene in scenes for name in scene.names], np.int32)
+        labels = np.array(
+            [number.get(name, -1) for scene in scenes for name in scene.names], np.int32
+        )
         known = labels >= 0
         self._labels = labels[known]
         self._boxes = np.concatenate([scene.boxes for scene in scenes])[known]
@@ -116,15 +126,22 @@ class DetectionSource:
 
     def _count(self) -> None:
         for index in range(len(self)):
-            truth, written = self.truth(index), self._boxes[self._ends[index] : self._ends[index + 1]]
-            outside = (written[:, :2] < 0).any(axis=1) | (written[:, 2:] > self.sizes[index, ::-1]).any(axis=1)
+            truth, written = (
+                self.truth(index),
+                self._boxes[self._ends[index] : self._ends[index + 1]],
+            )
+            outside = (written[:, :2] < 0).any(axis=1) | (
+                written[:, 2:] > self.sizes[index, ::-1]
+            ).any(axis=1)
             empty = len(written) - len(truth.labels)
             self.counts["clipped_boxes"] += int(outside.sum()) - empty
             self.counts["empty_boxes"] += empty
             self.counts["difficult_boxes"] += int(truth.difficult.sum())
             self.counts["images_without_boxes"] += not len(truth.labels)
         if self.counts["images_without_boxes"] == len(self):
-            raise DataError(f"{self.name(0)} and the {len(self) - 1} other images have no box of a known class")
+            raise DataError(
+                f"{self.name(0)} and the {len(self) - 1} other images have no box of a known class"
+            )
 
     def __len__(self) -> int:
         return len(self.sizes)
@@ -132,7 +149,9 @@ class DetectionSource:
     def summary(self) -> str:
         """One line: how much there is, and what was mended or dropped."""
         mended = [f"{count} {KINDS[kind]}" for kind, count in self.counts.items() if count]
-        whole = f"{len(self)} images with {len(self._labels)} boxes of {len(self.class_names)} classes"
+        whole = (
+            f"{len(self)} images with {len(self._labels)} boxes of {len(self.class_names)} classes"
+        )
         return "; ".join([whole, *mended])
 
     def name(self, index: int) -> str:
@@ -180,7 +199,9 @@ def open_detection(
     """
     kind, _, rest = spec.partition(":")
     if kind not in ("voc", "tfds") or not rest:
-        raise DataError(f"{spec!r} is no detection data set: use voc:VOCDEVKIT[:SPLIT] or tfds:voc/2007:SPLIT")
+        raise DataError(
+            f"{spec!r} is no detection data set: use voc:VOCDEVKIT[:SPLIT] or tfds:voc/2007:SPLIT"
+        )
     parts: list[Any] = []
     for part in _parts(spec):
         kind, _, rest = part.partition(":")
@@ -230,7 +251,9 @@ class _Folder:
         root = voc_root(directory)
         path = root / LISTS / f"{split}.txt"
         if not path.is_file():
-            there = sorted(other.stem for other in (root / LISTS).glob("*.txt") if "_" not in other.stem)
+            there = sorted(
+                other.stem for other in (root / LISTS).glob("*.txt") if "_" not in other.stem
+            )
             raise DataError(f"{path} is missing (there are: {', '.join(there) or 'none'})")
         ids = words(path, 1)[:, 0].tolist()
         self.paths = [self._image(root, name, path) for name in ids]
@@ -286,7 +309,9 @@ class _Records:
         corners = np.where(np.abs(corners - whole) < 1e-3, whole, corners)
         names = [CLASSES[label] for label in objects["label"]]
         boxes = (corners - [1, 1, 0, 0]).astype(np.float32)
-        return Scene((height, width), names, boxes, np.asarray(objects["is_difficult"], bool).reshape(-1))
+        return Scene(
+            (height, width), names, boxes, np.asarray(objects["is_difficult"], bool).reshape(-1)
+        )
 
     def __len__(self) -> int:
         return len(self.records)

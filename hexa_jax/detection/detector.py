@@ -72,7 +72,14 @@ class ProposalHead(nn.Module):
     def __call__(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
         def conv(x: jax.Array, features: int, size: int, name: str) -> jax.Array:
             init = nn.initializers.normal(0.01)
-            return nn.Conv(features, (size, size), padding=size // 2, dtype=self.dtype, kernel_init=init, name=name)(x)
+            return nn.Conv(
+                features,
+                (size, size),
+                padding=size // 2,
+                dtype=self.dtype,
+                kernel_init=init,
+                name=name,
+            )(x)
 
         hidden = nn.relu(conv(x, x.shape[-1], 3, "conv"))
         objectness = _wide(conv(hidden, self.num_anchors, 1, "objectness"))
@@ -101,13 +108,19 @@ class BoxHead(nn.Module):
     def __call__(self, x: jax.Array, mode: NormMode) -> tuple[jax.Array, jax.Array]:
         x = x.astype(self.dtype).reshape(len(x), -1)
         for layer in (1, 2):
-            x = nn.Dense(self.hidden, dtype=self.dtype, kernel_init=xavier, name=f"linear{layer}")(x)
+            x = nn.Dense(self.hidden, dtype=self.dtype, kernel_init=xavier, name=f"linear{layer}")(
+                x
+            )
             if self.batch_norm:
                 x = BatchNorm(self.dtype, name=f"bn{layer}")(x, mode)
             x = nn.relu(x)
         outputs = self.num_classes + 1
-        scores = nn.Dense(outputs, dtype=self.dtype, kernel_init=nn.initializers.normal(0.01), name="scores")(x)
-        deltas = nn.Dense(4 * outputs, dtype=self.dtype, kernel_init=nn.initializers.normal(0.001), name="deltas")(x)
+        scores = nn.Dense(
+            outputs, dtype=self.dtype, kernel_init=nn.initializers.normal(0.01), name="scores"
+        )(x)
+        deltas = nn.Dense(
+            4 * outputs, dtype=self.dtype, kernel_init=nn.initializers.normal(0.001), name="deltas"
+        )(x)
         return _wide(scores), _wide(deltas).reshape(-1, outputs, 4)
 
 
@@ -156,12 +169,17 @@ class Detector(nn.Module):
         0 outside the content `sizes` [N, 2].
         """
         pixels = images.astype(jnp.float32) / 255 if images.dtype == jnp.uint8 else images
-        mean, std = (jnp.asarray(v, pixels.dtype).reshape(1, 1, 1, 3) for v in (self.pixel_mean, self.pixel_std))
+        mean, std = (
+            jnp.asarray(v, pixels.dtype).reshape(1, 1, 1, 3)
+            for v in (self.pixel_mean, self.pixel_std)
+        )
         rows = jnp.arange(images.shape[1])[None] < sizes[:, :1]
         columns = jnp.arange(images.shape[2])[None] < sizes[:, 1:]
         return jnp.where((rows[:, :, None] & columns[:, None])[..., None], (pixels - mean) / std, 0)
 
-    def pyramid(self, images: jax.Array, sizes: jax.Array, backbone_mode: NormMode, mode: NormMode) -> list[jax.Array]:
+    def pyramid(
+        self, images: jax.Array, sizes: jax.Array, backbone_mode: NormMode, mode: NormMode
+    ) -> list[jax.Array]:
         """Five maps [N, H / s, W / s, D], s = 4, 8, 16, 32, 64.
 
         Args:
@@ -171,8 +189,12 @@ class Detector(nn.Module):
             mode: how the pyramid does, where it does.
         """
         if images.shape[1] % STRIDE or images.shape[2] % STRIDE:
-            raise ValueError(f"detection needs sides that are multiples of {STRIDE}, not {images.shape[1:3]}")
-        stages = self.backbone.stages(self.normalised(images, sizes), backbone_mode, self.frozen_stages)
+            raise ValueError(
+                f"detection needs sides that are multiples of {STRIDE}, not {images.shape[1:3]}"
+            )
+        stages = self.backbone.stages(
+            self.normalised(images, sizes), backbone_mode, self.frozen_stages
+        )
         return self.fpn(stages, mode)
 
     def proposals(self, pyramid: Sequence[jax.Array]) -> list[tuple[jax.Array, jax.Array]]:

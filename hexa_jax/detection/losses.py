@@ -62,7 +62,9 @@ def loss_sums(
         regions: their targets.
     """
     used = anchors.positive | anchors.negative
-    binary = optax.sigmoid_binary_cross_entropy(objectness, anchors.positive.astype(objectness.dtype))
+    binary = optax.sigmoid_binary_cross_entropy(
+        objectness, anchors.positive.astype(objectness.dtype)
+    )
     labels = jnp.maximum(regions.labels, 0)
     entropy = optax.softmax_cross_entropy_with_integer_labels(scores, labels)
     # each class has deltas of its own

@@ -9,7 +9,9 @@ import jax.numpy as jnp
 NEGATIVE, IGNORED = -1, -2
 
 
-def match(overlaps: jax.Array, valid: jax.Array, high: float, low: float, allow_low_quality: bool) -> jax.Array:
+def match(
+    overlaps: jax.Array, valid: jax.Array, high: float, low: float, allow_low_quality: bool
+) -> jax.Array:
     """Match each anchor with a box, int32 [A].
 
     Its index; NEGATIVE below `low`, IGNORED from `low` to `high`.
@@ -33,7 +35,9 @@ def match(overlaps: jax.Array, valid: jax.Array, high: float, low: float, allow_
     return found.astype(jnp.int32)
 
 
-def sample(key: jax.Array, labels: jax.Array, count: int, positive_fraction: float) -> tuple[jax.Array, jax.Array]:
+def sample(
+    key: jax.Array, labels: jax.Array, count: int, positive_fraction: float
+) -> tuple[jax.Array, jax.Array]:
     """Draw the anchors that enter the losses: positives and negatives, bool [A] each.
 
     Without replacement.

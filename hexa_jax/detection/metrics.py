@@ -92,7 +92,9 @@ def coco_metrics(
     present = precision[0, 0] >= 0
     values = np.where(present, 100 * precision.mean(axis=1), np.nan)  # [overlaps, classes]
     means = {"AP": _mean(values), "AP50": _mean(values[0]), "AP75": _mean(values[5])}
-    return means | {f"AP_{name}": float(values[:, label].mean()) for label, name in enumerate(class_names)}
+    return means | {
+        f"AP_{name}": float(values[:, label].mean()) for label, name in enumerate(class_names)
+    }
 
 
 def voc_metrics(
@@ -116,7 +118,9 @@ def voc_metrics(
         VOC_AP50, the mean over the classes that have objects; and VOC_AP50_NAME of every class, NaN
         where it has none.
     """
-    values = np.array([_voc_class(truths, detections, label, eleven_point) for label in range(len(class_names))])
+    values = np.array(
+        [_voc_class(truths, detections, label, eleven_point) for label in range(len(class_names))]
+    )
     return {"VOC_AP50": _mean(values)} | {
         f"VOC_AP50_{name}": float(value) for name, value in zip(class_names, values, strict=True)
     }
@@ -132,11 +136,15 @@ def _objects(truths: Sequence[Truth]) -> list[dict]:
     for image, truth in enumerate(truths):
         corners = truth.boxes.astype(np.float64).reshape(-1, 4)
         boxes = np.concatenate([corners[:, :2], corners[:, 2:] - corners[:, :2]], axis=1).tolist()
-        for box, label, difficult in zip(boxes, truth.labels.tolist(), truth.difficult.tolist(), strict=True):
+        for box, label, difficult in zip(
+            boxes, truth.labels.tolist(), truth.difficult.tolist(), strict=True
+        ):
             # pycocotools ignores objects whose area is out of range, and takes overlaps from the
             # box.
             area = float("inf") if difficult else box[2] * box[3]
-            rows.append({"image_id": image, "category_id": label, "bbox": box, "area": area, "iscrowd": 0})
+            rows.append(
+                {"image_id": image, "category_id": label, "bbox": box, "area": area, "iscrowd": 0}
+            )
     return _numbered(rows)
 
 
@@ -145,8 +153,18 @@ def _results(detections: Sequence[Detections]) -> list[dict]:
     for image, found in enumerate(detections):
         corners = found.boxes.astype(np.float64).reshape(-1, 4)
         boxes = np.concatenate([corners[:, :2], corners[:, 2:] - corners[:, :2]], axis=1).tolist()
-        for box, score, label in zip(boxes, found.scores.tolist(), found.labels.tolist(), strict=True):
-            rows.append({"image_id": image, "category_id": label, "bbox": box, "area": box[2] * box[3], "score": score})
+        for box, score, label in zip(
+            boxes, found.scores.tolist(), found.labels.tolist(), strict=True
+        ):
+            rows.append(
+                {
+                    "image_id": image,
+                    "category_id": label,
+                    "bbox": box,
+                    "area": box[2] * box[3],
+                    "score": score,
+                }
+            )
     return _numbered(rows)
 
 
@@ -155,15 +173,24 @@ def _numbered(rows: list[dict]) -> list[dict]:
     return [row | {"id": number} for number, row in enumerate(rows, 1)]
 
 
-def _voc_class(truths: Sequence[Truth], detections: Sequence[Detections], label: int, eleven_point: bool) -> float:
+def _voc_class(
+    truths: Sequence[Truth], detections: Sequence[Detections], label: int, eleven_point: bool
+) -> float:
     """AP of a class in per cent; NaN if it has no objects."""
-    objects = [(truth.boxes[truth.labels == label], truth.difficult[truth.labels == label]) for truth in truths]
+    objects = [
+        (truth.boxes[truth.labels == label], truth.difficult[truth.labels == label])
+        for truth in truths
+    ]
     total = sum(int((~difficult).sum()) for _, difficult in objects)
     if not total:
         return float("nan")
     mine = [found.labels == label for found in detections]
-    scores = np.concatenate([found.scores[rows] for found, rows in zip(detections, mine, strict=True)])
-    boxes = np.concatenate([found.boxes[rows].reshape(-1, 4) for found, rows in zip(detections, mine, strict=True)])
+    scores = np.concatenate(
+        [found.scores[rows] for found, rows in zip(detections, mine, strict=True)]
+    )
+    boxes = np.concatenate(
+        [found.boxes[rows].reshape(-1, 4) for found, rows in zip(detections, mine, strict=True)]
+    )
     image_of = np.repeat(np.arange(len(mine)), [int(rows.sum()) for rows in mine])
     taken = [np.zeros(len(difficult), bool) for _, difficult in objects]
     right: list[bool] = []  # of the detections that count, the best first
@@ -186,7 +213,9 @@ def _overlaps(box: np.ndarray, others: np.ndarray) -> np.ndarray:
     box, others = box.astype(np.float64), others.astype(np.float64).reshape(-1, 4)
     sides = np.minimum(box[2:], others[:, 2:]) - np.maximum(box[:2], others[:, :2])
     shared = np.maximum(sides, 0).prod(axis=1)
-    return shared / ((box[2:] - box[:2]).prod() + (others[:, 2:] - others[:, :2]).prod(axis=1) - shared)
+    return shared / (
+        (box[2:] - box[:2]).prod() + (others[:, 2:] - others[:, :2]).prod(axis=1) - shared
+    )
 
 
 def _area(right: np.ndarray, total: int, eleven_point: bool) -> float:

@@ -15,7 +15,14 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from hexa_jax.models.norm import CLEAN, EPSILON, stats_collection
-from hexa_jax.models.weights import BATCH_NORM, Arrays, WeightsError, from_torchvision, read_weights, to_torchvision
+from hexa_jax.models.weights import (
+    BATCH_NORM,
+    Arrays,
+    WeightsError,
+    from_torchvision,
+    read_weights,
+    to_torchvision,
+)
 
 BODY = "backbone.body."
 POOLED = 7  # cells along a side of a pooled region
@@ -52,7 +59,11 @@ class Saved(NamedTuple):
     @property
     def body(self) -> Arrays:
         """The backbone's arrays under torchvision's names of a ResNet."""
-        return {name.removeprefix(BODY): value for name, value in self.arrays.items() if name.startswith(BODY)}
+        return {
+            name.removeprefix(BODY): value
+            for name, value in self.arrays.items()
+            if name.startswith(BODY)
+        }
 
 
 def read_detector(path: str) -> Saved:
@@ -62,9 +73,15 @@ def read_detector(path: str) -> Saved:
         WeightsError: unreadable, or no Faster R-CNN with FPN.
     """
     arrays = {_renamed(name): value for name, value in read_weights(path).items()}
-    for needed in (f"{BODY}conv1.weight", "rpn.head.cls_logits.weight", "roi_heads.box_predictor.cls_score.weight"):
+    for needed in (
+        f"{BODY}conv1.weight",
+        "rpn.head.cls_logits.weight",
+        "roi_heads.box_predictor.cls_score.weight",
+    ):
         if needed not in arrays:
-            raise WeightsError(f"{path} is no Faster R-CNN by torchvision's names: it has no {needed}")
+            raise WeightsError(
+                f"{path} is no Faster R-CNN by torchvision's names: it has no {needed}"
+            )
     metadata: dict[str, str] = {}
     if path.endswith(".safetensors"):
         with safe_open(path, "numpy") as file:
@@ -73,16 +90,22 @@ def read_detector(path: str) -> Saved:
     return Saved(arrays, {name: json.loads(metadata[name]) for name in known if name in metadata})
 
 
-def write_detector(path: pathlib.Path, variables: Mapping[str, Any], class_names: Sequence[str], **about: Any) -> None:
+def write_detector(
+    path: pathlib.Path, variables: Mapping[str, Any], class_names: Sequence[str], **about: Any
+) -> None:
     """Write a `.safetensors` file; the classes and `about` (JSON values) are its metadata."""
-    metadata = {"classes": json.dumps(list(class_names))} | {name: json.dumps(value) for name, value in about.items()}
+    metadata = {"classes": json.dumps(list(class_names))} | {
+        name: json.dumps(value) for name, value in about.items()
+    }
     save_file(detector_to_torchvision(variables), path, metadata)
 
 
 def detector_to_torchvision(variables: Mapping[str, Any]) -> Arrays:
     """Named arrays of a `Detector`'s variables (parameters and clean statistics)."""
     body = to_torchvision(_backbone_of(variables))
-    arrays = {f"{BODY}{name}": value for name, value in body.items() if "num_batches_tracked" not in name}
+    arrays = {
+        f"{BODY}{name}": value for name, value in body.items() if "num_batches_tracked" not in name
+    }
     for collection in ("params", STATS):
         for ours, theirs in MODULES:
             part, module = ours.split("/")
@@ -106,7 +129,9 @@ def detector_from_torchvision(
     Raises:
         WeightsError: names are missing, or a shape differs.
     """
-    body = {name.removeprefix(BODY): value for name, value in arrays.items() if name.startswith(BODY)}
+    body = {
+        name.removeprefix(BODY): value for name, value in arrays.items() if name.startswith(BODY)
+    }
     body = {
         name: value + np.float32(epsilon - EPSILON) if name.endswith("running_var") else value
         for name, value in body.items()
@@ -124,7 +149,9 @@ def detector_from_torchvision(
                     raise WeightsError(
                         f"the weights are of another detector: {name} becomes {value.shape}, not {wanted.shape}"
                     )
-                variables.setdefault(collection, {}).setdefault(part, {}).setdefault(module, {})[leaf] = value
+                variables.setdefault(collection, {}).setdefault(part, {}).setdefault(module, {})[
+                    leaf
+                ] = value
     return variables
 
 
@@ -135,16 +162,25 @@ def _renamed(name: str) -> str:
 
 
 def _backbone_of(variables: Mapping[str, Any]) -> dict[str, Any]:
-    return {collection: {"backbone": variables[collection]["backbone"]} for collection in ("params", STATS)}
+    return {
+        collection: {"backbone": variables[collection]["backbone"]}
+        for collection in ("params", STATS)
+    }
 
 
 def _to_torch(value: np.ndarray, module: str) -> np.ndarray:
     if module == "box/linear1" and value.ndim == 2:  # torch flattens channels first
-        value = value.reshape(POOLED, POOLED, -1, value.shape[1]).transpose(2, 0, 1, 3).reshape(value.shape)
+        value = (
+            value.reshape(POOLED, POOLED, -1, value.shape[1])
+            .transpose(2, 0, 1, 3)
+            .reshape(value.shape)
+        )
     return np.ascontiguousarray(value.transpose(3, 2, 0, 1) if value.ndim == 4 else value.T)
 
 
 def _from_torch(value: np.ndarray, module: str) -> np.ndarray:
     if module == "box/linear1" and value.ndim == 2 and value.shape[1] % POOLED**2 == 0:
-        value = value.reshape(len(value), -1, POOLED, POOLED).transpose(0, 2, 3, 1).reshape(value.shape)
+        value = (
+            value.reshape(len(value), -1, POOLED, POOLED).transpose(0, 2, 3, 1).reshape(value.shape)
+        )
     return value.transpose(2, 3, 1, 0) if value.ndim == 4 else value.T

@@ -18,7 +18,9 @@ SHOWN_SCORE = 0.5  # detections below it are not drawn
 COLUMNS = 4  # images in a row
 
 
-def picture_detections(source: DetectionSource, found: Sequence[Detections], count: int, path: pathlib.Path) -> None:
+def picture_detections(
+    source: DetectionSource, found: Sequence[Detections], count: int, path: pathlib.Path
+) -> None:
     """Draw images spread over the data.
 
     True boxes above (difficult ones dashed), detections with their scores below.
@@ -36,15 +38,28 @@ def picture_detections(source: DetectionSource, found: Sequence[Detections], cou
             above, below = axes[2 * row, column], axes[2 * row + 1, column]
             above.imshow(pixels)
             below.imshow(pixels)
-            above.set_title(f"{pathlib.Path(source.name(index)).name}: {len(truth.labels)} true", fontsize=7)
-            for box, label, difficult in zip(truth.boxes, truth.labels, truth.difficult, strict=True):
+            above.set_title(
+                f"{pathlib.Path(source.name(index)).name}: {len(truth.labels)} true", fontsize=7
+            )
+            for box, label, difficult in zip(
+                truth.boxes, truth.labels, truth.difficult, strict=True
+            ):
                 _draw(
-                    above, box, source.class_names[label], colours(int(label) % colours.N), "--" if difficult else "-"
+                    above,
+                    box,
+                    source.class_names[label],
+                    colours(int(label) % colours.N),
+                    "--" if difficult else "-",
                 )
             shown = detections.scores >= SHOWN_SCORE
-            below.set_title(f"{int(shown.sum())} found with a score from {SHOWN_SCORE:g}", fontsize=7)
+            below.set_title(
+                f"{int(shown.sum())} found with a score from {SHOWN_SCORE:g}", fontsize=7
+            )
             for box, score, label in zip(
-                detections.boxes[shown], detections.scores[shown], detections.labels[shown], strict=True
+                detections.boxes[shown],
+                detections.scores[shown],
+                detections.labels[shown],
+                strict=True,
             ):
                 name = f"{source.class_names[label]} {score:.2f}"
                 _draw(below, box, name, colours(int(label) % colours.N), "-")
@@ -54,7 +69,11 @@ def picture_detections(source: DetectionSource, found: Sequence[Detections], cou
 
 def _draw(axis: Axes, box: np.ndarray, text: str, colour: object, style: str) -> None:
     x1, y1, x2, y2 = box.tolist()
-    axis.add_patch(Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, edgecolor=colour, linestyle=style, linewidth=1))
+    axis.add_patch(
+        Rectangle(
+            (x1, y1), x2 - x1, y2 - y1, fill=False, edgecolor=colour, linestyle=style, linewidth=1
+        )
+    )
     axis.text(
         x1,
         y1,

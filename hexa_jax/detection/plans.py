@@ -71,7 +71,9 @@ class TrainingPlan:
 
         One batch at most has both.
         """
-        order = pass_order(self.seed, epoch, len(self.sizes))[: self.steps_per_epoch * self.batch_size]
+        order = pass_order(self.seed, epoch, len(self.sizes))[
+            : self.steps_per_epoch * self.batch_size
+        ]
         tall = is_portrait(self.sizes[order])
         return np.concatenate([order[~tall], order[tall]]).reshape(-1, self.batch_size)
 

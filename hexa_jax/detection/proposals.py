@@ -60,7 +60,9 @@ def propose(
         kept.append(nms(level, score, NMS_THRESHOLD, large_enough(level, SMALLEST)))
     all_boxes, all_scores, valid = (jnp.concatenate(parts) for parts in (boxes, scores, kept))
     missing = max(0, after - len(all_scores))
-    ranked, index = jax.lax.top_k(jnp.pad(jnp.where(valid, all_scores, -1), (0, missing), constant_values=-1), after)
+    ranked, index = jax.lax.top_k(
+        jnp.pad(jnp.where(valid, all_scores, -1), (0, missing), constant_values=-1), after
+    )
     found = ranked >= 0
     chosen = jnp.pad(all_boxes, ((0, missing), (0, 0)))[index]
     return Proposals(jnp.where(found[:, None], chosen, 0), jnp.where(found, ranked, 0), found)

@@ -68,9 +68,14 @@ class FasterRCNN:
         """Anchors of each level for an input of this size: float32 [n, 4]."""
         maps = [(height // stride, width // stride) for stride in STRIDES]
         maps.append((-(-maps[-1][0] // 2), -(-maps[-1][1] // 2)))
-        return [jnp.asarray(level) for level in pyramid_anchors((height, width), maps, self.anchor_sizes)]
+        return [
+            jnp.asarray(level)
+            for level in pyramid_anchors((height, width), maps, self.anchor_sizes)
+        ]
 
-    def propose(self, predicted: Any, size: tuple[int, int], sizes: jax.Array, limits: tuple[int, int]) -> Proposals:
+    def propose(
+        self, predicted: Any, size: tuple[int, int], sizes: jax.Array, limits: tuple[int, int]
+    ) -> Proposals:
         """Return proposals [N, P] for inputs of `size` (H, W) with contents `sizes` [N, 2]."""
         anchors = self.anchors(*size)
 
@@ -83,7 +88,9 @@ class FasterRCNN:
     def pool(self, pyramid: list[jax.Array], boxes: jax.Array) -> jax.Array:
         """Features [N, R, 7, 7, D] of boxes [N, R, 4]."""
         scales = [1 / stride for stride in STRIDES]
-        return jax.vmap(lambda maps, boxes: pyramid_roi_align(maps, boxes, scales))(pyramid[: len(STRIDES)], boxes)
+        return jax.vmap(lambda maps, boxes: pyramid_roi_align(maps, boxes, scales))(
+            pyramid[: len(STRIDES)], boxes
+        )
 
     def loss_sums(
         self,
@@ -109,22 +116,39 @@ class FasterRCNN:
         """
         network, height, width = self.network, images.shape[1], images.shape[2]
         maps, sown = network.apply(
-            variables, images, sizes, modes.backbone, modes.pyramid, method=Detector.pyramid, mutable=["moments"]
+            variables,
+            images,
+            sizes,
+            modes.backbone,
+            modes.pyramid,
+            method=Detector.pyramid,
+            mutable=["moments"],
         )
         predicted = network.apply(variables, maps, method=Detector.proposals)
         everywhere = jnp.concatenate(self.anchors(height, width))
-        found = self.propose(jax.lax.stop_gradient(predicted), (height, width), sizes, self.train_proposals)
+        found = self.propose(
+            jax.lax.stop_gradient(predicted), (height, width), sizes, self.train_proposals
+        )
         split = jax.vmap(jax.random.split)(keys)
-        anchors = jax.vmap(anchor_targets, in_axes=(0, None, 0, 0))(split[:, 0], everywhere, boxes, labels)
-        regions = jax.vmap(functools.partial(region_targets, count=self.regions))(split[:, 1], found, boxes, labels)
+        anchors = jax.vmap(anchor_targets, in_axes=(0, None, 0, 0))(
+            split[:, 0], everywhere, boxes, labels
+        )
+        regions = jax.vmap(functools.partial(region_targets, count=self.regions))(
+            split[:, 1], found, boxes, labels
+        )
         present = sizes[:, 0] > 0
         anchors = anchors._replace(
-            positive=anchors.positive & present[:, None], negative=anchors.negative & present[:, None]
+            positive=anchors.positive & present[:, None],
+            negative=anchors.negative & present[:, None],
         )
         regions = regions._replace(labels=jnp.where(present[:, None], regions.labels, -1))
         pooled = self.pool(maps, regions.boxes)
         (scores, deltas), sown_in_head = network.apply(
-            variables, pooled.reshape(-1, *pooled.shape[2:]), modes.head, method=Detector.regions, mutable=["moments"]
+            variables,
+            pooled.reshape(-1, *pooled.shape[2:]),
+            modes.head,
+            method=Detector.regions,
+            mutable=["moments"],
         )
         shape = regions.labels.shape
         sums = jax.vmap(loss_sums)(
@@ -141,7 +165,9 @@ class FasterRCNN:
     def detect(self, variables: Any, images: jax.Array, sizes: jax.Array) -> Detected:
         """Detect objects in images [N, H, W, 3]; arguments as in `loss_sums`."""
         network, size = self.network, (images.shape[1], images.shape[2])
-        maps = network.apply(variables, images, sizes, EVALUATION, EVALUATION, method=Detector.pyramid)
+        maps = network.apply(
+            variables, images, sizes, EVALUATION, EVALUATION, method=Detector.pyramid
+        )
         predicted = network.apply(variables, maps, method=Detector.proposals)
         found = self.propose(predicted, size, sizes, self.test_proposals)
         pooled = self.pool(maps, found.boxes)
@@ -150,14 +176,19 @@ class FasterRCNN:
         shape = found.valid.shape
         # One image after another: the overlaps of all pairs of regions for each class are large.
         return jax.lax.map(
-            lambda of: self._select(*of), (found, scores.reshape(*shape, -1), deltas.reshape(*shape, -1, 4), sizes)
+            lambda of: self._select(*of),
+            (found, scores.reshape(*shape, -1), deltas.reshape(*shape, -1, 4), sizes),
         )
 
-    def _select(self, found: Proposals, scores: jax.Array, deltas: jax.Array, size: jax.Array) -> Detected:
+    def _select(
+        self, found: Proposals, scores: jax.Array, deltas: jax.Array, size: jax.Array
+    ) -> Detected:
         """Detections of one image (torchvision's RoIHeads.postprocess_detections)."""
         probability = jax.nn.softmax(scores)[:, 1:]  # [R, C]
         boxes = clip(decode(deltas[:, 1:], found.boxes[:, None], BOX_WEIGHTS), size)  # [R, C, 4]
-        usable = found.valid[:, None] & (probability > SCORE_THRESHOLD) & large_enough(boxes, SMALLEST)
+        usable = (
+            found.valid[:, None] & (probability > SCORE_THRESHOLD) & large_enough(boxes, SMALLEST)
+        )
 
         def of_class(one: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
             return nms(one[0], one[1], NMS_THRESHOLD, one[2])
@@ -166,7 +197,9 @@ class FasterRCNN:
         kept = jax.lax.map(of_class, by_class, batch_size=min(20, len(by_class[1])))  # [C, R]
         ranked = jnp.where(kept, by_class[1], -1).T.reshape(-1)
         missing = max(0, self.detections - len(ranked))
-        best, index = jax.lax.top_k(jnp.pad(ranked, (0, missing), constant_values=-1), self.detections)
+        best, index = jax.lax.top_k(
+            jnp.pad(ranked, (0, missing), constant_values=-1), self.detections
+        )
         real = best >= 0
         index = jnp.minimum(index, len(ranked) - 1)
         return Detected(

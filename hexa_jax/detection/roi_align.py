@@ -47,7 +47,11 @@ def pyramid_roi_align(
             "ROIAlignV2"); torchvision's detectors do not.
     """
     finest = -round(math.log2(scales[0]))
-    level = assign_levels(boxes, len(pyramid), finest) if len(pyramid) > 1 else jnp.zeros(len(boxes), jnp.int32)
+    level = (
+        assign_levels(boxes, len(pyramid), finest)
+        if len(pyramid) > 1
+        else jnp.zeros(len(boxes), jnp.int32)
+    )
     sizes = np.array([feature.shape[:2] for feature in pyramid], np.int32)
     starts = np.concatenate([[0], np.cumsum(sizes.prod(axis=1))[:-1]]).astype(np.int32)
     channels = pyramid[0].shape[-1]
@@ -63,7 +67,9 @@ def pyramid_roi_align(
     for row, row_weight in y:
         for column, column_weight in x:
             # [R, S, S]
-            place = start[:, None, None] + row[:, :, None] * width[:, None, None] + column[:, None, :]
+            place = (
+                start[:, None, None] + row[:, :, None] * width[:, None, None] + column[:, None, :]
+            )
             weight = row_weight[:, :, None] * column_weight[:, None, :]
             corner = flat[place] * weight[..., None]  # in float32 or wider, as weights are
             total = corner if total is None else total + corner
@@ -85,7 +91,12 @@ def roi_align(
 
 
 def _samples(
-    low: jax.Array, high: jax.Array, size: jax.Array, output_size: int, sampling_ratio: int, aligned: bool
+    low: jax.Array,
+    high: jax.Array,
+    size: jax.Array,
+    output_size: int,
+    sampling_ratio: int,
+    aligned: bool,
 ) -> list[tuple[jax.Array, jax.Array]]:
     """The two neighbours of each sample along an axis: (index int32 [R, S], weight [R, S]) each.
 

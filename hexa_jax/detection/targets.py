@@ -43,7 +43,9 @@ class RegionTargets(NamedTuple):
     deltas: jax.Array
 
 
-def anchor_targets(key: jax.Array, anchors: jax.Array, boxes: jax.Array, labels: jax.Array) -> AnchorTargets:
+def anchor_targets(
+    key: jax.Array, anchors: jax.Array, boxes: jax.Array, labels: jax.Array
+) -> AnchorTargets:
     """Targets of the proposal head.
 
     Args:
@@ -61,7 +63,11 @@ def anchor_targets(key: jax.Array, anchors: jax.Array, boxes: jax.Array, labels:
 
 
 def region_targets(
-    key: jax.Array, proposals: Proposals, boxes: jax.Array, labels: jax.Array, count: int = REGIONS_SAMPLED
+    key: jax.Array,
+    proposals: Proposals,
+    boxes: jax.Array,
+    labels: jax.Array,
+    count: int = REGIONS_SAMPLED,
 ) -> RegionTargets:
     """Sample `count` regions of proposals and true boxes, with the box head's targets.
 

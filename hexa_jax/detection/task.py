@@ -83,7 +83,9 @@ class _Detection:
         self.class_names = self.held_out.class_names
         if self.saved:
             _check_classes(config.detector, self.saved, self.class_names)
-        self.model = make_model(config, self._resnet(), len(self.class_names), *self._pixel_statistics())
+        self.model = make_model(
+            config, self._resnet(), len(self.class_names), *self._pixel_statistics()
+        )
         self.detect = make_detect(self.model, self.mesh)
         self.test_batches = EvaluationBatches(config, self.held_out, self.mesh)
 
@@ -97,9 +99,14 @@ class _Detection:
             about = {"mean": self.model.network.pixel_mean, "std": self.model.network.pixel_std}
             write_detector(self.workdir / EXPORT, _variables(state), self.class_names, **about)
             if history:
-                series = {name: [entry[name] for entry in history] for name in ("AP", "AP50", "AP75")}
+                series = {
+                    name: [entry[name] for entry in history] for name in ("AP", "AP50", "AP75")
+                }
                 curves(
-                    series, "tests during training", "average precision in %", self.workdir / "report" / "curves.png"
+                    series,
+                    "tests during training",
+                    "average precision in %",
+                    self.workdir / "report" / "curves.png",
                 )
         results |= {"steps": int(state.step), "test_images": len(self.held_out)}
         results |= {"train_images": len(self.source)} if self.trains else {}
@@ -114,12 +121,20 @@ class _Detection:
         config, batches = self.config, self.batches
         log(f"to train on: {self.source.summary()}")
         if batches.images_over_max_boxes:
-            log(f"{batches.images_over_max_boxes} images have more than data.max_boxes={config.data.max_boxes} boxes")
+            log(
+                f"{batches.images_over_max_boxes} images have more than data.max_boxes={config.data.max_boxes} boxes"
+            )
         shapes = len(batches.canvases.all)
-        log(f"{shapes} shapes of images at most: so many compilations of the step, when each first occurs")
+        log(
+            f"{shapes} shapes of images at most: so many compilations of the step, when each first occurs"
+        )
         total = config.steps or config.epochs * batches.steps_per_epoch
-        optimizer = make_optimizer(make_base_optimizer(config, batches.steps_per_epoch), self._frozen())
-        state = jax.device_put(state._replace(opt_state=optimizer.init(state.params)), NamedSharding(self.mesh, P()))
+        optimizer = make_optimizer(
+            make_base_optimizer(config, batches.steps_per_epoch), self._frozen()
+        )
+        state = jax.device_put(
+            state._replace(opt_state=optimizer.init(state.params)), NamedSharding(self.mesh, P())
+        )
         every, epochs = config.eval_every_epochs, set[int]()
 
         def evaluate(state: DetectorState, epoch: float) -> dict[str, float]:
@@ -127,7 +142,11 @@ class _Detection:
             if not every or last or int(epoch) % every or int(epoch) in epochs:
                 return {}
             epochs.add(int(epoch))
-            return {name: value for name, value in self._test(state).items() if name in ("AP", "AP50", "AP75")}
+            return {
+                name: value
+                for name, value in self._test(state).items()
+                if name in ("AP", "AP50", "AP75")
+            }
 
         loop = TrainingLoop(
             config=config,
@@ -155,16 +174,24 @@ class _Detection:
             for row in np.flatnonzero(rows.index >= 0).tolist():
                 real = detected.labels[row] >= 0
                 boxes = rows.to_original(row, detected.boxes[row][real])
-                found[rows.index[row]] = Detections(boxes, detected.scores[row][real], detected.labels[row][real])
+                found[rows.index[row]] = Detections(
+                    boxes, detected.scores[row][real], detected.labels[row][real]
+                )
                 done += 1
             if number % self.config.runtime.log_every == 0:
                 speed, left = clock.read(done)
-                log(f"test: {done} of {len(self.held_out)} images  {speed:.3g} images/s  ETA {left}")
+                log(
+                    f"test: {done} of {len(self.held_out)} images  {speed:.3g} images/s  ETA {left}"
+                )
         truths = [self.held_out.truth(index) for index in range(len(self.held_out))]
-        results = coco_metrics(truths, found, self.class_names) | voc_metrics(truths, found, self.class_names)
+        results = coco_metrics(truths, found, self.class_names) | voc_metrics(
+            truths, found, self.class_names
+        )
         if pictures:
             log(f"tested on: {self.held_out.summary()}")
-            results["VOC07_AP50"] = voc_metrics(truths, found, self.class_names, eleven_point=True)["VOC_AP50"]
+            results["VOC07_AP50"] = voc_metrics(truths, found, self.class_names, eleven_point=True)[
+                "VOC_AP50"
+            ]
             if processes.is_main_process():
                 folder = self.workdir / "report"
                 folder.mkdir(exist_ok=True)
@@ -182,17 +209,23 @@ class _Detection:
         if self.saved:
             like = jax.eval_shape(lambda: network.init(jax.random.key(0), image, size))
             try:
-                variables = detector_from_torchvision(self.saved.arrays, like, config.model.batch_norm_epsilon)
+                variables = detector_from_torchvision(
+                    self.saved.arrays, like, config.model.batch_norm_epsilon
+                )
             except WeightsError as error:
                 raise WeightsError(f"{config.detector}: {error}") from None
         else:
             assert self.backbone is not None
-            variables = dict(jax.jit(lambda key: network.init(key, image, size))(jax.random.key(config.seed)))
+            variables = dict(
+                jax.jit(lambda key: network.init(key, image, size))(jax.random.key(config.seed))
+            )
             pretrained = self.backbone.variables
             for name in ("params", STATS):
                 variables[name] = {**variables[name], "backbone": pretrained[name]["backbone"]}
         _, stored = choose("precision", config.precision, PRECISIONS)
-        params, stats = jax.tree.map(lambda leaf: jnp.array(leaf, stored), (variables["params"], variables[STATS]))
+        params, stats = jax.tree.map(
+            lambda leaf: jnp.array(leaf, stored), (variables["params"], variables[STATS])
+        )
         state = DetectorState(jnp.uint32(config.seed), jnp.int32(0), params, stats, None)
         return jax.device_put(state, NamedSharding(self.mesh, P()))
 
@@ -217,7 +250,9 @@ class _Detection:
         if network:
             return network.pixel_mean, network.pixel_std
         assert self.saved is not None
-        return tuple(self.saved.about.get("mean", IMAGENET_MEAN)), tuple(self.saved.about.get("std", IMAGENET_STD))
+        return tuple(self.saved.about.get("mean", IMAGENET_MEAN)), tuple(
+            self.saved.about.get("std", IMAGENET_STD)
+        )
 
     def _frozen(self) -> Frozen:
         return Frozen(self.config.model.frozen_stages, self.config.model.batch_norm == "frozen")
@@ -231,7 +266,9 @@ def _check(config: ConfigDict) -> None:
     model = config.model
     choose("model.batch_norm", model.batch_norm, dict.fromkeys(BATCH_NORMS))
     if not 0 <= model.frozen_stages <= 5:
-        raise ConfigError(f"model.frozen_stages={model.frozen_stages} must be 0 (nothing) to 5 (stem and all stages)")
+        raise ConfigError(
+            f"model.frozen_stages={model.frozen_stages} must be 0 (nothing) to 5 (stem and all stages)"
+        )
     if config.checkpoint == RANDOM and not config.detector and model.batch_norm == "frozen":
         raise ConfigError(
             "random weights have no running statistics: a frozen BatchNorm would not normalise; use "
@@ -244,11 +281,17 @@ def _check(config: ConfigDict) -> None:
     if not (config.epochs or config.steps or config.detector):
         raise ConfigError("epochs=0 and steps=0 only test, and there is no config.detector to test")
     if len(model.anchor_sizes) != 5 or min(model.anchor_sizes) <= 0:
-        raise ConfigError("model.anchor_sizes takes five positive numbers, one per level of the pyramid")
+        raise ConfigError(
+            "model.anchor_sizes takes five positive numbers, one per level of the pyramid"
+        )
 
 
 def _opened(
-    config: ConfigDict, name: str, data_dir: str | None, class_names: Sequence[str] | None, limit: int
+    config: ConfigDict,
+    name: str,
+    data_dir: str | None,
+    class_names: Sequence[str] | None,
+    limit: int,
 ) -> DetectionSource:
     if not config.data[name]:
         raise ConfigError(f"data.{name} is empty: use voc:VOCDEVKIT[:SPLIT] or tfds:voc/2007:SPLIT")
@@ -257,10 +300,14 @@ def _opened(
 
 def _check_classes(path: str, saved: Saved, class_names: Sequence[str]) -> None:
     if saved.num_classes != len(class_names):
-        raise DataError(f"{path} knows {saved.num_classes} classes, the data has {len(class_names)}")
+        raise DataError(
+            f"{path} knows {saved.num_classes} classes, the data has {len(class_names)}"
+        )
 
 
-def make_model(config: ConfigDict, resnet: Any, num_classes: int, mean: Any, std: Any) -> FasterRCNN:
+def make_model(
+    config: ConfigDict, resnet: Any, num_classes: int, mean: Any, std: Any
+) -> FasterRCNN:
     """Build a config's detector around a backbone; mean and deviation of pixels in [0, 1]."""
     model = config.model
     network = Detector(
@@ -289,6 +336,8 @@ def make_base_optimizer(config: ConfigDict, steps_per_epoch: int) -> Any:
     o = config.optimizer
     unit = 1 if config.steps else steps_per_epoch
     schedule = optim.warmed_up(
-        optim.epoch_steps(o.learning_rate, o.milestones, o.decay, unit), o.warmup_steps, o.warmup_start
+        optim.epoch_steps(o.learning_rate, o.milestones, o.decay, unit),
+        o.warmup_steps,
+        o.warmup_start,
     )
     return optim.sgd(schedule, o.momentum, o.weight_decay)

@@ -58,23 +58,32 @@ class Frozen:
     def labels(self, params: Any) -> Any:
         """A tree of "trained" and "frozen" like the parameters."""
         return jax.tree_util.tree_map_with_path(
-            lambda path, _: "frozen" if self(tuple(entry.key for entry in path)) else "trained", params
+            lambda path, _: "frozen" if self(tuple(entry.key for entry in path)) else "trained",
+            params,
         )
 
     def stopped(self, params: Any) -> Any:
         """Stop the gradients of frozen parameters: their backward pass is then not computed."""
         return jax.tree.map(
-            lambda leaf, label: jax.lax.stop_gradient(leaf) if label == "frozen" else leaf, params, self.labels(params)
+            lambda leaf, label: jax.lax.stop_gradient(leaf) if label == "frozen" else leaf,
+            params,
+            self.labels(params),
         )
 
 
-def make_optimizer(base: optax.GradientTransformation, frozen: Frozen) -> optax.GradientTransformation:
+def make_optimizer(
+    base: optax.GradientTransformation, frozen: Frozen
+) -> optax.GradientTransformation:
     """`base` for what is trained; the rest keeps its values, weight decay included."""
     return optax.multi_transform({"trained": base, "frozen": optax.set_to_zero()}, frozen.labels)
 
 
 def make_step(
-    model: FasterRCNN, optimizer: optax.GradientTransformation, frozen: Frozen, mesh: Mesh, batch_size: int
+    model: FasterRCNN,
+    optimizer: optax.GradientTransformation,
+    frozen: Frozen,
+    mesh: Mesh,
+    batch_size: int,
 ) -> Callable[[DetectorState, DetectionBatch], tuple[DetectorState, dict[str, jax.Array]]]:
     """Return the jitted step: (state, batch of N rows) -> (state, scalars).
 
@@ -84,7 +93,9 @@ def make_step(
     BatchNorm that is trained takes its statistics from all N images, and is read from running
     statistics in frozen stages.
     """
-    modes = _modes(model, frozen, Layout(batch_size, 1, mesh.size, bn_group_size=batch_size, cutmix_block=0))
+    modes = _modes(
+        model, frozen, Layout(batch_size, 1, mesh.size, bn_group_size=batch_size, cutmix_block=0)
+    )
 
     def local(params: Any, stats: Any, at: Rngs, batch: DetectionBatch) -> Any:
         keys = at.per_row_keys(Purpose.TASK, batch.index)
@@ -94,16 +105,22 @@ def make_step(
             sums, moments = model.loss_sums(
                 variables, keys, batch.images, batch.sizes, batch.boxes, batch.labels, modes
             )
-            counts = {name: jax.lax.psum(getattr(sums, name), "data") for name in ("anchors", "regions")}
+            counts = {
+                name: jax.lax.psum(getattr(sums, name), "data") for name in ("anchors", "regions")
+            }
             losses = sums._replace(**counts).means()
             return sum(losses.values()), (losses, moments)
 
         grads, (losses, moments) = jax.grad(objective, has_aux=True)(params)
         return jax.lax.psum((grads, losses), "data"), jax.lax.pmean(moments, "data")
 
-    def step(state: DetectorState, batch: DetectionBatch) -> tuple[DetectorState, dict[str, jax.Array]]:
+    def step(
+        state: DetectorState, batch: DetectionBatch
+    ) -> tuple[DetectorState, dict[str, jax.Array]]:
         at = Rngs(state.seed, jnp.int32(0), state.step)
-        sharded = jax.shard_map(local, mesh=mesh, in_specs=(P(), P(), P(), P("data")), out_specs=P(), check_vma=False)
+        sharded = jax.shard_map(
+            local, mesh=mesh, in_specs=(P(), P(), P(), P("data")), out_specs=P(), check_vma=False
+        )
         (grads, losses), moments = sharded(state.params, state.stats, at, batch)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
@@ -121,7 +138,9 @@ def make_detect(model: FasterRCNN, mesh: Mesh) -> Callable:
     def local(params: Any, stats: Any, batch: DetectionBatch) -> Any:
         return model.detect({"params": params, STATS: stats}, batch.images, batch.sizes)
 
-    sharded = jax.shard_map(local, mesh=mesh, in_specs=(P(), P(), P("data")), out_specs=P("data"), check_vma=False)
+    sharded = jax.shard_map(
+        local, mesh=mesh, in_specs=(P(), P(), P("data")), out_specs=P("data"), check_vma=False
+    )
     rows, whole = NamedSharding(mesh, P("data")), NamedSharding(mesh, P())
     return jax.jit(sharded, in_shardings=(whole, whole, rows), out_shardings=whole)
 

@@ -16,7 +16,13 @@ from hexa_jax.checkpoint.checkpointer import CheckpointError, Checkpoints
 from hexa_jax.core import console
 from hexa_jax.models.heads import Network
 from hexa_jax.models.norm import CLEAN, EVALUATION, NormMode, stats_collection
-from hexa_jax.models.pretrained import IMAGENET_MEAN, IMAGENET_STD, Pretrained, is_library_name, load_pretrained
+from hexa_jax.models.pretrained import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    Pretrained,
+    is_library_name,
+    load_pretrained,
+)
 from hexa_jax.models.resnet import make_resnet
 from hexa_jax.models.weights import WeightsError, architecture_of, from_torchvision, read_weights
 from hexa_jax.parallel import processes
@@ -50,7 +56,9 @@ class Backbone(NamedTuple):
         """Length of a pooled feature."""
         return self.network.backbone.feature_dim
 
-    def features(self, variables: Any, images: jax.Array, mode: NormMode = EVALUATION, grid: int = 1) -> jax.Array:
+    def features(
+        self, variables: Any, images: jax.Array, mode: NormMode = EVALUATION, grid: int = 1
+    ) -> jax.Array:
         """Return features [N, grid * grid * F] of images [N, H, W, 3].
 
         uint8, or float in [0, 1]; pooled whole where grid is 1.
@@ -104,15 +112,25 @@ def load_backbone(checkpoint: str, **random: Any) -> Backbone:
         raise CheckpointError(f"checkpoint {checkpoint!r} has no checkpoint yet")
     step, tree, metadata = restored
     # Finished runs of before this was saved have a result.
-    settled = metadata["reestimated"] == step if "reestimated" in metadata else gcs.exists(path / "result.json")
-    if config.get("eval_statistics") == "reestimated" and not settled and processes.is_main_process():
+    settled = (
+        metadata["reestimated"] == step
+        if "reestimated" in metadata
+        else gcs.exists(path / "result.json")
+    )
+    if (
+        config.get("eval_statistics") == "reestimated"
+        and not settled
+        and processes.is_main_process()
+    ):
         logging.warning(
             "%s is unfinished at step %d: its BatchNorm statistics are running ones, not re-estimated as "
             "config.eval_statistics says, so that accuracies differ from those the run itself measures",
             checkpoint,
             step,
         )
-    return Backbone(network, {"params": tree["params"]["network"], **tree["batch_stats"]}, step, config)
+    return Backbone(
+        network, {"params": tree["params"]["network"], **tree["batch_stats"]}, step, config
+    )
 
 
 def check_checkpoint(checkpoint: str) -> None:
@@ -166,7 +184,9 @@ def _config_of_run(checkpoint: str) -> ConfigDict | None:
             )
         config = with_added(ConfigDict(json.loads(saved.read_text()), convert_dict=True))
     if "model" not in config:
-        raise CheckpointError(f"checkpoint {checkpoint!r} is no pre-training run: its config has no model")
+        raise CheckpointError(
+            f"checkpoint {checkpoint!r} is no pre-training run: its config has no model"
+        )
     return config
 
 
@@ -190,7 +210,11 @@ def random_backbone(
         network = like.network
     else:
         network = Network(
-            make_resnet(backbone, base_channels, stem=stem), None, IMAGENET_MEAN, IMAGENET_STD, normalize=False
+            make_resnet(backbone, base_channels, stem=stem),
+            None,
+            IMAGENET_MEAN,
+            IMAGENET_STD,
+            normalize=False,
         )
     variables = jax.jit(lambda key: network.init(key, _crops(), EVALUATION))(jax.random.key(seed))
     return Backbone(network, _clean(variables), 0, like.config if like else None)
@@ -200,7 +224,9 @@ def _from_file(path: Any) -> Backbone:
     if gcs.is_remote(path):
         with tempfile.TemporaryDirectory() as folder:
             console.aliases[folder] = str(path.parent)  # for messages
-            list(gcs.copies(str(path.parent), pathlib.Path(folder), {path.name: path.stat().length}))
+            list(
+                gcs.copies(str(path.parent), pathlib.Path(folder), {path.name: path.stat().length})
+            )
             return _from_file(pathlib.Path(folder) / path.name)
     arrays = read_weights(str(path))
     metadata = _metadata(path)
@@ -218,7 +244,9 @@ def _from_arrays(found: Pretrained, name: str, stem: str | None = None) -> Backb
         architecture = architecture_of(found.arrays)
         if architecture.stem == "cifar" and stem == "small":
             architecture = architecture._replace(stem=stem)
-        resnet = make_resnet(f"resnet{architecture.depth}", architecture.base_channels, stem=architecture.stem)
+        resnet = make_resnet(
+            f"resnet{architecture.depth}", architecture.base_channels, stem=architecture.stem
+        )
         network = Network(resnet, None, found.mean, found.std, normalize=False)  # type: ignore[arg-type]
         variables = from_torchvision(found.arrays, _shapes(network))
     except WeightsError as error:
@@ -256,6 +284,8 @@ def _clean(variables: Mapping[str, Any]) -> dict[str, Any]:
     def without(tree: Any) -> Any:
         if not isinstance(tree, Mapping):
             return tree
-        return {name: without(node) for name, node in tree.items() if not name.startswith("adversarial")}
+        return {
+            name: without(node) for name, node in tree.items() if not name.startswith("adversarial")
+        }
 
     return {name: without(variables[name]) for name in ("params", stats_collection(CLEAN))}

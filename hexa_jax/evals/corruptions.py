@@ -67,7 +67,9 @@ def disc(radius: float, smoothing: float) -> np.ndarray:
     return cv2.GaussianBlur(inside / inside.sum(), taps, smoothing)
 
 
-def _defocus_blur(x: np.ndarray, rng: np.random.Generator, radius: float, smoothing: float) -> np.ndarray:
+def _defocus_blur(
+    x: np.ndarray, rng: np.random.Generator, radius: float, smoothing: float
+) -> np.ndarray:
     return cv2.filter2D(x, -1, disc(radius, smoothing))  # edges mirrored
 
 
@@ -111,9 +113,17 @@ def _pixelate(x: np.ndarray, rng: np.random.Generator, share: float) -> np.ndarr
 # Name: function of pixels float64 [H, W, 3] in [0, 1], a generator and a strength's parameters;
 # then the parameters of strengths 1 to 5 for ImageNet and for CIFAR.
 _CORRUPTIONS: dict[str, tuple[Callable[..., np.ndarray], tuple, tuple]] = {
-    "gaussian_noise": (_gaussian_noise, (0.08, 0.12, 0.18, 0.26, 0.38), (0.04, 0.06, 0.08, 0.09, 0.1)),
+    "gaussian_noise": (
+        _gaussian_noise,
+        (0.08, 0.12, 0.18, 0.26, 0.38),
+        (0.04, 0.06, 0.08, 0.09, 0.1),
+    ),
     "shot_noise": (_shot_noise, (60, 25, 12, 5, 3), (500, 250, 100, 75, 50)),
-    "impulse_noise": (_impulse_noise, (0.03, 0.06, 0.09, 0.17, 0.27), (0.01, 0.02, 0.03, 0.05, 0.07)),
+    "impulse_noise": (
+        _impulse_noise,
+        (0.03, 0.06, 0.09, 0.17, 0.27),
+        (0.01, 0.02, 0.03, 0.05, 0.07),
+    ),
     "gaussian_blur": (_gaussian_blur, (1, 2, 3, 4, 6), (0.4, 0.6, 0.7, 0.8, 1)),
     "defocus_blur": (
         _defocus_blur,

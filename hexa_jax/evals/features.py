@@ -100,7 +100,11 @@ class EvalImages:
         return resize(resize_short_side(pixels, self.resize), self.crop, self.crop)
 
     def batches(
-        self, batch_size: int, threads: int = 2, start: int = 0, columns: Sequence[int] | None = None
+        self,
+        batch_size: int,
+        threads: int = 2,
+        start: int = 0,
+        columns: Sequence[int] | None = None,
     ) -> Iterator[tuple[np.ndarray, int]]:
         """Yield batches from position `start` on, and how many of their images are real.
 
@@ -116,7 +120,9 @@ class EvalImages:
         columns = range(batch_size) if columns is None else columns
         with concurrent.futures.ThreadPoolExecutor(threads) as pool:
             for first in range(start, len(self.indices), batch_size):
-                positions = [first + column for column in columns if first + column < len(self.indices)]
+                positions = [
+                    first + column for column in columns if first + column < len(self.indices)
+                ]
                 images = np.zeros((len(columns), self.crop, self.crop, 3), np.uint8)
                 for row, image in enumerate(pool.map(self.image, positions)):
                     images[row] = image
@@ -136,12 +142,16 @@ class EvalImages:
         for number, (local, count) in enumerate(self.batches(batch_size, threads, start, columns)):
             positions = slice(start + number * batch_size, start + number * batch_size + count)
             labels[positions] = processes.largest(labels[positions])
-            missed = processes.largest(np.isin(self.indices[positions], list(self.unreadable)).astype(np.int32))
+            missed = processes.largest(
+                np.isin(self.indices[positions], list(self.unreadable)).astype(np.int32)
+            )
             self.unreadable.update(self.indices[positions][missed > 0].tolist())
             yield jax.make_array_from_process_local_data(sharding, local, shape), count
 
 
-def make_extractor(network: Network, mesh: Mesh, dtype: Any) -> Callable[[Any, Any, jax.Array], jax.Array]:
+def make_extractor(
+    network: Network, mesh: Mesh, dtype: Any
+) -> Callable[[Any, Any, jax.Array], jax.Array]:
     """Return a jitted function (params, batch_stats, uint8 [N, H, W, 3]) -> features [N, F].
 
     Rows are split over the mesh.
@@ -151,21 +161,30 @@ def make_extractor(network: Network, mesh: Mesh, dtype: Any) -> Callable[[Any, A
     def features(params: Any, batch_stats: Any, images: jax.Array) -> jax.Array:
         name = stats_collection(CLEAN)
         variables = {"params": params, name: batch_stats[name]}
-        return network.apply(variables, images.astype(dtype) / 255, EVALUATION, method=Network.features)
+        return network.apply(
+            variables, images.astype(dtype) / 255, EVALUATION, method=Network.features
+        )
 
     return jax.jit(features, in_shardings=(whole, whole, rows), out_shardings=whole)
 
 
-def extract(forward: Callable[[Any], Any], images: EvalImages, batch_size: int, mesh: Mesh | None = None) -> np.ndarray:
+def extract(
+    forward: Callable[[Any], Any], images: EvalImages, batch_size: int, mesh: Mesh | None = None
+) -> np.ndarray:
     """Return features float32 [N, F] of the images.
 
     `forward` maps uint8 [batch_size, crop, crop, 3], split over the mesh.
     """
     batches = images.device_batches(mesh, batch_size) if mesh else images.batches(batch_size)
-    return np.concatenate([np.asarray(forward(batch), np.float32)[:count] for batch, count in batches])
+    return np.concatenate(
+        [np.asarray(forward(batch), np.float32)[:count] for batch, count in batches]
+    )
 
 
 def raw_pixels(images: EvalImages, batch_size: int = 256) -> np.ndarray:
     """float32 [N, H * W * 3] pixels in [0, 1], the baseline that a network must beat."""
-    parts = [batch[:count].reshape(count, -1).astype(np.float32) / 255 for batch, count in images.batches(batch_size)]
+    parts = [
+        batch[:count].reshape(count, -1).astype(np.float32) / 255
+        for batch, count in images.batches(batch_size)
+    ]
     return np.concatenate(parts)

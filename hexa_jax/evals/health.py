@@ -116,7 +116,9 @@ def uniformity(embeddings: np.ndarray) -> float:
     return float(np.log(np.mean(np.exp(-2 * (2 - 2 * cosines)))))
 
 
-def neighbor_agreement(features: np.ndarray, first: np.ndarray, second: np.ndarray, count: int = NEIGHBORS) -> float:
+def neighbor_agreement(
+    features: np.ndarray, first: np.ndarray, second: np.ndarray, count: int = NEIGHBORS
+) -> float:
     """Return the share of nearest images that two crops of an image have in common.
 
     Args:

@@ -51,8 +51,12 @@ def nearest(
     padded = np.zeros((mesh.size * chunks * rows, bank.shape[1]), np.float32)
     for first in range(0, len(bank), BANK_ROWS):
         # In parts: the bank may be half of the memory, and a whole copy of it would not fit.
-        padded[first : first + BANK_ROWS][: len(bank) - first] = _unit(bank[first : first + BANK_ROWS])
-    split = jax.device_put(padded.reshape(mesh.size * chunks, rows, -1), NamedSharding(mesh, P("data")))
+        padded[first : first + BANK_ROWS][: len(bank) - first] = _unit(
+            bank[first : first + BANK_ROWS]
+        )
+    split = jax.device_put(
+        padded.reshape(mesh.size * chunks, rows, -1), NamedSharding(mesh, P("data"))
+    )
     search = functools.partial(_search(mesh, neighbours), split, np.int32(len(bank)))
     own = np.full(len(queries), -1) if own is None else own
     found = []
@@ -78,7 +82,9 @@ def _search(mesh: Mesh, neighbours: int):
         order = jax.lax.sort([-similarity, row], num_keys=2)
         return -order[0][:, :neighbours], order[1][:, :neighbours]
 
-    def local(chunks: jax.Array, size: jax.Array, queries: jax.Array, own: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def local(
+        chunks: jax.Array, size: jax.Array, queries: jax.Array, own: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
         count, rows, _ = chunks.shape
         first = jax.lax.axis_index("data") * count * rows
 
@@ -88,17 +94,25 @@ def _search(mesh: Mesh, neighbours: int):
             similarity = jnp.matmul(queries, chunk.T, precision="highest")
             absent = (row >= size)[None] | (row[None] == own[:, None])
             similarity, place = jax.lax.top_k(jnp.where(absent, -jnp.inf, similarity), neighbours)
-            both = [jnp.concatenate(pair, axis=1) for pair in zip(found, (similarity, row[place]), strict=True)]
+            both = [
+                jnp.concatenate(pair, axis=1)
+                for pair in zip(found, (similarity, row[place]), strict=True)
+            ]
             return best(*both), None
 
         shape = (len(queries), neighbours)
-        none = jnp.full(shape, -jnp.inf, queries.dtype), jnp.full(shape, np.iinfo(np.int32).max, jnp.int32)
+        none = (
+            jnp.full(shape, -jnp.inf, queries.dtype),
+            jnp.full(shape, np.iinfo(np.int32).max, jnp.int32),
+        )
         found, _ = jax.lax.scan(step, none, (chunks, jnp.arange(count, dtype=jnp.int32)))
         gathered = [jax.lax.all_gather(leaf, "data", axis=1, tiled=True) for leaf in found]
         return best(*gathered)
 
     specs = P("data"), P(), P(), P()
-    return jax.jit(jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=(P(), P()), check_vma=False))
+    return jax.jit(
+        jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=(P(), P()), check_vma=False)
+    )
 
 
 def _unit(x: np.ndarray) -> np.ndarray:

@@ -79,5 +79,7 @@ def linear_probe(
     iterations: int = 200,
 ) -> np.ndarray:
     """Classes int [Q] of the test features [Q, F] by `fit_linear` on the training features."""
-    classifier = fit_linear(train, train_labels, regularization=regularization, iterations=iterations)
+    classifier = fit_linear(
+        train, train_labels, regularization=regularization, iterations=iterations
+    )
     return classifier.predict(test)

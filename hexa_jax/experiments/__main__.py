@@ -53,11 +53,15 @@ def main(argv: list[str]) -> int:
         known, extra = parser.parse_known_args(argv)
         wrong = [word for word in extra if not word.startswith("--config.")]
         if wrong:
-            raise GridError(f"unknown argument {wrong[0]!r}; see python -m hexa_jax.experiments --help")
+            raise GridError(
+                f"unknown argument {wrong[0]!r}; see python -m hexa_jax.experiments --help"
+            )
         methods = known.methods.split(",") if known.methods else METHODS[known.name]
         unknown = [method for method in methods if method not in PRESETS[known.preset].configs]
         if unknown:
-            raise GridError(f"unknown method {unknown[0]!r}: use some of {', '.join(PRESETS[known.preset].configs)}")
+            raise GridError(
+                f"unknown method {unknown[0]!r}: use some of {', '.join(PRESETS[known.preset].configs)}"
+            )
         if not known.seeds.replace(",", "").isdigit():
             raise GridError(f"--seeds takes whole numbers such as 0,1,2, not {known.seeds!r}")
         seeds = [int(seed) for seed in known.seeds.split(",") if seed]
@@ -71,7 +75,10 @@ def main(argv: list[str]) -> int:
         print(f"hexa_jax.experiments: {error}", file=sys.stderr)
         return 2
     except OSError as error:
-        print(f"hexa_jax.experiments: {error.filename or 'output'}: {error.strerror or error}", file=sys.stderr)
+        print(
+            f"hexa_jax.experiments: {error.filename or 'output'}: {error.strerror or error}",
+            file=sys.stderr,
+        )
         return 2
     return _report(known.name, outcomes, workdir)
 
@@ -88,7 +95,12 @@ def _report(name: str, outcomes: Sequence[Outcome], workdir: pathlib.Path) -> in
     text = markdown(outcomes, None if name == "fig1" else baselines)
     (workdir / f"{name}.md").write_text(text)
     if name == "fig1":
-        paths = [path for outcome in outcomes if not outcome.failure for path in draw_gallery(outcome.folder, workdir)]
+        paths = [
+            path
+            for outcome in outcomes
+            if not outcome.failure
+            for path in draw_gallery(outcome.folder, workdir)
+        ]
     else:
         paths = FIGURES[name](outcomes, workdir)
     log(text)

@@ -116,7 +116,9 @@ def tables(config: ConfigDict, workdir: pathlib.Path) -> dict[str, Any]:
     known = {row.evaluation for row in ROWS}
     left_out = set(filter(None, config.without.split(",")))
     if unknown := sorted(left_out - known):
-        raise ConfigError(f"config.without has {unknown[0]!r}: it takes some of {','.join(sorted(known))}")
+        raise ConfigError(
+            f"config.without has {unknown[0]!r}: it takes some of {','.join(sorted(known))}"
+        )
     rows = [row for row in ROWS if config.data[row.needs].source and row.evaluation not in left_out]
     if not rows:
         raise ConfigError(
@@ -125,7 +127,11 @@ def tables(config: ConfigDict, workdir: pathlib.Path) -> dict[str, Any]:
     weights = {"pre-trained": config.checkpoint}
     if config.with_random and config.checkpoint != RANDOM:
         weights["random"] = RANDOM
-    entries = [entry_of_row(config, row, name, checkpoint) for row in rows for name, checkpoint in weights.items()]
+    entries = [
+        entry_of_row(config, row, name, checkpoint)
+        for row in rows
+        for name, checkpoint in weights.items()
+    ]
     outcomes = run_grid(entries, workdir)
     text = _markdown(rows, outcomes)
     (workdir / "tables.md").write_text(text)
@@ -155,7 +161,10 @@ def entry_of_row(config: ConfigDict, row: Row, name: str, checkpoint: str) -> En
         settings[key] = value.format(**sources) if isinstance(value, str) else value
     settings |= {f"data.{key}": data[key] for key in ("resize", "crop", "limit") if data[key]}
     settings |= {"seed": config.seed}
-    settings |= {f"runtime.{name}": config.runtime[name] for name in ("data_dir", "data_cache", "num_devices")}
+    settings |= {
+        f"runtime.{name}": config.runtime[name]
+        for name in ("data_dir", "data_cache", "num_devices")
+    }
     path = checkpoint if checkpoint == RANDOM else str(path_of(checkpoint))
     if checkpoint == RANDOM:
         settings["random.like"] = str(path_of(config.checkpoint))

@@ -46,7 +46,12 @@ def fig5(outcomes: Sequence[Outcome], workdir: pathlib.Path) -> list[pathlib.Pat
         law = scipy.stats.beta(alpha, beta)
         label = f"({alpha}, {beta}): mean {law.mean():.2f}, std {law.std():.2f}"
         axis.plot(x, law.pdf(x), label=label)
-    axis.set(xlabel="share of the first image, before clipping", ylabel="density", ylim=(0, 5), title="Beta(α, β)")
+    axis.set(
+        xlabel="share of the first image, before clipping",
+        ylabel="density",
+        ylim=(0, 5),
+        title="Beta(α, β)",
+    )
     axis.legend(fontsize=7)
     paths = save(figure, workdir, "fig5_densities")
     return paths + _bars(outcomes, workdir, "fig5", lambda factors: factors[1])
@@ -57,7 +62,9 @@ def claim(outcomes: Sequence[Outcome], workdir: pathlib.Path) -> list[pathlib.Pa
     return _bars(outcomes, workdir, "claim", lambda factors: factors[1])
 
 
-def _bars(outcomes: Sequence[Outcome], workdir: pathlib.Path, name: str, label: Any) -> list[pathlib.Path]:
+def _bars(
+    outcomes: Sequence[Outcome], workdir: pathlib.Path, name: str, label: Any
+) -> list[pathlib.Path]:
     """Draw one panel per method and metric.
 
     A bar per row with its standard deviation over seeds; seeds are points.
@@ -81,9 +88,19 @@ def _bar_panel(axis: Any, rows: dict[str, Summary]) -> None:
     for position, (title, summary) in enumerate(rows.items()):
         colour = GREY if title == PLAIN or title.startswith(CONTROL) else COLOURS[0]
         axis.bar(position, summary.mean, yerr=summary.std, color=colour, alpha=0.7, capsize=3)
-        axis.plot([position] * len(summary.by_seed), list(summary.by_seed.values()), ".", color="black", markersize=4)
+        axis.plot(
+            [position] * len(summary.by_seed),
+            list(summary.by_seed.values()),
+            ".",
+            color="black",
+            markersize=4,
+        )
         axis.annotate(
-            f"{summary.mean:.1f}", (position, summary.mean + summary.std), ha="center", va="bottom", fontsize=7
+            f"{summary.mean:.1f}",
+            (position, summary.mean + summary.std),
+            ha="center",
+            va="bottom",
+            fontsize=7,
         )
     axis.set_xticks(range(len(rows)), list(rows), rotation=40, ha="right", fontsize=8)
     points = [value for summary in rows.values() for value in summary.by_seed.values()]
@@ -103,7 +120,11 @@ def fig3(outcomes: Sequence[Outcome], workdir: pathlib.Path) -> list[pathlib.Pat
         ("linear probe", ".", "linear_accuracy", "epochs of pre-training"),
         ("SGD probe of the last checkpoint", "probe", "top1", "epochs of the probe"),
     ]
-    drawn = [panel for panel in panels if any(_curve(outcome.folder / panel[1], panel[2]) for outcome in outcomes)]
+    drawn = [
+        panel
+        for panel in panels
+        if any(_curve(outcome.folder / panel[1], panel[2]) for outcome in outcomes)
+    ]
     if not drawn:
         return []
     figure = Figure(figsize=(4.4 * len(drawn), 3.4))
@@ -119,10 +140,16 @@ def fig3(outcomes: Sequence[Outcome], workdir: pathlib.Path) -> list[pathlib.Pat
         for (method, scheme), curves in groups.items():
             epochs = sorted(set.intersection(*[set(curve) for curve in curves]))
             values = np.array([[curve[epoch] for epoch in epochs] for curve in curves])
-            style = {"color": COLOURS[methods.index(method)], "linestyle": "--" if scheme == PLAIN else "-"}
+            style = {
+                "color": COLOURS[methods.index(method)],
+                "linestyle": "--" if scheme == PLAIN else "-",
+            }
             axis.plot(epochs, values.mean(0), label=f"{method}, {scheme}", marker=".", **style)
             if len(curves) > 1:
-                low, high = values.mean(0) - values.std(0, ddof=1), values.mean(0) + values.std(0, ddof=1)
+                low, high = (
+                    values.mean(0) - values.std(0, ddof=1),
+                    values.mean(0) + values.std(0, ddof=1),
+                )
                 axis.fill_between(epochs, low, high, color=style["color"], alpha=0.15)
         axis.set(title=title, xlabel=xlabel, ylabel="accuracy in %")
         axis.legend(fontsize=7)
@@ -152,7 +179,9 @@ def fig4(outcomes: Sequence[Outcome], workdir: pathlib.Path) -> list[pathlib.Pat
                 place = STRENGTHS.index(epsilon), STRENGTHS.index(eta)
                 grid[place] = summary.mean
                 note = "" if (epsilon, eta) in ((1, 1), (3, 3)) else "\n(the run of 1, 1)"
-                axis.annotate(summary.text() + note, place[::-1], ha="center", va="center", fontsize=8)
+                axis.annotate(
+                    summary.text() + note, place[::-1], ha="center", va="center", fontsize=8
+                )
         axis.imshow(grid, cmap="Blues", alpha=0.6)
         axis.set_xticks(range(len(STRENGTHS)), [f"η = {eta}" for eta in STRENGTHS])
         axis.set_yticks(range(len(STRENGTHS)), [f"ε = {epsilon}" for epsilon in STRENGTHS])

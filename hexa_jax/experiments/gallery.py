@@ -41,7 +41,9 @@ def draw_gallery(run_folder: pathlib.Path, workdir: pathlib.Path) -> list[pathli
     return [*_gallery(run, whole, workdir, name), *_projection(whole, workdir, f"{name}_space")]
 
 
-def _gallery(run: LoadedRun, shown: ViewPreview, workdir: pathlib.Path, name: str) -> list[pathlib.Path]:
+def _gallery(
+    run: LoadedRun, shown: ViewPreview, workdir: pathlib.Path, name: str
+) -> list[pathlib.Path]:
     views = {view: np.clip(crops[0][:, 0], 0, 1) for view, crops in shown.images.items()}
     clean, adversarial = views["clean"], views["adversarial"]
     delta, radius = perturbation(clean, adversarial)
@@ -82,10 +84,14 @@ def _gallery(run: LoadedRun, shown: ViewPreview, workdir: pathlib.Path, name: st
             else:
                 axis.imshow(picture, interpolation="nearest")
         axis_row[5].set_xlabel(f"λ = {shown.lam['cutmix'][row, 0]:.2f}", fontsize=8)
-        axis_row[len(titles) + MEMBERS].set_ylabel("changed" if changed[row] else "kept", fontsize=8)
+        axis_row[len(titles) + MEMBERS].set_ylabel(
+            "changed" if changed[row] else "kept", fontsize=8
+        )
     for axis, title in zip(axes[0], titles, strict=False):
         axis.set_title(title, fontsize=8)
-    axes[0, len(titles)].set_title("nearest pseudo-label\nbefore the attack", fontsize=8, loc="left")
+    axes[0, len(titles)].set_title(
+        "nearest pseudo-label\nbefore the attack", fontsize=8, loc="left"
+    )
     axes[0, len(titles) + MEMBERS].set_title("after the attack", fontsize=8, loc="left")
     figure.suptitle(
         f"{run.config.method}: the attack changes the nearest pseudo-label of {100 * changed.mean():.0f} % of {len(changed)} images"
@@ -115,10 +121,15 @@ def _pseudo_labels(
         members = lambda label, _: [_thumbnail(run.source, shown.index[label])]  # noqa: E731
     else:
         labels = np.asarray(
-            run.state.method.prototypes[0] if method == "deepcluster" else run.state.params["method"]["prototypes"]
+            run.state.method.prototypes[0]
+            if method == "deepcluster"
+            else run.state.params["method"]["prototypes"]
         )
         if method == "deepcluster":
-            clusters, examples = np.asarray(run.state.method.assignments[0]), np.arange(len(run.source))
+            clusters, examples = (
+                np.asarray(run.state.method.assignments[0]),
+                np.arange(len(run.source)),
+            )
         else:
             clusters, examples = np.argmax(clean @ labels.T, axis=1), shown.index
 
@@ -138,7 +149,11 @@ def _thumbnail(source: Source, index: int) -> np.ndarray:
 
 def _projection(shown: ViewPreview, workdir: pathlib.Path, name: str) -> list[pathlib.Path]:
     """Draw Fig. 1(b): embeddings of all views on the first two principal axes of the clean ones."""
-    views = {view: np.asarray(z[:, 0], np.float64) for view, z in shown.outputs.items() if view in shown.images}
+    views = {
+        view: np.asarray(z[:, 0], np.float64)
+        for view, z in shown.outputs.items()
+        if view in shown.images
+    }
     axes = PCA(2).fit(views["clean"])
     flat = {view: axes.transform(z) for view, z in views.items()}
     number_of = {int(row): position for position, row in enumerate(shown.row)}
@@ -148,9 +163,13 @@ def _projection(shown: ViewPreview, workdir: pathlib.Path, name: str) -> list[pa
     colours = matplotlib.colormaps["tab10"].colors  # type: ignore[attr-defined]
     for row in range(min(DRAWN, len(flat["clean"]))):
         colour, start = colours[row % 10], flat["clean"][row]
-        axis.annotate("", flat["adversarial"][row], start, arrowprops={"arrowstyle": "-", "color": colour})
+        axis.annotate(
+            "", flat["adversarial"][row], start, arrowprops={"arrowstyle": "-", "color": colour}
+        )
         partner = flat["clean"][number_of[int(shown.partner[row])]]
-        axis.plot(*np.stack([start, flat["cutmix"][row], partner]).T, ":", color=colour, linewidth=0.8)
+        axis.plot(
+            *np.stack([start, flat["cutmix"][row], partner]).T, ":", color=colour, linewidth=0.8
+        )
         axis.plot(*start, "o", color=colour)
         axis.plot(*flat["adversarial"][row], "^", color=colour)
         axis.plot(*flat["cutmix"][row], "s", color=colour)
@@ -166,5 +185,9 @@ def _projection(shown: ViewPreview, workdir: pathlib.Path, name: str) -> list[pa
         fontsize=8,
     )
     share = 100 * axes.explained_variance_ratio_.sum()
-    axis.set(title=f"embeddings, two principal axes ({share:.0f} % of the variance)", xticks=[], yticks=[])
+    axis.set(
+        title=f"embeddings, two principal axes ({share:.0f} % of the variance)",
+        xticks=[],
+        yticks=[],
+    )
     return save(figure, workdir, name)

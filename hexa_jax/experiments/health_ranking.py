@@ -84,7 +84,9 @@ def table(rankings: Sequence[Ranking], target: str) -> str:
     lines = [f"| measure | Spearman with {target} | p | runs |", "|---|---|---|---|"]
     for ranking in rankings:
         same = math.isnan(ranking.correlation)
-        numbers = "equal values | -" if same else f"{ranking.correlation:+.2f} | {ranking.p_value:.2g}"
+        numbers = (
+            "equal values | -" if same else f"{ranking.correlation:+.2f} | {ranking.p_value:.2g}"
+        )
         lines.append(f"| {ranking.name} | {numbers} | {ranking.runs} |")
     return "\n".join(lines) + "\n"
 
@@ -115,7 +117,9 @@ def main(argv: list[str]) -> int:
     try:
         known = parser.parse_args(argv)
         if known.measure and known.output is None:
-            raise WorkdirError("--measure takes long: give --output=FILE.md, where it keeps what it finds")
+            raise WorkdirError(
+                "--measure takes long: give --output=FILE.md, where it keeps what it finds"
+            )
         text = _table_of(known.workdirs, known.target, known.images, known.measure, known.output)
         if known.output:
             known.output.write_text(text)
@@ -138,7 +142,9 @@ def _table_of(
     output: pathlib.Path | None,
 ) -> str:
     """The table; runs without the target are left out and named."""
-    store = Finished(output.with_suffix(".json"), {"images": images}) if measure and output else None
+    store = (
+        Finished(output.with_suffix(".json"), {"images": images}) if measure and output else None
+    )
     measures, accuracies = [], []
     for workdir in workdirs:
         record = read_record(workdir)
@@ -154,7 +160,9 @@ def _table_of(
         measures.append(own)
         accuracies.append(record.results[target])
     if len(measures) < FEWEST:
-        raise WorkdirError(f"{len(measures)} runs with health and {target}: at least {FEWEST} are needed")
+        raise WorkdirError(
+            f"{len(measures)} runs with health and {target}: at least {FEWEST} are needed"
+        )
     return table(rank(measures, accuracies), target)
 
 

@@ -37,7 +37,11 @@ class Comparison:
     @property
     def standard_error(self) -> float:
         """Of the mean; nan for fewer than two pairs, whose spread is unknown."""
-        return statistics.stdev(self.differences) / math.sqrt(self.pairs) if self.pairs > 1 else math.nan
+        return (
+            statistics.stdev(self.differences) / math.sqrt(self.pairs)
+            if self.pairs > 1
+            else math.nan
+        )
 
     @property
     def p(self) -> float:
@@ -74,7 +78,9 @@ class Comparison:
 
 def compare(treated: Mapping[int, float], control: Mapping[int, float]) -> Comparison:
     """Pair two runs' values by seed; seeds that only one has are left out."""
-    return Comparison(tuple(treated[seed] - control[seed] for seed in sorted(treated.keys() & control.keys())))
+    return Comparison(
+        tuple(treated[seed] - control[seed] for seed in sorted(treated.keys() & control.keys()))
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,7 +141,12 @@ def verdict(
     """
     low, high = equal_epochs.interval(adjusted.alpha)
     significant = adjusted.p < alpha
-    helps = significant and low > 0 and equal_epochs.mean >= GAIN and equal_passes.interval(alpha)[0] > 0
+    helps = (
+        significant
+        and low > 0
+        and equal_epochs.mean >= GAIN
+        and equal_passes.interval(alpha)[0] > 0
+    )
     parts = []
     if helps:
         parts.append("helps")
@@ -143,7 +154,10 @@ def verdict(
         parts.append("hurts")
     else:
         half = equal_epochs.half_width(adjusted.alpha)
-        parts.append("not shown" + (f" (half-width {half:.1f})" if math.isfinite(half) else " (too few pairs)"))
+        parts.append(
+            "not shown"
+            + (f" (half-width {half:.1f})" if math.isfinite(half) else " (too few pairs)")
+        )
     if equal_compute.interval(alpha)[0] > 0:
         parts.append("worth its cost")
     if noise is not None and not noise.interval(alpha)[0] > 0:

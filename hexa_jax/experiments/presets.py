@@ -56,7 +56,9 @@ def _six_crops(large: int, small: int) -> dict[str, object]:
 def _recipes(prefix: str, *methods: str) -> dict[str, str]:
     """Return the config file of each method, whose names begin with `prefix`."""
     files = {"moco": "moco_v2", "deepcluster": "deepcluster_v2", "pcl": "pcl_v2"}
-    return {method: f"{prefix}{files.get(method, method)}.py:epochs={{epochs}}" for method in methods}
+    return {
+        method: f"{prefix}{files.get(method, method)}.py:epochs={{epochs}}" for method in methods
+    }
 
 
 _IMAGENETTE = Preset(
@@ -72,11 +74,23 @@ _IMAGENETTE = Preset(
     six_crops=_six_crops(96, 64),
 )
 
-_TINY = ("moco", "deepcluster", "simclr", "swav", "rotation", "byol", "simsiam", "pcl", "supervised")
+_TINY = (
+    "moco",
+    "deepcluster",
+    "simclr",
+    "swav",
+    "rotation",
+    "byol",
+    "simsiam",
+    "pcl",
+    "supervised",
+)
 
 PRESETS = {
     "imagenet": Preset(
-        configs=_recipes("", *("moco", "simclr", "rotation", "byol", "simsiam", "pcl", "supervised"))
+        configs=_recipes(
+            "", *("moco", "simclr", "rotation", "byol", "simsiam", "pcl", "supervised")
+        )
         | {
             # The paper does not give the batch of its 6-crop runs; 5 epochs leave no room for the
             # warm-up of B = 4096.
@@ -95,7 +109,17 @@ PRESETS = {
     "imagenette": _IMAGENETTE,
     "cifar10": dataclasses.replace(
         _IMAGENETTE,
-        configs=_recipes("cifar10_", "moco", "deepcluster", "simclr", "swav", "rotation", "byol", "pcl", "supervised"),
+        configs=_recipes(
+            "cifar10_",
+            "moco",
+            "deepcluster",
+            "simclr",
+            "swav",
+            "rotation",
+            "byol",
+            "pcl",
+            "supervised",
+        ),
         fig1=50,
         probe_settings={"data.crop": 32, "data.resize": 32, "data.min_scale": 0.2},
         six_crops=_six_crops(32, 16),
@@ -116,7 +140,9 @@ PRESETS = {
 }
 
 
-def _stages(preset: str, method: str, epochs: int, probe: int, settings: dict[str, object]) -> tuple[Stage, ...]:
+def _stages(
+    preset: str, method: str, epochs: int, probe: int, settings: dict[str, object]
+) -> tuple[Stage, ...]:
     sizes = PRESETS[preset]
     # MoCo is compared with a plain control at HEXA_MoCo's key momentum.
     shared: dict[str, object] = {"moco.momentum": 0.99} if method == "moco" else {}
@@ -134,7 +160,9 @@ def fig1(preset: str, methods: Sequence[str], seeds: Sequence[int]) -> list[Entr
     entries = []
     for method, seed in itertools.product(methods, seeds[:1]):
         stages = _stages(preset, method, epochs, 0, {"scheme": "std+adv+cmx", "seed": seed})
-        entries.append(Entry({"method": method, "seed": seed}, Cell(f"{method}-seed{seed}", stages)))
+        entries.append(
+            Entry({"method": method, "seed": seed}, Cell(f"{method}-seed{seed}", stages))
+        )
     return entries
 
 
@@ -144,7 +172,9 @@ def fig2(preset: str, methods: Sequence[str], seeds: Sequence[int]) -> list[Entr
     for method, scheme, seed in itertools.product(methods, SCHEMES, seeds):
         epochs = sizes.fig2.get(method, sizes.fig2["moco"])
         crops = sizes.six_crops if method == "deepcluster" and preset == "imagenet" else {}
-        stages = _stages(preset, method, epochs, sizes.probe[0], {**crops, "scheme": scheme, "seed": seed})
+        stages = _stages(
+            preset, method, epochs, sizes.probe[0], {**crops, "scheme": scheme, "seed": seed}
+        )
         factors = {"method": method, "scheme": scheme, "seed": seed}
         entries.append(Entry(factors, Cell(f"{method}-{scheme}-seed{seed}", stages)))
     return entries
@@ -179,7 +209,11 @@ def fig4(preset: str, methods: Sequence[str], seeds: Sequence[int]) -> list[Entr
         name = PLAIN
         if epsilon is not None and eta is not None:
             moved = min(epsilon, eta)
-            settings |= {"scheme": HEXA, "views.epsilon": float(moved), "views.step_size": float(moved)}
+            settings |= {
+                "scheme": HEXA,
+                "views.epsilon": float(moved),
+                "views.step_size": float(moved),
+            }
             name = f"moves{moved}"
         stages = _stages(preset, method, sizes.fig4, sizes.probe[2], settings)
         factors = {"method": method, "epsilon": epsilon or "-", "eta": eta or "-", "seed": seed}
@@ -195,10 +229,18 @@ def fig5(preset: str, methods: Sequence[str], seeds: Sequence[int]) -> list[Entr
         settings = {**crops, "scheme": PLAIN, "seed": seed}
         name = PLAIN
         if beta is not None:
-            settings |= {"scheme": "std+cmx", "views.cutmix.alpha": float(beta[0]), "views.cutmix.beta": float(beta[1])}
+            settings |= {
+                "scheme": "std+cmx",
+                "views.cutmix.alpha": float(beta[0]),
+                "views.cutmix.beta": float(beta[1]),
+            }
             name = f"beta{beta[0]}-{beta[1]}"
         stages = _stages(preset, method, sizes.fig5, sizes.probe[0], settings)
-        factors = {"method": method, "beta": "plain" if beta is None else f"Beta({beta[0]}, {beta[1]})", "seed": seed}
+        factors = {
+            "method": method,
+            "beta": "plain" if beta is None else f"Beta({beta[0]}, {beta[1]})",
+            "seed": seed,
+        }
         entries.append(Entry(factors, Cell(f"{method}-{name}-seed{seed}", stages)))
     return entries
 
@@ -222,7 +264,10 @@ def claim(preset: str, methods: Sequence[str], seeds: Sequence[int]) -> list[Ent
             stages = _stages(preset, method, PRESETS[preset].claim, 0, whole)
             name = arm.replace(", key momentum ", "-")
             entries.append(
-                Entry({"method": method, "run": arm, "seed": seed}, Cell(f"{method}-{name}-seed{seed}", stages))
+                Entry(
+                    {"method": method, "run": arm, "seed": seed},
+                    Cell(f"{method}-{name}-seed{seed}", stages),
+                )
             )
     return entries
 

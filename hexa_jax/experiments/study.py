@@ -144,7 +144,9 @@ class Trial:
 # ---- Parts ---------------------------------------------------------------------------------------
 
 
-def _attack(name: str, level: float, own: Settings = MappingProxyType({}), *, start: int = 0, ramp: int = 0) -> Arm:
+def _attack(
+    name: str, level: float, own: Settings = MappingProxyType({}), *, start: int = 0, ramp: int = 0
+) -> Arm:
     """An attack of `level` grey levels; `own` are settings that its noise does not share."""
     size = {"views.epsilon": level, "views.step_size": level}
 
@@ -188,7 +190,9 @@ PARTS: dict[str, tuple[Base, ...]] = {
         for dose, settings in _DOSES.items()
     ),
     "clusters": tuple(Base(method, method, {}, (CUTMIX,)) for method in ("deepcluster", "swav")),
-    "small_data": tuple(Base(method, method, {}, (CUTMIX, MIXUP)) for method in ("moco", "deepcluster")),
+    "small_data": tuple(
+        Base(method, method, {}, (CUTMIX, MIXUP)) for method in ("moco", "deepcluster")
+    ),
     "schedule": (Base("moco", "moco", {}, _SCHEDULES),),
     "largest": tuple(
         Base(method, method, {}, (CUTMIX, MIXUP, _attack("adv1-from1", 1.0, start=1)))
@@ -235,7 +239,12 @@ PRESETS = {
     ),
     "tiny": Preset(
         config="tiny.py:method={method},scheme=std,epochs={epochs}",
-        settings={"knn.every_epochs": 0, "knn.pixels": False, "views.average": True, "eval_statistics": "reestimated"},
+        settings={
+            "knn.every_epochs": 0,
+            "knn.pixels": False,
+            "views.average": True,
+            "eval_statistics": "reestimated",
+        },
         by_method={"moco": {}, "deepcluster": {}, "swav": {}},
         data=("shapes:train", "shapes:test"),
         sizes=dict.fromkeys(PARTS, Size(images=64, epochs=2)),
@@ -323,14 +332,26 @@ class Study:
             noise = self._run(base, _noise_label(arm.noise), arm.noise, epochs)
         run = self._run(base, arm.name, arm.settings, epochs)
         runs = [plain, extra, equal, *filter(None, [noise]), run]
-        return Trial(name, run.name, plain.name, extra.name, equal.name, noise.name if noise else None), runs
+        return Trial(
+            name, run.name, plain.name, extra.name, equal.name, noise.name if noise else None
+        ), runs
 
     def _run(self, base: Base, label: str, settings: Settings, epochs: int) -> Run:
         preset = PRESETS[self.preset]
         recipe = {"moco": "moco_v2", "deepcluster": "deepcluster_v2"}.get(base.method, base.method)
         source, eval_source = self.data or preset.data
-        data = {"data.source": source, "data.eval_source": eval_source, "data.limit": preset.sizes[self.part].images}
-        whole = {**preset.settings, **preset.by_method[base.method], **data, **base.settings, **settings}
+        data = {
+            "data.source": source,
+            "data.eval_source": eval_source,
+            "data.limit": preset.sizes[self.part].images,
+        }
+        whole = {
+            **preset.settings,
+            **preset.by_method[base.method],
+            **data,
+            **base.settings,
+            **settings,
+        }
         config = preset.config.format(method=base.method, recipe=recipe, epochs=epochs)
         return Run(label, whole, config, f"{base.name}-{label}")
 
@@ -342,7 +363,9 @@ class Study:
             for run in runs.values()
         ]
 
-    def declaration(self, stage: str, runs: Mapping[str, Run], trials: Sequence[Trial], commit: str) -> dict[str, Any]:
+    def declaration(
+        self, stage: str, runs: Mapping[str, Run], trials: Sequence[Trial], commit: str
+    ) -> dict[str, Any]:
         """What is settled before the first run of a stage, as JSON has it."""
         return {
             "part": self.part,
@@ -352,7 +375,10 @@ class Study:
             "seeds": list(self.seeds(stage)),
             "commit": commit,
             "arms": {trial.name: dataclasses.asdict(trial) for trial in trials},
-            "runs": {name: {"config": run.config, "settings": _plain(run.settings)} for name, run in runs.items()},
+            "runs": {
+                name: {"config": run.config, "settings": _plain(run.settings)}
+                for name, run in runs.items()
+            },
         }
 
 
@@ -372,4 +398,6 @@ def _noise_label(settings: Settings) -> str:
 
 def _plain(settings: Settings) -> dict[str, Any]:
     """Settings as they come back from JSON."""
-    return {name: list(value) if isinstance(value, tuple) else value for name, value in settings.items()}
+    return {
+        name: list(value) if isinstance(value, tuple) else value for name, value in settings.items()
+    }

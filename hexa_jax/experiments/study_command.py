@@ -70,13 +70,20 @@ def main(argv: list[str]) -> int:
         workdir = pathlib.Path(words.workdir).expanduser().absolute()
         study = Study(words.part, words.preset, _data(words.data))
         if words.stage == "confirm" and words.arms is None:
-            raise GridError("--stage=confirm needs --arms, the screened arms to confirm: they are one family of tests")
-        return _run(study, words.stage, None if words.arms is None else words.arms.split(","), workdir)
+            raise GridError(
+                "--stage=confirm needs --arms, the screened arms to confirm: they are one family of tests"
+            )
+        return _run(
+            study, words.stage, None if words.arms is None else words.arms.split(","), workdir
+        )
     except (GridError, DataError, RemoteError) as error:
         print(f"hexa_jax.experiments: {error}", file=sys.stderr)
         return 2
     except OSError as error:
-        print(f"hexa_jax.experiments: {error.filename or 'output'}: {error.strerror or error}", file=sys.stderr)
+        print(
+            f"hexa_jax.experiments: {error.filename or 'output'}: {error.strerror or error}",
+            file=sys.stderr,
+        )
         return 2
 
 
@@ -85,7 +92,9 @@ def _data(text: str | None) -> tuple[str, str] | None:
         return None
     sources = text.split(",")
     if len(sources) != 2 or not all(sources):
-        raise GridError(f"--data={text!r} must be two sources: --data=arrays:TRAIN.npz,arrays:TEST.npz")
+        raise GridError(
+            f"--data={text!r} must be two sources: --data=arrays:TRAIN.npz,arrays:TEST.npz"
+        )
     return sources[0], sources[1]
 
 
@@ -100,7 +109,9 @@ def _run(study: Study, stage: str, chosen: list[str] | None, workdir: pathlib.Pa
     else:
         for other, before in declared.items():
             same = {key: declaration[key] for key in ("part", "preset", "data")}
-            _check_same(same, {key: before[key] for key in same}, f"{workdir / 'study.json'}, {other}")
+            _check_same(
+                same, {key: before[key] for key in same}, f"{workdir / 'study.json'}, {other}"
+            )
         _check_data(study)
         workdir.mkdir(parents=True, exist_ok=True)
         write_json(workdir / "study.json", {**declared, stage: declaration})
@@ -150,7 +161,9 @@ def commit() -> str:
     try:
         last, changes = git("log", "-1", "--format=%h"), git("diff", "HEAD")
         # Which changes they are, so that a run does not go on with others.
-        return (last + (f"+{hashlib.sha256(changes.encode()).hexdigest()[:7]}" if changes else "")) or "unknown"
+        return (
+            last + (f"+{hashlib.sha256(changes.encode()).hexdigest()[:7]}" if changes else "")
+        ) or "unknown"
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
 
@@ -162,7 +175,11 @@ def _check_same(now: Mapping[str, Any], before: Mapping[str, Any], where: str) -
             continue
         if key == "arms" and now[key].keys() != before.get(key, {}).keys():
             arms = (", ".join(sorted(names)) for names in (before.get(key, {}), now[key]))
-            raise GridError("{} declares the arms {}, now they are {}: use another --workdir".format(where, *arms))
+            raise GridError(
+                "{} declares the arms {}, now they are {}: use another --workdir".format(
+                    where, *arms
+                )
+            )
         if isinstance(now.get(key), dict) and isinstance(before.get(key), dict):
             _check_same(now[key], before[key], f"{where}: {key}")
         raise GridError(
@@ -175,7 +192,9 @@ def _short(value: Any) -> str:
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
-def _check_screened(declaration: Mapping[str, Any], screen: Mapping[str, Any] | None, workdir: pathlib.Path) -> None:
+def _check_screened(
+    declaration: Mapping[str, Any], screen: Mapping[str, Any] | None, workdir: pathlib.Path
+) -> None:
     """Check that an arm to confirm was screened to its end with these settings in this folder.
 
     Raises:
@@ -205,7 +224,9 @@ def _check_data(study: Study) -> None:
     preset, images = PRESETS[study.preset], PRESETS[study.preset].sizes[study.part].images
     train, test = study.data or preset.data
     if len(make_source(train)) < images:
-        raise GridError(f"{train} has {len(make_source(train))} images, {study.part} needs {images}")
+        raise GridError(
+            f"{train} has {len(make_source(train))} images, {study.part} needs {images}"
+        )
     make_source(test)
 
 

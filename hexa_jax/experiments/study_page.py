@@ -34,7 +34,9 @@ class Row(NamedTuple):
     secondary: Comparison
 
 
-def by_seed(declaration: Declaration, results: Results, run: str, metric: str = METRIC) -> dict[int, float]:
+def by_seed(
+    declaration: Declaration, results: Results, run: str, metric: str = METRIC
+) -> dict[int, float]:
     """A run's finished seeds."""
     cells = {seed: results.get(f"{run}-seed{seed}", {}) for seed in declaration["seeds"]}
     return {seed: values[metric] for seed, values in cells.items() if metric in values}
@@ -51,7 +53,11 @@ def rows(declaration: Declaration, results: Results) -> list[Row]:
             name,
             trial["arm"],
             trial["plain"],
-            {key: difference(trial["arm"], trial[field]) for key, field in CONTROLS.items() if trial[field]},
+            {
+                key: difference(trial["arm"], trial[field])
+                for key, field in CONTROLS.items()
+                if trial[field]
+            },
             difference(trial["arm"], trial["plain"], SECONDARY),
         )
         for name, trial in declaration["arms"].items()
@@ -81,18 +87,37 @@ def page(declaration: Declaration, results: Results, stage: str, screened: int) 
     family = holm([row.primary["EE"].p for row in table])
     titles = ["arm", "seeds", "kNN plain", "kNN arm", *CONTROLS, "linear EE"]
     titles += ["p (Holm)", "EE, adjusted interval", "verdict"] if judged else []
-    lines = [f"# {declaration['part']}: {stage}", "", _summary(declaration, results, stage, screened), ""]
+    lines = [
+        f"# {declaration['part']}: {stage}",
+        "",
+        _summary(declaration, results, stage, screened),
+        "",
+    ]
     lines += ["| " + " | ".join(titles) + " |", "|" + "---|" * len(titles)]
     for row, adjusted in zip(table, family, strict=True):
         ee = row.primary["EE"]
-        cells = [row.name, str(ee.pairs), *(_mean(declaration, results, run) for run in (row.plain, row.arm))]
+        cells = [
+            row.name,
+            str(ee.pairs),
+            *(_mean(declaration, results, run) for run in (row.plain, row.arm)),
+        ]
         cells += [row.primary[key].text() if key in row.primary else "" for key in CONTROLS]
         cells.append(row.secondary.text())
         if judged:
-            words = verdict(ee, adjusted, row.primary["EP"], row.primary["EC"], row.primary.get("RN"))
+            words = verdict(
+                ee, adjusted, row.primary["EP"], row.primary["EC"], row.primary.get("RN")
+            )
             cells += [f"{adjusted.p:.3f}", ee.text(adjusted.alpha), words]
         lines.append("| " + " | ".join(cells) + " |")
-    lines += ["", LEGEND, "", "## Controls beside plain", "", "| control | seeds | minus plain |", "|---|---|---|"]
+    lines += [
+        "",
+        LEGEND,
+        "",
+        "## Controls beside plain",
+        "",
+        "| control | seeds | minus plain |",
+        "|---|---|---|",
+    ]
     for control, difference in _controls(declaration, results):
         lines.append(f"| {control} | {difference.pairs} | {difference.text()} |")
     return "\n".join(lines) + "\n"
@@ -102,15 +127,16 @@ def _summary(declaration: Declaration, results: Results, stage: str, screened: i
     finished = sum(len(by_seed(declaration, results, run)) for run in declaration["runs"])
     total = len(declaration["runs"]) * len(declaration["seeds"])
     seeds = ", ".join(map(str, declaration["seeds"]))
-    words = (
-        f"{finished} of {total} cells; seeds {seeds}; commit {declaration['commit']}; data {declaration['data'][0]}. "
-    )
+    words = f"{finished} of {total} cells; seeds {seeds}; commit {declaration['commit']}; data {declaration['data'][0]}. "
     if stage == "screen":
         return (
             words
             + f"{len(declaration['arms'])} arms tried. Screening chooses what to confirm; it shows nothing by itself."
         )
-    return words + f"{len(declaration['arms'])} of {screened} screened arms, which are the family of Holm's adjustment."
+    return (
+        words
+        + f"{len(declaration['arms'])} of {screened} screened arms, which are the family of Holm's adjustment."
+    )
 
 
 def _mean(declaration: Declaration, results: Results, run: str) -> str:
@@ -130,7 +156,9 @@ def _controls(declaration: Declaration, results: Results) -> Iterator[tuple[str,
                 yield run, compare(*pair)
 
 
-def draw(declaration: Declaration, results: Results, stage: str, workdir: pathlib.Path) -> list[pathlib.Path]:
+def draw(
+    declaration: Declaration, results: Results, stage: str, workdir: pathlib.Path
+) -> list[pathlib.Path]:
     """Write STAGE.png and .svg: each arm's differences from each control; seeds as dots."""
     table = rows(declaration, results)
     figure = Figure(figsize=(7.5, 1.6 + 0.75 * len(table)))
@@ -142,15 +170,36 @@ def draw(declaration: Declaration, results: Results, stage: str, workdir: pathli
             height, color = position + 0.2 * (number - 1.5), COLOURS[list(CONTROLS).index(key)]
             half = difference.half_width()
             spread = None if math.isinf(half) else [[half], [half]]
-            label = key if position == 0 or all(key not in above.primary for above in table[:position]) else None
-            axis.errorbar(
-                difference.mean, height, xerr=spread, fmt="o", color=color, capsize=3, markersize=4, label=label
+            label = (
+                key
+                if position == 0 or all(key not in above.primary for above in table[:position])
+                else None
             )
-            axis.plot(difference.differences, [height] * difference.pairs, ".", color=color, alpha=0.4, markersize=3)
+            axis.errorbar(
+                difference.mean,
+                height,
+                xerr=spread,
+                fmt="o",
+                color=color,
+                capsize=3,
+                markersize=4,
+                label=label,
+            )
+            axis.plot(
+                difference.differences,
+                [height] * difference.pairs,
+                ".",
+                color=color,
+                alpha=0.4,
+                markersize=3,
+            )
     axis.axvline(0, color="black", linewidth=0.8)
     axis.set_yticks(range(len(table)), [row.name for row in table], fontsize=8)
     axis.invert_yaxis()
-    axis.set(xlabel="kNN accuracy of the arm minus its control, in points", title=f"{declaration['part']}: {stage}")
+    axis.set(
+        xlabel="kNN accuracy of the arm minus its control, in points",
+        title=f"{declaration['part']}: {stage}",
+    )
     if axis.get_legend_handles_labels()[0]:
         axis.legend(fontsize=7)
     return save(figure, workdir, stage)

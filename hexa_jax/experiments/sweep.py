@@ -20,7 +20,16 @@ from hexa_jax.storage.gcs import is_remote
 ROOT = pathlib.Path(__file__).resolve().parents[2]  # where this package is
 # Settings `runtime.*` that pre-training and evaluations share.
 SHARED_RUNTIME = frozenset(
-    ("num_devices", "workers", "threads", "prefetch", "data_dir", "data_cache", "log_every", "writer")
+    (
+        "num_devices",
+        "workers",
+        "threads",
+        "prefetch",
+        "data_dir",
+        "data_cache",
+        "log_every",
+        "writer",
+    )
 )
 
 
@@ -48,7 +57,9 @@ class Stage:
         words += [f"--config.{name}={value}" for name, value in self.settings.items()]
         if self.checkpoint is not None:
             given = self.checkpoint == "random" or is_remote(self.checkpoint)
-            words.append(f"--config.checkpoint={self.checkpoint if given else cell / self.checkpoint}")
+            words.append(
+                f"--config.checkpoint={self.checkpoint if given else cell / self.checkpoint}"
+            )
         return [sys.executable, "-m", "hexa_jax.main", *words, *extra]
 
 
@@ -121,7 +132,9 @@ def run_grid(
     outcomes = []
     for entry in entries:
         folder = workdir / "cells" / entry.cell.name
-        outcomes.append(Outcome(entry, folder, _values(folder, entry.cell), failures.get(entry.cell.name, "")))
+        outcomes.append(
+            Outcome(entry, folder, _values(folder, entry.cell), failures.get(entry.cell.name, ""))
+        )
     return outcomes
 
 
@@ -148,7 +161,11 @@ def _run(workdir: pathlib.Path, cell: Cell, extra: Sequence[str]) -> str:
 
 def _for_evaluations(extra: Sequence[str]) -> list[str]:
     """Those of the words for pre-training that say how to run, and that evaluations know, too."""
-    return [word for word in extra if word.partition("=")[0].removeprefix("--config.runtime.") in SHARED_RUNTIME]
+    return [
+        word
+        for word in extra
+        if word.partition("=")[0].removeprefix("--config.runtime.") in SHARED_RUNTIME
+    ]
 
 
 def _environment() -> dict[str, str]:
@@ -164,7 +181,10 @@ def _environment() -> dict[str, str]:
 
 
 def _finished(workdir: pathlib.Path, cell: Cell) -> bool:
-    return all((workdir / "cells" / cell.name / stage.folder / "result.json").exists() for stage in cell.stages)
+    return all(
+        (workdir / "cells" / cell.name / stage.folder / "result.json").exists()
+        for stage in cell.stages
+    )
 
 
 def _values(folder: pathlib.Path, cell: Cell) -> dict[str, float]:

@@ -48,7 +48,9 @@ def summarise(outcomes: Sequence[Outcome], metric: str) -> dict[tuple, Summary]:
             by_seed[outcome.entry.factors[SEED]] = outcome.values[metric]
     return {
         factors: Summary(
-            statistics.mean(by_seed.values()), statistics.stdev(by_seed.values()) if len(by_seed) > 1 else 0.0, by_seed
+            statistics.mean(by_seed.values()),
+            statistics.stdev(by_seed.values()) if len(by_seed) > 1 else 0.0,
+            by_seed,
         )
         for factors, by_seed in values.items()
     }
@@ -56,7 +58,11 @@ def summarise(outcomes: Sequence[Outcome], metric: str) -> dict[tuple, Summary]:
 
 def difference(summary: Summary, baseline: Summary) -> str:
     """Return the mean paired difference over common seeds, with a 95 % interval from two on."""
-    pairs = [summary.by_seed[seed] - baseline.by_seed[seed] for seed in summary.by_seed if seed in baseline.by_seed]
+    pairs = [
+        summary.by_seed[seed] - baseline.by_seed[seed]
+        for seed in summary.by_seed
+        if seed in baseline.by_seed
+    ]
     if not pairs:
         return "-"
     mean = statistics.mean(pairs)
@@ -90,7 +96,11 @@ def markdown(outcomes: Sequence[Outcome], baseline_of: dict[tuple, tuple] | None
     metrics = [name for name in METRICS if any(name in outcome.values for outcome in outcomes)]
     summaries = {name: summarise(outcomes, name) for name in metrics}
     columns = [name for name in outcomes[0].entry.factors if name != SEED]
-    compared = [name for name in metrics[:3] if not name.startswith(("random", "pixels"))] if baseline_of else []
+    compared = (
+        [name for name in metrics[:3] if not name.startswith(("random", "pixels"))]
+        if baseline_of
+        else []
+    )
     titles = [
         *columns,
         "runs",
@@ -99,14 +109,35 @@ def markdown(outcomes: Sequence[Outcome], baseline_of: dict[tuple, tuple] | None
     ]
     lines = ["| " + " | ".join(titles) + " |", "|" + "---|" * len(titles)]
     for factors in dict.fromkeys(map(factors_of, outcomes)):
-        runs = max((len(summaries[name][factors].by_seed) for name in metrics if factors in summaries[name]), default=0)
+        runs = max(
+            (
+                len(summaries[name][factors].by_seed)
+                for name in metrics
+                if factors in summaries[name]
+            ),
+            default=0,
+        )
         cells = [str(value) for value in factors] + [str(runs)]
-        cells += [summaries[name][factors].text() if factors in summaries[name] else "-" for name in metrics]
+        cells += [
+            summaries[name][factors].text() if factors in summaries[name] else "-"
+            for name in metrics
+        ]
         for name in compared:
-            summary, baseline = summaries[name].get(factors), summaries[name].get((baseline_of or {})[factors])
-            cells.append(difference(summary, baseline) if summary and baseline and summary is not baseline else "")
+            summary, baseline = (
+                summaries[name].get(factors),
+                summaries[name].get((baseline_of or {})[factors]),
+            )
+            cells.append(
+                difference(summary, baseline)
+                if summary and baseline and summary is not baseline
+                else ""
+            )
         lines.append("| " + " | ".join(cells) + " |")
     failed = [outcome for outcome in outcomes if outcome.failure]
     if failed:
-        lines += ["", "Failed:", *[f"* {outcome.entry.cell.name}: {outcome.failure}" for outcome in failed]]
+        lines += [
+            "",
+            "Failed:",
+            *[f"* {outcome.entry.cell.name}: {outcome.failure}" for outcome in failed],
+        ]
     return "\n".join(lines) + "\n"

@@ -1,1 +1,1 @@
-"""Look at a collection of images: embeddings, neighbors, clusters, duplicates, and a page that shows them."""
+"""Look at a collection of images: embeddings, neighbors, clusters, duplicates, page."""

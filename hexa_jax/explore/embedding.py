@@ -1,4 +1,4 @@
-"""Embed a collection of images: one feature vector per readable image, pixels never all in memory."""
+"""Embed a collection: one feature vector per readable image, read as a stream."""
 
 import dataclasses
 import itertools
@@ -74,7 +74,9 @@ def embed(
     forward = jax.jit(backbone.features, in_shardings=(whole, rows), out_shardings=whole)
     variables = jax.device_put(backbone.variables, whole)
     resize, crop = size
-    reader = ImageReader(source, resize, crop, summarize=summarize, threads=threads, ahead=2 * batch_size)
+    reader = ImageReader(
+        source, resize, crop, summarize=summarize, threads=threads, ahead=2 * batch_size
+    )
     # Filled from the start; pages of images that turn out to be unreadable are never touched.
     values = np.empty((len(source), backbone.feature_dim), np.float32)
     indices = np.empty(len(source), np.int64)
@@ -94,7 +96,9 @@ def embed(
         values[part] = np.asarray(forward(variables, pixels), np.float32)[: len(batch)]
         done += len(batch)
         if not np.isfinite(values[part]).all():
-            raise WeightsError("the weights give features that are not finite: did the run diverge?")
+            raise WeightsError(
+                "the weights give features that are not finite: did the run diverge?"
+            )
         if time.monotonic() - said > PROGRESS_SECONDS:
             said = time.monotonic()
             speed, left = clock.read(done)
@@ -103,4 +107,6 @@ def embed(
         last = reader.unreadable[-1]
         raise DataError(f"none of {len(source)} images can be read; the last is {last}")
     names = [source.name(int(index)) for index in indices[:done]]
-    return Embedded(indices[:done], names, labels[:done], values[:done], summaries, reader.unreadable)
+    return Embedded(
+        indices[:done], names, labels[:done], values[:done], summaries, reader.unreadable
+    )

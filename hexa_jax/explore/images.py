@@ -1,4 +1,4 @@
-"""Read the images of a source once, in order and ahead of the device, without those that cannot be read."""
+"""Read the readable images of a source once, in order, ahead of the device."""
 
 import collections
 import concurrent.futures

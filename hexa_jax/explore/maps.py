@@ -23,8 +23,12 @@ def import_umap() -> Any:
         from umap import UMAP
     # umap also imports torch and TensorFlow where it finds them, and fails in many ways with them.
     except Exception as error:
-        reason = "" if isinstance(error, ModuleNotFoundError) else f" ({type(error).__name__}: {error})"
-        raise ConfigError(f"--map=umap needs umap-learn: pip install umap-learn, or use --map=tsne{reason}") from None
+        reason = (
+            "" if isinstance(error, ModuleNotFoundError) else f" ({type(error).__name__}: {error})"
+        )
+        raise ConfigError(
+            f"--map=umap needs umap-learn: pip install umap-learn, or use --map=tsne{reason}"
+        ) from None
     return UMAP
 
 

@@ -1,4 +1,4 @@
-"""One HTML file that shows a collection: data as JSON, thumbnails as data URIs, nothing from outside."""
+"""One self-contained HTML file that shows a collection, thumbnails inside."""
 
 import importlib.resources
 import json
@@ -61,7 +61,8 @@ def page_data(
         "labels": classes,
         "folders": folders,
         "maps": [
-            {"title": name, "x": _whole(points[:, 0]), "y": _whole(points[:, 1])} for name, points in maps.items()
+            {"title": name, "x": _whole(points[:, 0]), "y": _whole(points[:, 1])}
+            for name, points in maps.items()
         ],
         "precision": PRECISION,
         "clusters": clusters.labels.tolist(),

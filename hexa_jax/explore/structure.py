@@ -58,7 +58,9 @@ def find_neighbors(values: np.ndarray, count: int, mesh: Mesh | None = None) -> 
     """
     count = min(count, len(values) - 1)
     if count < 1:
-        return Neighbors(np.zeros((len(values), 0), np.int32), np.zeros((len(values), 0), np.float32))
+        return Neighbors(
+            np.zeros((len(values), 0), np.int32), np.zeros((len(values), 0), np.float32)
+        )
     similarity, rows = nearest(values, values, count, own=np.arange(len(values)), mesh=mesh)
     return Neighbors(rows.astype(np.int32), similarity)
 

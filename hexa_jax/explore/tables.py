@@ -42,7 +42,9 @@ def check_table(path: pathlib.Path) -> None:
         try:
             import pyarrow.parquet  # noqa: F401
         except ImportError:
-            raise DataError(f"--output={path} needs pyarrow: pip install pyarrow, or write .csv or .npz") from None
+            raise DataError(
+                f"--output={path} needs pyarrow: pip install pyarrow, or write .csv or .npz"
+            ) from None
 
 
 def write_table(

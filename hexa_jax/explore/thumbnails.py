@@ -46,6 +46,8 @@ def make_atlases(thumbnails: Sequence[np.ndarray]) -> tuple[list[str], int]:
         for number, cell in enumerate(cells):
             top, left = number // columns * side, number % columns * side
             atlas[top : top + side, left : left + side] = cell
-        encoded = cv2.imencode(".webp", cv2.cvtColor(atlas, cv2.COLOR_RGB2BGR), [cv2.IMWRITE_WEBP_QUALITY, QUALITY])[1]
+        encoded = cv2.imencode(
+            ".webp", cv2.cvtColor(atlas, cv2.COLOR_RGB2BGR), [cv2.IMWRITE_WEBP_QUALITY, QUALITY]
+        )[1]
         atlases.append("data:image/webp;base64," + base64.b64encode(encoded.tobytes()).decode())
     return atlases, columns

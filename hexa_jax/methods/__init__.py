@@ -22,7 +22,9 @@ def register(name: str, method: type[Method]) -> type[Method]:
         ValueError: another method has the name.
     """
     if METHODS.get(name, method) is not method:
-        raise ValueError(f"{method.__name__} and {METHODS[name].__name__} have the same name {name!r}")
+        raise ValueError(
+            f"{method.__name__} and {METHODS[name].__name__} have the same name {name!r}"
+        )
     METHODS[name] = method
     return method
 

@@ -99,14 +99,20 @@ class Bank(NamedTuple):
             return result._replace(assignments=result.assignments.reshape(index.shape))
 
         out_specs = Clustering(P(), SPLIT, P())
-        sharded = jax.shard_map(local, in_specs=(SPLIT, SPLIT, P()), out_specs=out_specs, check_vma=False)
+        sharded = jax.shard_map(
+            local, in_specs=(SPLIT, SPLIT, P()), out_specs=out_specs, check_vma=False
+        )
         return sharded(x, self.index, first_centroids(key, x, self.index, num_clusters))
 
     def distances(self, crop: int, clusters: Clustering) -> tuple[jax.Array, jax.Array]:
         """Return each cluster's sum of distances to its centroid, and its size; each [K]."""
 
-        def local(x: jax.Array, centroids: jax.Array, labels: jax.Array) -> tuple[jax.Array, jax.Array]:
-            return distances_by_cluster(x.reshape(-1, x.shape[-1]), centroids, labels.reshape(-1), axis_name="data")
+        def local(
+            x: jax.Array, centroids: jax.Array, labels: jax.Array
+        ) -> tuple[jax.Array, jax.Array]:
+            return distances_by_cluster(
+                x.reshape(-1, x.shape[-1]), centroids, labels.reshape(-1), axis_name="data"
+            )
 
         sharded = jax.shard_map(local, in_specs=(SPLIT, P(), SPLIT), out_specs=P(), check_vma=False)
         return sharded(self.rows[:, :, crop], clusters.centroids, clusters.assignments)
@@ -162,7 +168,9 @@ def describe_clusters(
     """
     empty, moved = 0, 0
     for old, new, clusters in zip(was, now, num_clusters, strict=True):
-        members = jnp.zeros(clusters, jnp.int32).at[jnp.where(new < 0, clusters, new)].add(1, mode="drop")
+        members = (
+            jnp.zeros(clusters, jnp.int32).at[jnp.where(new < 0, clusters, new)].add(1, mode="drop")
+        )
         empty += jnp.sum(members == 0)
         moved += _moved(old, new, clusters)
     both = jnp.sum((was >= 0) & (now >= 0))

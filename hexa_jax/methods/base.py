@@ -112,7 +112,9 @@ class Method:
         """
         return crops
 
-    def make_predictor(self, embedding_dim: int, dtype: Any, auxiliary_norm: bool) -> nn.Module | None:
+    def make_predictor(
+        self, embedding_dim: int, dtype: Any, auxiliary_norm: bool
+    ) -> nn.Module | None:
         """Return a module behind the projection head of the online network only, or None.
 
         It maps (z [R, D], mode: NormMode) to [R, D].
@@ -136,7 +138,9 @@ class Method:
         """PartitionSpecs: a tree prefix of the state."""
         return P()
 
-    def targets(self, encode: Encode, params: Any, state: Any, batch: Batch, keys: jax.Array) -> Targets:
+    def targets(
+        self, encode: Encode, params: Any, state: Any, batch: Batch, keys: jax.Array
+    ) -> Targets:
         """Pseudo-labels of the whole step, from whole arrays, before its outputs are known.
 
         Args:
@@ -156,7 +160,13 @@ class Method:
         raise NotImplementedError
 
     def mixed_loss(
-        self, params: dict, outputs: jax.Array, y: Any, y_partner: Any, lam: jax.Array, dictionary: Any
+        self,
+        params: dict,
+        outputs: jax.Array,
+        y: Any,
+        y_partner: Any,
+        lam: jax.Array,
+        dictionary: Any,
     ) -> jax.Array:
         """Return losses [N, V] of mixed images (equation 9).
 
@@ -184,7 +194,13 @@ class Method:
         return params
 
     def update(
-        self, state: Any, params: Any, batch: Batch, outputs: jax.Array, targets: Targets | None, step: jax.Array
+        self,
+        state: Any,
+        params: Any,
+        batch: Batch,
+        outputs: jax.Array,
+        targets: Targets | None,
+        step: jax.Array,
     ) -> Any:
         """The state after a step.
 
@@ -218,11 +234,15 @@ class LabelsFromOutputs(Method):
     It defines `targets_from_outputs`.
     """
 
-    def targets(self, encode: Encode, params: Any, state: Any, batch: Batch, keys: jax.Array) -> Targets:
+    def targets(
+        self, encode: Encode, params: Any, state: Any, batch: Batch, keys: jax.Array
+    ) -> Targets:
         """Nothing yet."""
         return Targets(y=(), dictionary=(), known=jnp.ones(batch.valid.shape, bool))
 
-    def targets_from_outputs(self, params: dict, state: Any, batch: Batch, outputs: jax.Array) -> Targets:
+    def targets_from_outputs(
+        self, params: dict, state: Any, batch: Batch, outputs: jax.Array
+    ) -> Targets:
         """Pseudo-labels of the whole step from its clean outputs [M, n, V, D].
 
         Runs on one device's rows; what needs all rows communicates over the mesh axis "data".

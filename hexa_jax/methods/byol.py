@@ -61,7 +61,9 @@ class BYOL(LabelsBeforeStep):
     def init(self, key: jax.Array, params: Any, spec: Spec) -> Any:
         return () if self.simsiam else jax.tree.map(jnp.copy, _without_predictor(params))
 
-    def targets(self, encode: Encode, params: Any, state: Any, batch: Batch, keys: jax.Array) -> Targets:
+    def targets(
+        self, encode: Encode, params: Any, state: Any, batch: Batch, keys: jax.Array
+    ) -> Targets:
         projections = encode.crops(params["network"] if self.simsiam else state)  # [M, n, 2, D]
         known = jnp.ones(projections.shape[:2], bool)
         return Targets(y=projections[:, :, ::-1], dictionary=(), known=known)
@@ -77,7 +79,9 @@ class BYOL(LabelsBeforeStep):
         distance = 1 - jnp.sum(outputs * y, axis=-1)
         return distance if self.simsiam else 2 * distance
 
-    def own_crop_labels(self, y: jax.Array, dictionary: Any, outputs: jax.Array) -> tuple[jax.Array, Any]:
+    def own_crop_labels(
+        self, y: jax.Array, dictionary: Any, outputs: jax.Array
+    ) -> tuple[jax.Array, Any]:
         """The target network's projections of the same crops: a predictor's output is no label."""
         return y[:, ::-1], dictionary
 

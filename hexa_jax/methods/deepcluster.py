@@ -97,11 +97,15 @@ class DeepCluster(LabelsBeforeStep):
     def state_spec(self, spec: Spec) -> Any:
         return DeepClusterState(P(), P(), P(), Bank.partition())
 
-    def targets(self, encode: Encode, params: Any, state: DeepClusterState, batch: Batch, keys: jax.Array) -> Targets:
+    def targets(
+        self, encode: Encode, params: Any, state: DeepClusterState, batch: Batch, keys: jax.Array
+    ) -> Targets:
         labels = jnp.moveaxis(state.assignments[:, batch.index], 0, -1)  # [M, n, H]
         return Targets(y=labels, dictionary=state.prototypes, known=labels[..., 0] >= 0)
 
-    def loss(self, params: dict, outputs: jax.Array, y: jax.Array, dictionary: jax.Array) -> jax.Array:
+    def loss(
+        self, params: dict, outputs: jax.Array, y: jax.Array, dictionary: jax.Array
+    ) -> jax.Array:
         def one_head(prototypes: jax.Array, labels: jax.Array) -> jax.Array:
             score = lambda z: prototype_cross_entropy(z, prototypes, labels, self.temperature)  # noqa: E731
             return jax.vmap(score, in_axes=1, out_axes=1)(outputs)  # [N, V]
@@ -135,9 +139,13 @@ class DeepCluster(LabelsBeforeStep):
             prototypes.append(found.centroids)
             objectives.append(found.objective)
         return state._replace(
-            assignments=jnp.stack(assignments), prototypes=jnp.stack(prototypes), objective=jnp.stack(objectives)
+            assignments=jnp.stack(assignments),
+            prototypes=jnp.stack(prototypes),
+            objective=jnp.stack(objectives),
         )
 
     def describe(self, before: DeepClusterState, after: DeepClusterState) -> dict[str, jax.Array]:
         num_clusters = [self.num_clusters] * self.num_heads
-        return describe_clusters(before.assignments, after.assignments, num_clusters, after.objective)
+        return describe_clusters(
+            before.assignments, after.assignments, num_clusters, after.objective
+        )

@@ -48,7 +48,7 @@ def check_queue(block: str, queue_size: int, spec: Spec) -> None:
 
 
 def queue_warnings(block: str, queue_size: int, spec: Spec) -> list[str]:
-    """Return a line, naming the method's block, if the negatives are older keys of the very same images."""
+    """Return a line if the negatives are older keys of the very same images."""
     images = spec.num_examples
     if queue_size <= images:
         return []
@@ -87,24 +87,38 @@ class MoCo(LabelsBeforeStep):
         queue = queue / jnp.linalg.norm(queue, axis=1, keepdims=True)
         return MoCoState(jax.tree.map(jnp.copy, params["network"]), queue, jnp.zeros([], jnp.int32))
 
-    def targets(self, encode: Encode, params: Any, state: MoCoState, batch: Batch, keys: jax.Array) -> Targets:
+    def targets(
+        self, encode: Encode, params: Any, state: MoCoState, batch: Batch, keys: jax.Array
+    ) -> Targets:
         encoded = encode.key_crops(state.key_params)  # [M, n, 1, D], rows in shuffled order
         shape = encoded.shape[:2]
         assert batch.key_row is not None
         # Only embeddings travel back to their rows; the images were shuffled by the input
         # (shuffle-BN).
-        positives = encoded.reshape(-1, encoded.shape[-1])[batch.key_row.reshape(-1)].reshape(*shape, -1)
+        positives = encoded.reshape(-1, encoded.shape[-1])[batch.key_row.reshape(-1)].reshape(
+            *shape, -1
+        )
         return Targets(y=positives, dictionary=state.queue, known=jnp.ones(shape, bool))
 
-    def loss(self, params: dict, outputs: jax.Array, y: jax.Array, dictionary: jax.Array) -> jax.Array:
+    def loss(
+        self, params: dict, outputs: jax.Array, y: jax.Array, dictionary: jax.Array
+    ) -> jax.Array:
         score = lambda query: info_nce(query, y, dictionary, self.temperature)  # noqa: E731
         return jax.vmap(score, in_axes=1, out_axes=1)(outputs)
 
-    def own_crop_labels(self, y: jax.Array, dictionary: jax.Array, outputs: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def own_crop_labels(
+        self, y: jax.Array, dictionary: jax.Array, outputs: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
         return jax.lax.stop_gradient(outputs[:, 0]), dictionary
 
     def update(
-        self, state: MoCoState, params: Any, batch: Batch, outputs: jax.Array, targets: Targets | None, step: jax.Array
+        self,
+        state: MoCoState,
+        params: Any,
+        batch: Batch,
+        outputs: jax.Array,
+        targets: Targets | None,
+        step: jax.Array,
     ) -> MoCoState:
         # Algorithm 1 moves the key encoder after the step; the reference moves it at the start of
         # the next, which is the same.

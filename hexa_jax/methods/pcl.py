@@ -120,7 +120,9 @@ class PCL(LabelsBeforeStep):
         if not 0 <= self.momentum <= 1:
             raise ValueError(f"pcl.momentum={self.momentum} must be from 0 to 1")
         if not self.num_clusters or min(self.num_clusters) < 1:
-            raise ValueError(f"pcl.num_clusters={tuple(self.num_clusters)} must be one or more positive numbers")
+            raise ValueError(
+                f"pcl.num_clusters={tuple(self.num_clusters)} must be one or more positive numbers"
+            )
         if self.warmup_epochs < 1:
             raise ValueError(
                 f"pcl.warmup_epochs={self.warmup_epochs} must be 1 or more: the first epoch fills the bank"
@@ -155,21 +157,29 @@ class PCL(LabelsBeforeStep):
     def state_spec(self, spec: Spec) -> Any:
         return PCLState(P(), P(), P(), P(), P(), Bank.partition(), P())
 
-    def targets(self, encode: Encode, params: Any, state: PCLState, batch: Batch, keys: jax.Array) -> Targets:
+    def targets(
+        self, encode: Encode, params: Any, state: PCLState, batch: Batch, keys: jax.Array
+    ) -> Targets:
         instances = self._moco.targets(encode, params, state.moco, batch, keys)
         clusters = jnp.moveaxis(state.assignments[:, batch.index], 0, -1)  # [M, n, H]
         dictionary = PCLDictionary(instances.dictionary, state.prototypes, state.concentration)
         return instances._replace(y=PCLLabels(instances.y, clusters), dictionary=dictionary)
 
-    def loss(self, params: dict, outputs: jax.Array, y: PCLLabels, dictionary: PCLDictionary) -> jax.Array:
+    def loss(
+        self, params: dict, outputs: jax.Array, y: PCLLabels, dictionary: PCLDictionary
+    ) -> jax.Array:
         instances = self._moco.loss(params, outputs, y.key, dictionary.queue)
 
-        def one_clustering(prototypes: jax.Array, concentration: jax.Array, labels: jax.Array) -> jax.Array:
+        def one_clustering(
+            prototypes: jax.Array, concentration: jax.Array, labels: jax.Array
+        ) -> jax.Array:
             scaled = prototypes / concentration[:, None]
             score = lambda z: prototype_cross_entropy(z, scaled, labels, 1.0)  # noqa: E731
             return jax.vmap(score, in_axes=1, out_axes=1)(outputs)  # [N, V]
 
-        clusterings = zip(dictionary.prototypes, dictionary.concentration, y.clusters.T, strict=True)
+        clusterings = zip(
+            dictionary.prototypes, dictionary.concentration, y.clusters.T, strict=True
+        )
         prototypical = [one_clustering(*clustering) for clustering in clusterings]
         return instances + sum(prototypical) / len(prototypical)
 
@@ -184,7 +194,13 @@ class PCL(LabelsBeforeStep):
         return y._replace(key=key), dictionary._replace(queue=queue)
 
     def update(
-        self, state: PCLState, params: Any, batch: Batch, outputs: jax.Array, targets: Targets | None, step: jax.Array
+        self,
+        state: PCLState,
+        params: Any,
+        batch: Batch,
+        outputs: jax.Array,
+        targets: Targets | None,
+        step: jax.Array,
     ) -> PCLState:
         """MoCo's update; the keys go into the bank, too."""
         assert targets is not None
@@ -201,13 +217,22 @@ class PCL(LabelsBeforeStep):
         def cluster() -> tuple[jax.Array, tuple[jax.Array, ...], tuple[jax.Array, ...], jax.Array]:
             assignments, prototypes, concentrations, objectives = [], [], [], []
             for number, num_clusters in enumerate(self.num_clusters):
-                found = state.bank.cluster(jax.random.fold_in(key, number), 0, num_clusters, self.iterations)
+                found = state.bank.cluster(
+                    jax.random.fold_in(key, number), 0, num_clusters, self.iterations
+                )
                 distances, counts = state.bank.distances(0, found)
-                assignments.append(state.bank.by_example(found.assignments, state.assignments.shape[1]))
+                assignments.append(
+                    state.bank.by_example(found.assignments, state.assignments.shape[1])
+                )
                 prototypes.append(found.centroids)
                 concentrations.append(concentration(distances, counts, self.temperature))
                 objectives.append(found.objective)
-            return jnp.stack(assignments), tuple(prototypes), tuple(concentrations), jnp.stack(objectives)
+            return (
+                jnp.stack(assignments),
+                tuple(prototypes),
+                tuple(concentrations),
+                jnp.stack(objectives),
+            )
 
         def keep() -> tuple[jax.Array, tuple[jax.Array, ...], tuple[jax.Array, ...], jax.Array]:
             return state.assignments, state.prototypes, state.concentration, state.objective
@@ -215,11 +240,16 @@ class PCL(LabelsBeforeStep):
         warm = state.step >= self.warmup_epochs * state.bank.index.shape[0]
         assignments, prototypes, concentrations, objective = jax.lax.cond(warm, cluster, keep)
         return state._replace(
-            assignments=assignments, prototypes=prototypes, concentration=concentrations, objective=objective
+            assignments=assignments,
+            prototypes=prototypes,
+            concentration=concentrations,
+            objective=objective,
         )
 
     def describe(self, before: PCLState, after: PCLState) -> dict[str, jax.Array]:
-        return describe_clusters(before.assignments, after.assignments, self.num_clusters, after.objective)
+        return describe_clusters(
+            before.assignments, after.assignments, self.num_clusters, after.objective
+        )
 
 
 def concentration(distances: jax.Array, counts: jax.Array, temperature: float) -> jax.Array:

@@ -58,12 +58,16 @@ class Rotation(LabelsBeforeStep):
         kernel = jax.random.uniform(key, (spec.embedding_dim, TURNS), minval=-bound, maxval=bound)
         return {"kernel": kernel, "bias": jnp.zeros(TURNS)}
 
-    def targets(self, encode: Encode, params: Any, state: Any, batch: Batch, keys: jax.Array) -> Targets:
+    def targets(
+        self, encode: Encode, params: Any, state: Any, batch: Batch, keys: jax.Array
+    ) -> Targets:
         order = jax.vmap(self._order)(keys)  # [M, n, 4]
         return Targets(y=order, dictionary=(), known=jnp.ones(order.shape[:2], bool))
 
     def loss(self, params: dict, outputs: jax.Array, y: jax.Array, dictionary: Any) -> jax.Array:
-        logits = jnp.matmul(outputs, params["kernel"], precision="highest") + params["bias"][None, None]
+        logits = (
+            jnp.matmul(outputs, params["kernel"], precision="highest") + params["bias"][None, None]
+        )
         # [N, V], the same order for every crop of an example
         labels = jnp.tile(y, (1, outputs.shape[1] // TURNS))
         return -jnp.take_along_axis(jax.nn.log_softmax(logits), labels[..., None], axis=-1)[..., 0]

@@ -45,7 +45,9 @@ class SimCLR(LabelsFromOutputs):
                 "data.crop_size; deepcluster and swav take more"
             )
 
-    def targets_from_outputs(self, params: dict, state: Any, batch: Batch, outputs: jax.Array) -> Targets:
+    def targets_from_outputs(
+        self, params: dict, state: Any, batch: Batch, outputs: jax.Array
+    ) -> Targets:
         # [M, n, ...] of each device -> [B, ...] of all
         def everywhere(leaf: jax.Array) -> jax.Array:
             whole = jax.lax.all_gather(leaf, "data", axis=1, tiled=True)
@@ -54,7 +56,9 @@ class SimCLR(LabelsFromOutputs):
         candidates = Candidates(everywhere(outputs), everywhere(batch.row))
         return Targets(y=batch.row, dictionary=candidates, known=jnp.ones(batch.row.shape, bool))
 
-    def loss(self, params: dict, outputs: jax.Array, y: jax.Array, dictionary: Candidates) -> jax.Array:
+    def loss(
+        self, params: dict, outputs: jax.Array, y: jax.Array, dictionary: Candidates
+    ) -> jax.Array:
         own = y[:, None] == dictionary.rows[None, :]  # [N, B]
         return self._losses(outputs, jnp.stack([own, own], axis=1), [own], dictionary)[0]
 
@@ -78,7 +82,11 @@ class SimCLR(LabelsFromOutputs):
         return lam * own_loss + (1 - lam) * partner_loss
 
     def _losses(
-        self, outputs: jax.Array, shown: jax.Array, positives: Sequence[jax.Array], dictionary: Candidates
+        self,
+        outputs: jax.Array,
+        shown: jax.Array,
+        positives: Sequence[jax.Array],
+        dictionary: Candidates,
     ) -> list[jax.Array]:
         """Losses [N, 2] of outputs [N, 2, D], one array for each choice of siblings to find.
 
@@ -92,17 +100,24 @@ class SimCLR(LabelsFromOutputs):
         by_crop = []
         for crop in (0, 1):
             scores = [
-                jnp.matmul(outputs[:, crop], dictionary.embeddings[:, side].T, precision="highest") / self.temperature
+                jnp.matmul(outputs[:, crop], dictionary.embeddings[:, side].T, precision="highest")
+                / self.temperature
                 for side in (crop, 1 - crop)
             ]
             same_side, siblings = jnp.where(shown[:, crop], -jnp.inf, scores[0]), scores[1]
             total = jax.nn.logsumexp(jnp.concatenate([siblings, same_side], axis=1), axis=1)
-            by_crop.append([total - jnp.sum(jnp.where(own, siblings, 0), axis=1) for own in positives])
+            by_crop.append(
+                [total - jnp.sum(jnp.where(own, siblings, 0), axis=1) for own in positives]
+            )
         return [jnp.stack(pair, axis=1) for pair in zip(*by_crop, strict=True)]
 
-    def own_crop_labels(self, y: jax.Array, dictionary: Candidates, outputs: jax.Array) -> tuple[jax.Array, Candidates]:
+    def own_crop_labels(
+        self, y: jax.Array, dictionary: Candidates, outputs: jax.Array
+    ) -> tuple[jax.Array, Candidates]:
         """Swap the two sides of the candidates.
 
         A crop then finds itself, and its sibling is no candidate.
         """
-        return y, dictionary._replace(embeddings=jax.lax.stop_gradient(dictionary.embeddings[:, ::-1]))
+        return y, dictionary._replace(
+            embeddings=jax.lax.stop_gradient(dictionary.embeddings[:, ::-1])
+        )

@@ -29,7 +29,9 @@ class Supervised(LabelsBeforeStep):
 
     def __post_init__(self) -> None:
         if not 0 <= self.label_smoothing < 1:
-            raise ValueError(f"supervised.label_smoothing={self.label_smoothing} must be at least 0 and below 1")
+            raise ValueError(
+                f"supervised.label_smoothing={self.label_smoothing} must be at least 0 and below 1"
+            )
 
     def check(self, spec: Spec) -> None:
         if spec.num_classes is None:
@@ -46,7 +48,9 @@ class Supervised(LabelsBeforeStep):
             for own, (name, shape) in zip(keys, shapes.items(), strict=True)
         }
 
-    def targets(self, encode: Encode, params: Any, state: Any, batch: Batch, keys: jax.Array) -> Targets:
+    def targets(
+        self, encode: Encode, params: Any, state: Any, batch: Batch, keys: jax.Array
+    ) -> Targets:
         return Targets(y=batch.label, dictionary=(), known=batch.label >= 0)
 
     def loss(self, params: dict, outputs: jax.Array, y: jax.Array, dictionary: Any) -> jax.Array:

@@ -64,9 +64,13 @@ class SwAV(LabelsFromOutputs):
 
     def check(self, spec: Spec) -> None:
         if self.assign_crops > spec.num_crops[0]:
-            raise ValueError(f"swav.assign_crops={self.assign_crops} is more than the {spec.num_crops[0]} large crops")
+            raise ValueError(
+                f"swav.assign_crops={self.assign_crops} is more than the {spec.num_crops[0]} large crops"
+            )
         if sum(spec.num_crops) < 2:
-            raise ValueError("swav predicts one crop's code from another: data.num_crops needs two crops or more")
+            raise ValueError(
+                "swav predicts one crop's code from another: data.num_crops needs two crops or more"
+            )
         if self.queue_length % spec.batch_size:
             below = self.queue_length // spec.batch_size * spec.batch_size
             raise ValueError(
@@ -76,7 +80,9 @@ class SwAV(LabelsFromOutputs):
 
     def init_params(self, key: jax.Array, spec: Spec) -> dict[str, jax.Array]:
         bound = 1 / math.sqrt(spec.embedding_dim)  # torch's nn.Linear
-        prototypes = jax.random.uniform(key, (self.num_prototypes, spec.embedding_dim), minval=-bound, maxval=bound)
+        prototypes = jax.random.uniform(
+            key, (self.num_prototypes, spec.embedding_dim), minval=-bound, maxval=bound
+        )
         return self.project({"prototypes": prototypes})
 
     def init(self, key: jax.Array, params: Any, spec: Spec) -> SwAVState | tuple:
@@ -85,12 +91,16 @@ class SwAV(LabelsFromOutputs):
         slots = self.queue_length // spec.batch_size
         # Counted from the step in which the queue starts to fill.
         step = jnp.asarray(-self.queue_start_epoch * spec.steps_per_epoch, jnp.int32)
-        return SwAVState(step, jnp.zeros((slots, spec.batch_size, self.assign_crops, spec.embedding_dim)))
+        return SwAVState(
+            step, jnp.zeros((slots, spec.batch_size, self.assign_crops, spec.embedding_dim))
+        )
 
     def state_spec(self, spec: Spec) -> Any:
         return SwAVState(P(), P(None, "data")) if self.queue_length else P()
 
-    def targets_from_outputs(self, params: dict, state: Any, batch: Batch, outputs: jax.Array) -> Targets:
+    def targets_from_outputs(
+        self, params: dict, state: Any, batch: Batch, outputs: jax.Array
+    ) -> Targets:
         outputs = jax.lax.stop_gradient(outputs[:, :, : self.assign_crops])
         prototypes = jax.lax.stop_gradient(params["prototypes"])
         shape = outputs.shape[:2]
@@ -121,7 +131,9 @@ class SwAV(LabelsFromOutputs):
         log_probability = jax.nn.log_softmax(scores / self.temperature, axis=-1)
         cross_entropy = -jnp.einsum("nak,nvk->nva", y, log_probability, precision="highest")
         others = ~jnp.eye(num_crops, assign, dtype=bool)
-        return jnp.sum(cross_entropy * others[None], axis=-1) * (num_crops / (assign * (num_crops - 1)))
+        return jnp.sum(cross_entropy * others[None], axis=-1) * (
+            num_crops / (assign * (num_crops - 1))
+        )
 
     def freeze(self, gradients: dict, step: jax.Array) -> dict:
         return jax.tree.map(lambda g: jnp.where(step < self.freeze_steps, 0, g), gradients)
@@ -132,7 +144,13 @@ class SwAV(LabelsFromOutputs):
         return {"prototypes": prototypes / jnp.linalg.norm(prototypes, axis=1, keepdims=True)}
 
     def update(
-        self, state: Any, params: Any, batch: Batch, outputs: jax.Array, targets: Targets | None, step: jax.Array
+        self,
+        state: Any,
+        params: Any,
+        batch: Batch,
+        outputs: jax.Array,
+        targets: Targets | None,
+        step: jax.Array,
     ) -> Any:
         """Enqueue the step's clean embeddings; rows keep their devices."""
         if not self.queue_length:

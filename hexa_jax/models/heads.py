@@ -17,7 +17,9 @@ torch_kernel = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 def torch_bias(fan_in: int):
     """Initialiser of a bias that follows torch's nn.Linear."""
     bound = 1 / math.sqrt(fan_in)
-    return lambda key, shape, dtype=jnp.float32: jax.random.uniform(key, shape, dtype, -bound, bound)
+    return lambda key, shape, dtype=jnp.float32: jax.random.uniform(
+        key, shape, dtype, -bound, bound
+    )
 
 
 class ProjectionHead(nn.Module):
@@ -58,7 +60,9 @@ class ProjectionHead(nn.Module):
                 name=f"linear{layer}",
             )(x)
             if self.output_norm if last else self.batch_norm:
-                norm = BatchNorm(self.dtype, self.auxiliary_norm, affine=not last, name=f"bn{layer}")
+                norm = BatchNorm(
+                    self.dtype, self.auxiliary_norm, affine=not last, name=f"bn{layer}"
+                )
                 x = norm(x, mode)
             if not last:
                 x = nn.relu(x)
@@ -88,7 +92,9 @@ class Network(nn.Module):
     normalize: bool = True
     predictor: nn.Module | None = None
 
-    def __call__(self, crops: Sequence[jax.Array], mode: NormMode, predict: bool = True) -> jax.Array:
+    def __call__(
+        self, crops: Sequence[jax.Array], mode: NormMode, predict: bool = True
+    ) -> jax.Array:
         """Return outputs [N, V, D] of crops.
 
         Crops are one array [N, V_r, H, W, 3] per resolution, in order; V is the sum of all V_r.

@@ -91,7 +91,10 @@ def fill_both_sets(variables: Mapping[str, Any], backbone: Mapping[str, Any]) ->
     def filled(own: Any, given: Any) -> Any:
         if not isinstance(own, Mapping):
             return jnp.asarray(given, own.dtype)
-        return {name: filled(node, given[name.removeprefix(f"{ADVERSARIAL}_")]) for name, node in own.items()}
+        return {
+            name: filled(node, given[name.removeprefix(f"{ADVERSARIAL}_")])
+            for name, node in own.items()
+        }
 
     result = {}
     for collection, own in variables.items():
@@ -149,7 +152,10 @@ class BatchNorm(nn.Module):
         scale, bias = chosen["scale"].astype(wide), chosen["bias"].astype(wide)
         if pool is not None:
             sign = jnp.where(scale < 0, -1, 1).astype(wide)
-            x, scale = x * sign.astype(x.dtype).reshape((1,) * (x.ndim - 1) + (channels,)), scale * sign
+            x, scale = (
+                x * sign.astype(x.dtype).reshape((1,) * (x.ndim - 1) + (channels,)),
+                scale * sign,
+            )
         if mode.groups is None:
             mean = chosen["mean"].astype(wide)
             if pool is not None:
@@ -157,7 +163,9 @@ class BatchNorm(nn.Module):
             factor = scale * jax.lax.rsqrt(chosen["var"].astype(wide) + EPSILON)
             shift = bias - mean * factor
             shape = (1,) * (x.ndim - 1) + (channels,)
-            return (x.astype(wide) * factor.reshape(shape) + shift.reshape(shape)).astype(self.dtype)
+            return (x.astype(wide) * factor.reshape(shape) + shift.reshape(shape)).astype(
+                self.dtype
+            )
 
         # Per example first, then per group: XLA's CPU back end is several times slower over [G, n,
         # C] when G is small, and accelerators are indifferent.
@@ -181,14 +189,18 @@ class BatchNorm(nn.Module):
         if pool is not None:
             x = pool(x)
             values = x.reshape(x.shape[0], -1, channels).astype(wide)
-        y = values * _per_example(factor, x.shape[0]) + _per_example(bias[None] - mean * factor, x.shape[0])
+        y = values * _per_example(factor, x.shape[0]) + _per_example(
+            bias[None] - mean * factor, x.shape[0]
+        )
         return y.astype(self.dtype).reshape(x.shape)
 
 
 def _per_example(value: jax.Array, num: int) -> jax.Array:
     """[G, C] -> [num, 1, C]: each example gets its group's value."""
     groups, channels = value.shape
-    return jnp.broadcast_to(value[:, None], (groups, num // groups, channels)).reshape(num, 1, channels)
+    return jnp.broadcast_to(value[:, None], (groups, num // groups, channels)).reshape(
+        num, 1, channels
+    )
 
 
 def blend(running: dict, moments: dict) -> dict:
@@ -210,4 +222,8 @@ def blend(running: dict, moments: dict) -> dict:
 
 def average_moments(running: dict, moments: dict) -> dict:
     """One pass's sown moments as a tree like the running statistics; the mean over resolutions."""
-    return jax.tree.map(lambda value, sown: (jnp.mean(jnp.stack(sown), axis=0)).astype(value.dtype), running, moments)
+    return jax.tree.map(
+        lambda value, sown: (jnp.mean(jnp.stack(sown), axis=0)).astype(value.dtype),
+        running,
+        moments,
+    )

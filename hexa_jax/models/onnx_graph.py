@@ -50,7 +50,9 @@ def to_onnx(
     x = graph.conv(x, "conv1", stride=1 if architecture.stem == "cifar" else 2)
     x = graph.relu(graph.batch_norm(x, "bn1"))
     if architecture.stem == "imagenet":
-        x = graph.add("MaxPool", [x], "maxpool", kernel_shape=(3, 3), strides=(2, 2), pads=(1, 1, 1, 1))
+        x = graph.add(
+            "MaxPool", [x], "maxpool", kernel_shape=(3, 3), strides=(2, 2), pads=(1, 1, 1, 1)
+        )
     for stage, blocks in enumerate(STAGES[architecture.depth], start=1):
         for block in range(blocks):
             stride = 2 if stage > 1 and block == 0 else 1
@@ -73,11 +75,15 @@ class _Graph:
         self.constants: dict[str, Any] = {}
 
     def add(self, operator: str, inputs: list[str], output: str, **attributes: Any) -> str:
-        self.nodes.append(self.onnx.helper.make_node(operator, inputs, [output], name=output, **attributes))
+        self.nodes.append(
+            self.onnx.helper.make_node(operator, inputs, [output], name=output, **attributes)
+        )
         return output
 
     def constant(self, name: str, value: Any) -> str:
-        self.constants[name] = self.onnx.numpy_helper.from_array(np.asarray(value, np.float32), name)
+        self.constants[name] = self.onnx.numpy_helper.from_array(
+            np.asarray(value, np.float32), name
+        )
         return name
 
     def weight(self, name: str) -> str:
@@ -87,10 +93,20 @@ class _Graph:
         size = self.arrays[f"{name}.weight"].shape[-1]
         pads = (size // 2,) * 4
         weight = self.weight(f"{name}.weight")
-        return self.add("Conv", [x, weight], name, kernel_shape=(size, size), strides=(stride, stride), pads=pads)
+        return self.add(
+            "Conv",
+            [x, weight],
+            name,
+            kernel_shape=(size, size),
+            strides=(stride, stride),
+            pads=pads,
+        )
 
     def batch_norm(self, x: str, name: str) -> str:
-        weights = [self.weight(f"{name}.{leaf}") for leaf in ("weight", "bias", "running_mean", "running_var")]
+        weights = [
+            self.weight(f"{name}.{leaf}")
+            for leaf in ("weight", "bias", "running_mean", "running_var")
+        ]
         return self.add("BatchNormalization", [x, *weights], name, epsilon=EPSILON)
 
     def relu(self, x: str) -> str:
@@ -104,18 +120,27 @@ class _Graph:
             y = self.batch_norm(self.conv(y, f"{name}.conv{i}", own), f"{name}.bn{i}")
             y = self.relu(y) if i < len(strides) else y
         if f"{name}.downsample.0.weight" in self.arrays:
-            x = self.batch_norm(self.conv(x, f"{name}.downsample.0", stride), f"{name}.downsample.1")
+            x = self.batch_norm(
+                self.conv(x, f"{name}.downsample.0", stride), f"{name}.downsample.1"
+            )
         return self.relu(self.add("Add", [x, y], f"{name}.sum"))
 
     def model(self, dtype: str, features: str, channels: int, about: dict[str, Any]) -> Any:
         helper, kinds = self.onnx.helper, self.onnx.TensorProto
         images = helper.make_tensor_value_info(
-            "images", getattr(kinds, {"float32": "FLOAT"}.get(dtype, "UINT8")), ["batch", "height", "width", 3]
+            "images",
+            getattr(kinds, {"float32": "FLOAT"}.get(dtype, "UINT8")),
+            ["batch", "height", "width", 3],
         )
         output = helper.make_tensor_value_info(features, kinds.FLOAT, ["batch", channels])
-        graph = helper.make_graph(self.nodes, "backbone", [images], [output], list(self.constants.values()))
+        graph = helper.make_graph(
+            self.nodes, "backbone", [images], [output], list(self.constants.values())
+        )
         model = helper.make_model(
-            graph, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=IR_VERSION, producer_name="hexa_jax"
+            graph,
+            opset_imports=[helper.make_opsetid("", OPSET)],
+            ir_version=IR_VERSION,
+            producer_name="hexa_jax",
         )
         helper.set_model_props(model, {name: json.dumps(value) for name, value in about.items()})
         return model

@@ -43,7 +43,11 @@ def _forward(x: jax.Array) -> tuple[jax.Array, Saved]:
 
 
 def _backward(saved: Saved, dy: jax.Array) -> tuple[jax.Array]:
-    branches = {"cpu": _gradient_by_place, "tpu": _gradient_by_scattering, "default": _gradient_by_known_place}
+    branches = {
+        "cpu": _gradient_by_place,
+        "tpu": _gradient_by_scattering,
+        "default": _gradient_by_known_place,
+    }
     return (jax.lax.platform_dependent(*saved, dy, **branches),)
 
 
@@ -66,7 +70,9 @@ def _maxima_and_places(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     return y, places
 
 
-def _gradient_by_scattering(x: jax.Array, y: jax.Array, places: jax.Array, dy: jax.Array) -> jax.Array:
+def _gradient_by_scattering(
+    x: jax.Array, y: jax.Array, places: jax.Array, dy: jax.Array
+) -> jax.Array:
     del y, places
     return jax.vjp(max_pool.fun, x)[1](dy)[0]
 
@@ -80,14 +86,18 @@ def _gradient_by_place(x: jax.Array, y: jax.Array, places: jax.Array, dy: jax.Ar
     return _from_places(jax.lax.optimization_barrier(found), dy, x.shape)
 
 
-def _gradient_by_known_place(x: jax.Array, y: jax.Array, places: jax.Array, dy: jax.Array) -> jax.Array:
+def _gradient_by_known_place(
+    x: jax.Array, y: jax.Array, places: jax.Array, dy: jax.Array
+) -> jax.Array:
     del y
     return _from_places(places, dy, x.shape)
 
 
 def _windows(x: jax.Array) -> list[jax.Array]:
     """Return the nine places of all windows, row by row: [N, ceil(H / 2), ceil(W / 2), C] each."""
-    padded = jnp.pad(x, ((0, 0), (PADDING, PADDING), (PADDING, PADDING), (0, 0)), constant_values=-jnp.inf)
+    padded = jnp.pad(
+        x, ((0, 0), (PADDING, PADDING), (PADDING, PADDING), (0, 0)), constant_values=-jnp.inf
+    )
     ends = [STRIDE * (-(-side // STRIDE) - 1) + 1 for side in x.shape[1:3]]
     return [padded[:, i : i + ends[0] : STRIDE, j : j + ends[1] : STRIDE] for i, j in PLACES]
 
@@ -104,9 +114,17 @@ def _from_places(places: jax.Array, dy: jax.Array, shape: tuple[int, ...]) -> ja
     # Even rows are the first of one window and the last of the window above, odd ones in the
     # middle; columns, too.
     kinds = ((0, 2), (1,))
-    parts = [sum(at(i, j) for i, j in itertools.product(rows, columns)) for rows in kinds for columns in kinds]
+    parts = [
+        sum(at(i, j) for i, j in itertools.product(rows, columns))
+        for rows in kinds
+        for columns in kinds
+    ]
     num, pairs_down, pairs_across, channels = parts[0].shape
-    dx = jnp.stack(parts, axis=3).reshape(num, pairs_down, pairs_across, 2, 2, channels).transpose(0, 1, 3, 2, 4, 5)
+    dx = (
+        jnp.stack(parts, axis=3)
+        .reshape(num, pairs_down, pairs_across, 2, 2, channels)
+        .transpose(0, 1, 3, 2, 4, 5)
+    )
     dx = dx.reshape(num, 2 * pairs_down, 2 * pairs_across, channels)
     return dx[:, PADDING : PADDING + shape[1], PADDING : PADDING + shape[2]]
 

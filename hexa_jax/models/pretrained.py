@@ -1,8 +1,8 @@
-"""Weights by name from other libraries: `timm:NAME`, `torchvision:NAME[:WEIGHTS]` and `hf:REPO[@REVISION]`.
+"""Weights by name from timm, torchvision and Hugging Face.
 
-Each library downloads and caches its own files; what comes back is NumPy, under torchvision's names.
-Only networks that compute what our `ResNet` computes are taken: others have the same arrays, and
-blur or pool differently.
+Each library downloads and caches its own files; what comes back is NumPy, under torchvision's
+names. Only networks that compute what our `ResNet` computes are taken: others have the same arrays,
+and blur or pool differently.
 """
 
 import contextlib
@@ -13,7 +13,13 @@ import re
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
-from hexa_jax.models.weights import Arrays, WeightsError, flat_arrays, from_huggingface, read_weights
+from hexa_jax.models.weights import (
+    Arrays,
+    WeightsError,
+    flat_arrays,
+    from_huggingface,
+    read_weights,
+)
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 # The networks of timm and torchvision that are plain ResNets under the names that we know.
@@ -88,7 +94,9 @@ def _huggingface(name: str) -> Pretrained:
         raise WeightsError(f"{source} has neither model.safetensors nor pytorch_model.bin")
     pixels = config.get("pretrained_cfg", {})  # timm's
     with _told(source):
-        if not pixels and (file := _repository_file(repository, revision, "preprocessor_config.json")):
+        if not pixels and (
+            file := _repository_file(repository, revision, "preprocessor_config.json")
+        ):
             processor = json.loads(file.read_text())
             pixels = {key: processor.get(f"image_{key}") for key in ("mean", "std")}
     mean, std = pixels.get("mean") or IMAGENET_MEAN, pixels.get("std") or IMAGENET_STD
@@ -105,14 +113,20 @@ def _repository_file(repository: str, revision: str, file: str) -> pathlib.Path 
 
     try:
         return pathlib.Path(hub.hf_hub_download(repository, file, revision=revision or None))
-    except LocalEntryNotFoundError:  # also an EntryNotFoundError: neither in the cache nor to be reached
+    except (
+        LocalEntryNotFoundError
+    ):  # also an EntryNotFoundError: neither in the cache nor to be reached
         raise
     except EntryNotFoundError:
         return None
 
 
 def _check_huggingface(name: str, config: dict[str, Any]) -> None:
-    """Raises WeightsError unless a repository's config.json is of a plain ResNet, timm's or transformers'."""
+    """Check that a repository's config.json is of a plain ResNet, timm's or transformers'.
+
+    Raises:
+        WeightsError: it is not.
+    """
     if "architecture" in config:
         _check_plain(name, config["architecture"])
         return
@@ -120,15 +134,23 @@ def _check_huggingface(name: str, config: dict[str, Any]) -> None:
         found = config.get("model_type") or "model of no known kind"
         raise WeightsError(f"{name} is a {found}: only ResNets of transformers or timm can be read")
     # Each of these changes what the same arrays compute.
-    plain = {"hidden_act": "relu", "downsample_in_first_stage": False, "downsample_in_bottleneck": False}
+    plain = {
+        "hidden_act": "relu",
+        "downsample_in_first_stage": False,
+        "downsample_in_bottleneck": False,
+    }
     for key, value in plain.items():
         if config.get(key, value) != value:
-            raise WeightsError(f"{name} has {key}={config[key]!r} in its config.json: only {value!r} can be read")
+            raise WeightsError(
+                f"{name} has {key}={config[key]!r} in its config.json: only {value!r} can be read"
+            )
 
 
 def _check_plain(name: str, architecture: str) -> None:
     if architecture not in PLAIN:
-        raise WeightsError(f"{name} is a {architecture}: only {', '.join(PLAIN)} compute the same as ours")
+        raise WeightsError(
+            f"{name} is a {architecture}: only {', '.join(PLAIN)} compute the same as ours"
+        )
 
 
 def _state(model: Any) -> Arrays:

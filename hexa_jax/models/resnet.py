@@ -18,13 +18,21 @@ import jax.numpy as jnp
 from hexa_jax.models.norm import EVALUATION, BatchNorm, NormMode
 from hexa_jax.models.pooling import max_pool
 
-STAGES = {10: (1, 1, 1, 1), 18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3)}
+STAGES = {
+    10: (1, 1, 1, 1),
+    18: (2, 2, 2, 2),
+    34: (3, 4, 6, 3),
+    50: (3, 4, 6, 3),
+    101: (3, 4, 23, 3),
+}
 STEMS = ("imagenet", "cifar", "small")
 
 he_normal = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
 
 
-def _conv_of_any_map(x: jax.Array, kernel: jax.Array, strides: Any, padding: Any, **settings: Any) -> jax.Array:
+def _conv_of_any_map(
+    x: jax.Array, kernel: jax.Array, strides: Any, padding: Any, **settings: Any
+) -> jax.Array:
     """Convolve as `nn.Conv` asks.
 
     Over a map smaller than its kernel the convolution becomes a product of patches.
@@ -38,7 +46,9 @@ def _conv_of_any_map(x: jax.Array, kernel: jax.Array, strides: Any, padding: Any
     x = jnp.pad(x, ((0, 0), *padding, (0, 0)))
     sides = x.shape[1] - height + 1, x.shape[2] - width + 1
     places = itertools.product(range(height), range(width))
-    patches = jnp.concatenate([x[:, i : i + sides[0], j : j + sides[1]] for i, j in places], axis=-1)
+    patches = jnp.concatenate(
+        [x[:, i : i + sides[0], j : j + sides[1]] for i, j in places], axis=-1
+    )
     return patches @ kernel.reshape(height * width * channels, features)
 
 
@@ -83,7 +93,9 @@ class StemConv(nn.Module):
         kernel = self.param("kernel", he_normal, (7, 7, channels, self.features)).astype(self.dtype)
         # A row and a column of zeros in front make it 8x8, whose taps fall on 4x4 blocks, two
         # blocks above the centre first.
-        kernel = jnp.pad(kernel, ((1, 0), (1, 0), (0, 0), (0, 0))).reshape(4, 2, 4, 2, channels, self.features)
+        kernel = jnp.pad(kernel, ((1, 0), (1, 0), (0, 0), (0, 0))).reshape(
+            4, 2, 4, 2, channels, self.features
+        )
         kernel = kernel.transpose(0, 2, 1, 3, 4, 5).reshape(4, 4, 4 * channels, self.features)
         x = _narrow_gradient(x)
         blocks = x.reshape(num, height // 2, 2, width // 2, 2, channels).transpose(0, 1, 3, 2, 4, 5)
@@ -113,7 +125,9 @@ class Block(nn.Module):
         y = x
         for i, (size, stride) in enumerate(plan, start=1):
             last = i == len(plan)
-            y = make_conv(out_channels if last else self.channels, size, stride, self.dtype, f"conv{i}")(y)
+            y = make_conv(
+                out_channels if last else self.channels, size, stride, self.dtype, f"conv{i}"
+            )(y)
             scale = 0.0 if last and self.zero_init_residual else 1.0
             y = BatchNorm(self.dtype, self.auxiliary_norm, scale, name=f"bn{i}")(y, mode)
             y = y if last else nn.relu(y)
@@ -173,7 +187,9 @@ class ResNet(nn.Module):
         modes = [EVALUATION] * frozen + [mode] * (5 - frozen)
         x = x.astype(self.dtype)
         if self.stem in ("cifar", "small"):
-            x = make_conv(self.base_channels, 3, 1 if self.stem == "cifar" else 2, self.dtype, "conv1")(x)
+            x = make_conv(
+                self.base_channels, 3, 1 if self.stem == "cifar" else 2, self.dtype, "conv1"
+            )(x)
         elif x.shape[1] % 2 or x.shape[2] % 2:
             x = make_conv(self.base_channels, 7, 2, self.dtype, "conv1")(x)
         else:
@@ -207,7 +223,9 @@ def make_resnet(name: str, base_channels: int = 64, **settings) -> ResNet:
     match = re.fullmatch(r"resnet(\d+)(?:w(\d+))?", name)
     if match is None or int(match[1]) not in STAGES:
         known = ", ".join(f"resnet{depth}" for depth in STAGES)
-        raise ValueError(f"unknown backbone {name!r}: use one of {known}, with an optional width such as resnet50w2")
+        raise ValueError(
+            f"unknown backbone {name!r}: use one of {known}, with an optional width such as resnet50w2"
+        )
     if settings.get("stem", "imagenet") not in STEMS:
         raise ValueError(f"unknown stem {settings['stem']!r}: use one of {', '.join(STEMS)}")
     return ResNet(depth=int(match[1]), base_channels=base_channels * int(match[2] or 1), **settings)

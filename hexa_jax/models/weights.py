@@ -1,7 +1,8 @@
-"""Backbone weights under the names of other libraries: torchvision and timm, Hugging Face, detectron2; and published checkpoints.
+"""Backbone weights under the names of other libraries, and published checkpoints.
 
-Everything here is NumPy: trees of `Backbone.variables` on one side, dicts of named arrays on the other. The clean BatchNorm set is
-the one that travels. Legend of shapes: torch kernels are [O, I, H, W], ours [H, W, I, O].
+Everything here is NumPy: trees of `Backbone.variables` on one side, dicts of named arrays on the
+other. The clean BatchNorm set is the one that travels. Legend of shapes: torch kernels are [O, I,
+H, W], ours [H, W, I, O].
 """
 
 import hashlib
@@ -23,7 +24,9 @@ PREFIXES = (
     "module.encoder_q.", "module.encoder.", "module.base_encoder.", "module.backbone.", "module.", "encoder_q.", "base_encoder.",
     "online_encoder.net.", "_feature_blocks.", "trunk._feature_blocks.", "backbone.", "encoder.", "resnet.", "model.", "net.",
 )  # fmt: skip
-IGNORED = re.compile(r"^(fc|classifier|head|projection_head|prototypes|projection|predictor)\b|num_batches_tracked")
+IGNORED = re.compile(
+    r"^(fc|classifier|head|projection_head|prototypes|projection|predictor)\b|num_batches_tracked"
+)
 
 
 class WeightsError(ValueError):
@@ -48,7 +51,8 @@ def to_torchvision(variables: Mapping[str, Any]) -> Arrays:
     """Named arrays as in torchvision's and timm's ResNet, without a classifier.
 
     Args:
-        variables: {"params": ..., "clean_batch_stats": ...} of the backbone module or with "backbone" on top.
+        variables: {"params": ..., "clean_batch_stats": ...} of the backbone module or with
+            "backbone" on top.
     """
     arrays: Arrays = {}
     for path, leaf in _leaves(variables):
@@ -62,21 +66,25 @@ def from_torchvision(arrays: Mapping[str, np.ndarray], like: Mapping[str, Any]) 
     """Our variables from named arrays.
 
     Args:
-        arrays: torchvision's names, behind any of PREFIXES; classifiers and projection heads are left out.
+        arrays: torchvision's names, behind any of PREFIXES; classifiers and projection heads are
+            left out.
         like: variables of the wanted backbone: structure and shapes.
 
     Raises:
-        WeightsError: names are missing or left over, or a shape differs; the message lists the first of them.
+        WeightsError: names are missing or left over, or a shape differs; the message lists the
+            first of them.
     """
     found, problems = _matched(arrays, like)
     if problems:
         more = f"; and {len(problems) - 3} more" if len(problems) > 3 else ""
-        raise WeightsError(f"the weights are of another architecture: {'; '.join(problems[:3])}{more}")
+        raise WeightsError(
+            f"the weights are of another architecture: {'; '.join(problems[:3])}{more}"
+        )
     return _tree(found)
 
 
 def first_difference(arrays: Mapping[str, np.ndarray], like: Mapping[str, Any]) -> str:
-    """Return what keeps the arrays from filling a backbone like this, such as "layer1.0.conv3 is missing"; "" if they do.
+    """Return what keeps the arrays from filling a backbone; "" if nothing does.
 
     Arguments as in `from_torchvision`.
     """
@@ -85,8 +93,14 @@ def first_difference(arrays: Mapping[str, np.ndarray], like: Mapping[str, Any]) 
         return ""
     name, what = problems[0].split(" ", 1)
     layer = name.rpartition(".")[0]
-    others = strip_prefix(arrays) if what == "is missing" else [_torchvision_name(path) for path, _ in _leaves(like)]
-    whole = what in ("is missing", "is left over") and not any(other.startswith(f"{layer}.") for other in others)
+    others = (
+        strip_prefix(arrays)
+        if what == "is missing"
+        else [_torchvision_name(path) for path, _ in _leaves(like)]
+    )
+    whole = what in ("is missing", "is left over") and not any(
+        other.startswith(f"{layer}.") for other in others
+    )
     return f"{layer if whole else name} {what}"
 
 
@@ -98,24 +112,32 @@ def _matched(
     wanted = {_torchvision_name(path): (path, leaf) for path, leaf in _leaves(like)}
     left = [name for name in stripped if name not in wanted and not IGNORED.search(name)]
     missing = [name for name in wanted if name not in stripped]
-    problems = [f"{name} is missing" for name in missing] + [f"{name} is left over" for name in left]
+    problems = [f"{name} is missing" for name in missing] + [
+        f"{name} is left over" for name in left
+    ]
     found: dict[tuple[str, ...], np.ndarray] = {}
     for name, (path, leaf) in wanted.items():
         if name in stripped:
             value = _from_torch(stripped[name])
             if value.shape != leaf.shape:
-                problems.append(f"{name} has shape {stripped[name].shape}, not {_to_torch_shape(leaf.shape)}")
+                problems.append(
+                    f"{name} has shape {stripped[name].shape}, not {_to_torch_shape(leaf.shape)}"
+                )
             found[path] = value.astype(np.float32)
     return found, problems
 
 
 def strip_prefix(arrays: Mapping[str, np.ndarray]) -> Arrays:
-    """The arrays behind the prefix that uncovers `conv1.weight`, by torchvision's names; Hugging Face's are translated."""
+    """Strip the prefix before `conv1.weight`; translate Hugging Face's names."""
     if any(name.endswith("embedder.embedder.convolution.weight") for name in arrays):
         arrays = from_huggingface(arrays)
     for prefix in ("", *PREFIXES):
         if f"{prefix}conv1.weight" in arrays:
-            return {name.removeprefix(prefix): value for name, value in arrays.items() if name.startswith(prefix)}
+            return {
+                name.removeprefix(prefix): value
+                for name, value in arrays.items()
+                if name.startswith(prefix)
+            }
     shown = ", ".join(sorted(arrays)[:3])
     raise WeightsError(f"no ResNet's conv1.weight among {len(arrays)} arrays ({shown}, ...)")
 
@@ -123,13 +145,17 @@ def strip_prefix(arrays: Mapping[str, np.ndarray]) -> Arrays:
 def architecture_of(arrays: Mapping[str, np.ndarray]) -> Architecture:
     """Depth, width and stem from names and shapes.
 
-    The stems cifar and small differ in their stride alone, which no array tells: both are given as cifar.
+    The stems cifar and small differ in their stride alone, which no array tells: both are given as
+    cifar.
 
     Raises:
         WeightsError: no ResNet that we know.
     """
     stripped = strip_prefix(arrays)
-    blocks = [len({n.split(".")[1] for n in stripped if n.startswith(f"layer{stage}.")}) for stage in range(1, 5)]
+    blocks = [
+        len({n.split(".")[1] for n in stripped if n.startswith(f"layer{stage}.")})
+        for stage in range(1, 5)
+    ]
     bottleneck = "layer1.0.conv3.weight" in stripped
     for depth, layers in STAGES.items():
         if list(layers) == blocks and (depth >= 50) == bottleneck:
@@ -137,7 +163,9 @@ def architecture_of(arrays: Mapping[str, np.ndarray]) -> Architecture:
             if shape[2:] in ((3, 3), (7, 7)):
                 return Architecture(depth, shape[0], "imagenet" if shape[2] == 7 else "cifar")
     kind = "bottleneck" if bottleneck else "basic"
-    raise WeightsError(f"no known ResNet has {blocks} {kind} blocks and a stem of {stripped['conv1.weight'].shape}")
+    raise WeightsError(
+        f"no known ResNet has {blocks} {kind} blocks and a stem of {stripped['conv1.weight'].shape}"
+    )
 
 
 def to_huggingface(arrays: Arrays) -> Arrays:
@@ -156,7 +184,9 @@ def huggingface_config(architecture: Architecture) -> dict[str, Any]:
             f"Hugging Face's ResNet has a 7x7 stem: a network with stem={architecture.stem} cannot be written for it"
         )
     bottleneck = architecture.depth >= 50
-    widths = [architecture.base_channels * 2**stage * (4 if bottleneck else 1) for stage in range(4)]
+    widths = [
+        architecture.base_channels * 2**stage * (4 if bottleneck else 1) for stage in range(4)
+    ]
     return {
         "architectures": ["ResNetModel"],
         "model_type": "resnet",
@@ -174,7 +204,11 @@ def huggingface_config(architecture: Architecture) -> dict[str, Any]:
 
 def to_detectron2(arrays: Arrays) -> Arrays:
     """Names of detectron2's ResNet from torchvision's, without counters."""
-    return {_detectron2_name(name): value for name, value in arrays.items() if "num_batches_tracked" not in name}
+    return {
+        _detectron2_name(name): value
+        for name, value in arrays.items()
+        if "num_batches_tracked" not in name
+    }
 
 
 def _huggingface_name(name: str) -> str:
@@ -192,13 +226,15 @@ def _huggingface_name(name: str) -> str:
 
 
 def from_huggingface(arrays: Mapping[str, np.ndarray]) -> Arrays:
-    """Return torchvision's names for those of `transformers`' ResNets, behind any prefix; others stay as they are."""
+    """Return torchvision's names for those of `transformers`' ResNets; keep others."""
     return {_torchvision_from_huggingface(name): value for name, value in arrays.items()}
 
 
 def _torchvision_from_huggingface(name: str) -> str:
     kinds = {"convolution": "conv", "normalization": "bn"}
-    if match := re.fullmatch(r"(?:.*\.)?embedder\.embedder\.(convolution|normalization)\.(\w+)", name):
+    if match := re.fullmatch(
+        r"(?:.*\.)?embedder\.embedder\.(convolution|normalization)\.(\w+)", name
+    ):
         return f"{kinds[match[1]]}1.{match[2]}"
     place = r"(?:.*\.)?encoder\.stages\.(\d)\.layers\.(\d+)\."
     if match := re.fullmatch(rf"{place}layer\.(\d)\.(convolution|normalization)\.(\w+)", name):
@@ -211,9 +247,10 @@ def _torchvision_from_huggingface(name: str) -> str:
 
 
 def fingerprint(arrays: Mapping[str, np.ndarray]) -> str:
-    """Return the SHA-256, in hexadecimal, of a backbone's float32 arrays and their names, sorted by name.
+    """Return the SHA-256, in hexadecimal, of a backbone's arrays and their names.
 
-    The same weights have the same one in whatever file they lie: BatchNorm's counters, heads and prefixes do not count.
+    The same weights have the same one in whatever file they lie: BatchNorm's counters, heads and
+    prefixes do not count.
     """
     digest = hashlib.sha256()
     for name, value in sorted(strip_prefix(arrays).items()):
@@ -247,7 +284,11 @@ def _leaves(variables: Mapping[str, Any]) -> Iterable[tuple[tuple[str, ...], Any
 
 def _torchvision_name(path: tuple[str, ...]) -> str:
     *modules, leaf = path[1:]
-    name = ".".join(modules).replace("downsample_conv", "downsample.0").replace("downsample_bn", "downsample.1")
+    name = (
+        ".".join(modules)
+        .replace("downsample_conv", "downsample.0")
+        .replace("downsample_bn", "downsample.1")
+    )
     name = re.sub(r"layer(\d)_(\d+)", r"layer\1.\2", name)
     return f"{name}.{'weight' if leaf == 'kernel' else BATCH_NORM[leaf]}"
 
@@ -277,7 +318,7 @@ def _tree(leaves: Mapping[tuple[str, ...], np.ndarray]) -> dict[str, Any]:
 
 
 def read_weights(path: str, load_torch: Callable[[str], Mapping[str, Any]] | None = None) -> Arrays:
-    """Named arrays of a `.safetensors`, `.npz`, `.pth`, `.pt` or `.tar` file; torch files need torch, and run no code.
+    """Read named arrays from a file of any known kind, without running code of it.
 
     Raises:
         WeightsError: unknown kind of file, damaged, or torch is missing.
@@ -294,10 +335,20 @@ def read_weights(path: str, load_torch: Callable[[str], Mapping[str, Any]] | Non
         try:
             with np.load(path, allow_pickle=False) as file:
                 return {name: file[name] for name in file.files}
-        except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        except (
+            OSError,
+            ValueError,
+            KeyError,
+            TypeError,
+            EOFError,
+            zipfile.BadZipFile,
+            zlib.error,
+        ) as error:
             raise WeightsError(f"{path} cannot be read: {_one_line(error)}") from None
     if not path.endswith((".pth", ".pt", ".tar", ".bin")):
-        raise WeightsError(f"{path} is no weights file: use .safetensors, .npz, .pth, .pt, .tar or .bin")
+        raise WeightsError(
+            f"{path} is no weights file: use .safetensors, .npz, .pth, .pt, .tar or .bin"
+        )
     return flat_arrays((load_torch or _load_torch)(path), path)
 
 
@@ -305,13 +356,20 @@ def _load_torch(path: str) -> Mapping[str, Any]:
     try:
         import torch
     except ImportError:
-        raise WeightsError(f"reading {path} needs torch: pip install torch, or convert it to .safetensors") from None
+        raise WeightsError(
+            f"reading {path} needs torch: pip install torch, or convert it to .safetensors"
+        ) from None
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         # torch's own text advises to run whatever the file holds.
-        reason = _one_line(error).partition("Weights only load failed")[0] or "damaged, or it holds more than tensors"
-        raise WeightsError(f"{path} cannot be read as weights alone (weights_only): {reason}") from None
+        reason = (
+            _one_line(error).partition("Weights only load failed")[0]
+            or "damaged, or it holds more than tensors"
+        )
+        raise WeightsError(
+            f"{path} cannot be read as weights alone (weights_only): {reason}"
+        ) from None
 
 
 def flat_arrays(loaded: Any, path: str) -> Arrays:

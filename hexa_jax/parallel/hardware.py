@@ -92,10 +92,10 @@ def unused_accelerator(
     if accelerator is None or platform != "cpu" or _chose_cpu(accelerator, environment):
         return ""
     package = "libtpu" if accelerator.extra == "tpu" else f"jax-{accelerator.extra}-plugin"
-    present = (
-        f"this machine has {'an' if accelerator.name[0] == 'N' else 'a'} {accelerator.name}, but JAX sees only the CPU"
+    present = f"this machine has {'an' if accelerator.name[0] == 'N' else 'a'} {accelerator.name}, but JAX sees only the CPU"
+    install = (
+        f"{sys.executable} -m pip install --upgrade 'jax[{accelerator.extra}]=={plugins['jax']}'"
     )
-    install = f"{sys.executable} -m pip install --upgrade 'jax[{accelerator.extra}]=={plugins['jax']}'"
     if package not in plugins:
         return f"{present}: {install}"
     platforms = "tpu" if accelerator.extra == "tpu" else "cuda"
@@ -122,7 +122,9 @@ def installed_plugins() -> dict[str, str]:
 
 def accelerator_warning() -> str:
     """Return the line of `unused_accelerator` for this process; opens JAX's backend."""
-    return unused_accelerator(find_accelerator(), jax.default_backend(), os.environ, installed_plugins())
+    return unused_accelerator(
+        find_accelerator(), jax.default_backend(), os.environ, installed_plugins()
+    )
 
 
 def devices_in_words(devices: list[jax.Device]) -> str:

@@ -53,7 +53,9 @@ def initialize(given: Placement, environment: Mapping[str, str] = os.environ) ->
     if place == Placement() and launched is None:
         return
     if None in place and launched is None:
-        missing = [name for name, value in zip(Placement._fields, place, strict=True) if value is None]
+        missing = [
+            name for name, value in zip(Placement._fields, place, strict=True) if value is None
+        ]
         raise DistributedError(
             f"--{missing[0]} is missing: a run of several processes needs all of {', '.join(Placement._fields)}"
         )
@@ -61,7 +63,10 @@ def initialize(given: Placement, environment: Mapping[str, str] = os.environ) ->
         return
     try:
         jax.distributed.initialize(
-            place.coordinator, place.num_processes, place.process_id, heartbeat_timeout_seconds=HEARTBEAT_SECONDS
+            place.coordinator,
+            place.num_processes,
+            place.process_id,
+            heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
         )
     except (RuntimeError, ValueError, TypeError) as error:
         if launched == TPU_VM and place == Placement() and isinstance(error, ValueError):
@@ -91,7 +96,9 @@ def _complete(given: Placement, environment: Mapping[str, str]) -> Placement:
     if place.num_processes is not None and place.num_processes < 1:
         raise DistributedError(f"--num_processes={place.num_processes} must be positive")
     if None not in place[1:] and not 0 <= place.process_id < place.num_processes:  # type: ignore[operator]
-        raise DistributedError(f"--process_id={place.process_id} must be 0 to {place.num_processes - 1}")  # type: ignore[operator]
+        raise DistributedError(
+            f"--process_id={place.process_id} must be 0 to {place.num_processes - 1}"
+        )  # type: ignore[operator]
     return place
 
 
@@ -104,10 +111,16 @@ def launcher(environment: Mapping[str, str]) -> str | None:
         return "SLURM"
     if int(environment.get("OMPI_COMM_WORLD_SIZE", "1")) > 1:
         return "Open MPI"
-    if "," in environment.get("TPU_WORKER_HOSTNAMES", "") or "," in environment.get("TPU_PROCESS_ADDRESSES", ""):
+    if "," in environment.get("TPU_WORKER_HOSTNAMES", "") or "," in environment.get(
+        "TPU_PROCESS_ADDRESSES", ""
+    ):
         return "GKE"
     chips = any(pathlib.Path("/dev").glob("accel[0-9]*")) or pathlib.Path("/dev/vfio/0").exists()
-    if chips and "TPU_SKIP_MDS_QUERY" not in environment and "TPU_WORKER_HOSTNAMES" not in environment:
+    if (
+        chips
+        and "TPU_SKIP_MDS_QUERY" not in environment
+        and "TPU_WORKER_HOSTNAMES" not in environment
+    ):
         return TPU_VM
     return None
 

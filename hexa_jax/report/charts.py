@@ -1,4 +1,4 @@
-"""Line charts and dot plots as inline SVG: no script needed, sharp at any size, colors from the page's style.
+"""Line charts and dot plots as inline SVG, with colors from the page's style.
 
 Lines differ in color, in dashes and in the letter or word at their end, so that color alone never
 carries the meaning.
@@ -18,7 +18,7 @@ MARKED = 16  # points of a line up to which each is marked
 
 
 class Line(NamedTuple):
-    """One line of a chart: a label and (x, y) points in order of x; `style` picks color and dashes."""
+    """One line of a chart: label, points by x, and a style for color and dashes."""
 
     label: str
     points: Sequence[tuple[float, float]]
@@ -55,7 +55,10 @@ def line_chart(
         note: a sentence below the chart.
         alone: whether a single line needs no legend.
     """
-    lines = [line._replace(points=thin([p for p in line.points if all(map(math.isfinite, p))])) for line in lines]
+    lines = [
+        line._replace(points=thin([p for p in line.points if all(map(math.isfinite, p))]))
+        for line in lines
+    ]
     lines = [line for line in lines if line.points]
     if not lines:
         return ""
@@ -67,17 +70,25 @@ def line_chart(
     parts = []
     for tick in ticks(y_low, y_high):
         y = y_of(tick)
-        parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
-        parts.append(f'<text class="tick" x="{LEFT - 6}" y="{y + 3.5:.1f}" text-anchor="end">{short(tick)}</text>')
+        parts.append(
+            f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>'
+        )
+        parts.append(
+            f'<text class="tick" x="{LEFT - 6}" y="{y + 3.5:.1f}" text-anchor="end">{short(tick)}</text>'
+        )
     for tick in ticks(x_low, x_high):
         x = x_of(tick)
         parts.append(
             f'<text class="tick" x="{x:.1f}" y="{HEIGHT - BOTTOM + 15}" text-anchor="middle">{short(tick)}</text>'
         )
-    parts.append(f'<text class="tick" x="{WIDTH - RIGHT}" y="{HEIGHT - 4}" text-anchor="end">epoch</text>')
+    parts.append(
+        f'<text class="tick" x="{WIDTH - RIGHT}" y="{HEIGHT - 4}" text-anchor="end">epoch</text>'
+    )
     for level in levels:
         y = y_of(level.y)
-        parts.append(f'<line class="level" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
+        parts.append(
+            f'<line class="level" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>'
+        )
         # Below the line where there is room above nothing: the text must not leave the picture.
         below = y + 12 < HEIGHT - BOTTOM
         parts.append(
@@ -88,7 +99,10 @@ def line_chart(
         parts.append(_polyline(line, x_of, y_of))
     data = {
         "x": [x_low, x_high],
-        "lines": [{"label": line.label, "points": [[_round(x), _round(y)] for x, y in line.points]} for line in lines],
+        "lines": [
+            {"label": line.label, "points": [[_round(x), _round(y)] for x, y in line.points]}
+            for line in lines
+        ],
         "unit": unit,
     }
     if len(lines) == 1 and alone:  # its title says what it is
@@ -128,9 +142,14 @@ class Dot(NamedTuple):
 
 
 def dot_plot(
-    title: str, dots: Sequence[Dot], *, x_range: tuple[float, float], levels: Sequence[Level] = (), unit: str = ""
+    title: str,
+    dots: Sequence[Dot],
+    *,
+    x_range: tuple[float, float],
+    levels: Sequence[Level] = (),
+    unit: str = "",
 ) -> str:
-    """Return an SVG with one row per dot, intervals as bars, on an axis that shows all of x_range."""
+    """Return an SVG with a row per dot, intervals as bars, over all of x_range."""
     if not dots:
         return ""
     row, label_width, width = 27, 108, 350
@@ -160,9 +179,13 @@ def dot_plot(
             parts.append(
                 f'<line class="interval {kind}" x1="{x_of(dot.low):.1f}" x2="{x_of(dot.high):.1f}" y1="{y:.1f}" y2="{y:.1f}"/>'
             )
-        parts.append(f'<circle class="dot {kind}" cx="{x_of(dot.value):.1f}" cy="{y:.1f}" r="5.5"/>')
+        parts.append(
+            f'<circle class="dot {kind}" cx="{x_of(dot.value):.1f}" cy="{y:.1f}" r="5.5"/>'
+        )
         end = x_of(dot.high if dot.high is not None else dot.value)
-        parts.append(f'<text class="label {kind}" x="{end + 10:.1f}" y="{y + 4:.1f}">{dot.value:.1f}</text>')
+        parts.append(
+            f'<text class="label {kind}" x="{end + 10:.1f}" y="{y + 4:.1f}">{dot.value:.1f}</text>'
+        )
     spoken = "; ".join(f"{dot.label} {dot.value:.1f}{unit}" for dot in dots)
     return (
         f'<svg class="dots" viewBox="0 0 {width} {height}" role="img" '
@@ -252,7 +275,10 @@ def _polyline(line: Line, x_of, y_of) -> str:
     path = " ".join(f"{x_of(x):.1f},{y_of(y):.1f}" for x, y in line.points)
     dash = f' stroke-dasharray="{DASHES[style]}"' if DASHES[style] else ""
     marked = line.points if len(line.points) <= MARKED else line.points[-1:]
-    dots = "".join(f'<circle class="s{style}" cx="{x_of(x):.1f}" cy="{y_of(y):.1f}" r="2.6"/>' for x, y in marked)
+    dots = "".join(
+        f'<circle class="s{style}" cx="{x_of(x):.1f}" cy="{y_of(y):.1f}" r="2.6"/>'
+        for x, y in marked
+    )
     return f'<polyline class="s{style}" points="{path}"{dash}/>{dots}'
 
 

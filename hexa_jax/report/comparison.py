@@ -1,4 +1,4 @@
-"""Several runs on one page: what differs in their settings, their results, and their curves over each other."""
+"""Several runs on one page: differing settings, results, curves over each other."""
 
 import os
 import pathlib
@@ -27,7 +27,9 @@ def write_comparison(workdirs: Sequence[pathlib.Path], output: pathlib.Path) -> 
         WorkdirError: one is no run, one is named twice, or there are too many.
     """
     if len(workdirs) > MOST:
-        raise WorkdirError(f"{len(workdirs)} runs are more than the {MOST} that lines can tell apart")
+        raise WorkdirError(
+            f"{len(workdirs)} runs are more than the {MOST} that lines can tell apart"
+        )
     resolved = [workdir.resolve() for workdir in workdirs]
     if twice := [path for path in resolved if resolved.count(path) > 1]:
         raise WorkdirError(f"{twice[0]} is named twice")
@@ -85,7 +87,17 @@ def _runs(records: Sequence[RunRecord], titles: Sequence[str]) -> Section:
                 escape(found.words),
             )
         )
-    head = ["run", "status", "method", "hard views", "epoch", "effective rank", "neighbors agree", "time", "in words"]
+    head = [
+        "run",
+        "status",
+        "method",
+        "hard views",
+        "epoch",
+        "effective rank",
+        "neighbors agree",
+        "time",
+        "in words",
+    ]
     return section("runs", "Runs", "", rows_table("Runs", head, rows))
 
 
@@ -102,7 +114,9 @@ def _differences(records: Sequence[RunRecord], titles: Sequence[str]) -> Section
         cells = ("–" if value is None else f"<code>{escape(str(value))}</code>" for value in values)
         rows.append((f"<code>{escape(key)}</code>", *cells))
     head = ["setting", *map(escape, titles)]
-    lead = f"{len(rows)} setting{'s' if len(rows) > 1 else ''}, those of <code>runtime</code> aside."
+    lead = (
+        f"{len(rows)} setting{'s' if len(rows) > 1 else ''}, those of <code>runtime</code> aside."
+    )
     return section("settings", "What differs", lead, rows_table("Settings that differ", head, rows))
 
 

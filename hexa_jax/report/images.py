@@ -1,4 +1,4 @@
-"""Images inside a page: data URIs, thumbnails, the map of a sample, and the difference of two views."""
+"""Images inside a page: data URIs, thumbnails, a map, differences of views."""
 
 import base64
 import html
@@ -20,7 +20,7 @@ MAP_THUMBNAIL = 56  # pixels
 
 
 def data_uri(image: np.ndarray) -> str:
-    """Return an image uint8 [H, W, 3], or float in [0, 1], as `data:image/...`: PNG if small, else JPEG."""
+    """Return an image, uint8 or float in [0, 1], as a data URI: PNG if small, else JPEG."""
     if image.dtype != np.uint8:
         image = np.round(255 * np.clip(image, 0, 1)).astype(np.uint8)
     exact = max(image.shape[:2]) <= LOSSLESS
@@ -76,7 +76,7 @@ def difference(clean: np.ndarray, other: np.ndarray, factor: float) -> np.ndarra
 
 
 def strength(clean: np.ndarray, other: np.ndarray) -> tuple[float, int]:
-    """Return the largest difference in grey levels of 255, and a round factor that makes it well visible."""
+    """Return the largest difference in gray levels, and a factor that makes it visible."""
     largest = float(np.abs(other - clean).max(initial=0.0))
     if largest == 0:
         return 0.0, 1
@@ -85,7 +85,7 @@ def strength(clean: np.ndarray, other: np.ndarray) -> tuple[float, int]:
 
 
 def perturbation(clean: np.ndarray, adversarial: np.ndarray) -> tuple[np.ndarray, float]:
-    """Return the difference on a symmetric scale, zero in the middle of [0, 1], and the largest one in pixels of [0, 1]."""
+    """Return the difference around 0.5, full scale, and its largest value in [0, 1]."""
     radius = max(float(np.abs(adversarial - clean).max()), 1e-9)
     return 0.5 + 0.5 * (adversarial - clean) / radius, radius
 
@@ -105,7 +105,9 @@ def image_map(images: np.ndarray, features: np.ndarray) -> np.ndarray:
     images, features = images[chosen], np.asarray(features[chosen], np.float64)
     unit = features / np.maximum(np.linalg.norm(features, axis=1, keepdims=True), 1e-12)
     place = _positions(unit)
-    grid = np.stack(np.meshgrid(np.linspace(0, 1, columns), np.linspace(0, 1, rows)), -1).reshape(-1, 2)
+    grid = np.stack(np.meshgrid(np.linspace(0, 1, columns), np.linspace(0, 1, rows)), -1).reshape(
+        -1, 2
+    )
     cost = np.sum((place[:, None] - grid[None]) ** 2, axis=-1)
     cells = linear_sum_assignment(cost)[1]
     gap = 2
@@ -119,7 +121,7 @@ def image_map(images: np.ndarray, features: np.ndarray) -> np.ndarray:
 
 
 def map_shape(count: int) -> tuple[int, int]:
-    """Return columns and rows of a full grid for most of `count` images, at most MAP_COLUMNS wide."""
+    """Return columns and rows of a full grid for most of `count` images."""
     columns = max(min(MAP_COLUMNS, int(math.sqrt(1.5 * count))), 1)
     return columns, max(min(count // columns, MAP_ROWS), 1)
 
@@ -130,6 +132,8 @@ def _positions(unit: np.ndarray) -> np.ndarray:
     unit = unit + 1e-6 * np.random.default_rng(0).standard_normal(unit.shape)
     perplexity = min(20.0, (len(unit) - 1) / 3)
     # For so few images the exact form takes a tenth of the time of the tree.
-    layout = TSNE(2, perplexity=perplexity, init="pca", random_state=0, max_iter=500, method="exact")
+    layout = TSNE(
+        2, perplexity=perplexity, init="pca", random_state=0, max_iter=500, method="exact"
+    )
     flat = layout.fit_transform(unit)
     return np.argsort(np.argsort(flat, axis=0), axis=0) / max(len(unit) - 1, 1)

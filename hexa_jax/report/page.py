@@ -1,6 +1,7 @@
 """The page of one run: what was run, is it healthy, curves, hard examples, clusters, map, settings.
 
-`report/index.html` is one file with everything inside; it can be mailed, and opens without a network.
+`report/index.html` is one file with everything inside; it can be mailed, and opens without a
+network.
 """
 
 import os
@@ -29,8 +30,12 @@ COLUMNS = [("kNN", "knn_accuracy"), ("linear probe", "linear_accuracy")]
 
 
 def table(results: dict[str, Any]) -> str:
-    """The closing table as text: accuracies in per cent of pixels, random weights, the plain run and this one."""
-    columns = [(title, name) for title, name in COLUMNS if any(prefix + name in results for _, prefix in ROWS)]
+    """Return the closing table as text: accuracies in per cent of all networks."""
+    columns = [
+        (title, name)
+        for title, name in COLUMNS
+        if any(prefix + name in results for _, prefix in ROWS)
+    ]
     if not columns:
         return "no labels: nothing to measure accuracy with"
     compared = any("plain_" + name in results for _, name in columns)
@@ -86,7 +91,9 @@ class Pictured(NamedTuple):
 
 
 def write_report(workdir: pathlib.Path, config: ConfigDict, run: Pictured) -> pathlib.Path:
-    """Write `report/index.html` of a workdir, in one step: a browser sees the old page or the new one.
+    """Write `report/index.html` of a workdir, in one step.
+
+    A browser sees the old page or the new one.
 
     Args:
         workdir: of the run; its files are read, see `hexa_jax.report.record`.

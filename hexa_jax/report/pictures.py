@@ -22,20 +22,36 @@ def confusion_matrix(
     picture = axis.imshow(shares, cmap="Blues", vmin=0, vmax=1)
     figure.colorbar(picture, shrink=0.8)
     if classes <= NAMED_CLASSES:
-        texts = [str(name) for name in names] if names is not None else [str(number) for number in range(classes)]
+        texts = (
+            [str(name) for name in names]
+            if names is not None
+            else [str(number) for number in range(classes)]
+        )
         axis.set_xticks(range(classes), texts, rotation=90, fontsize=7)
         axis.set_yticks(range(classes), texts, fontsize=7)
         for row, column in np.argwhere(shares >= 0.01):
             colour = "white" if shares[row, column] > 0.5 else "black"
             axis.text(
-                column, row, f"{100 * shares[row, column]:.0f}", ha="center", va="center", fontsize=6, color=colour
+                column,
+                row,
+                f"{100 * shares[row, column]:.0f}",
+                ha="center",
+                va="center",
+                fontsize=6,
+                color=colour,
             )
     accuracy = 100 * np.mean(labels == predictions)
-    axis.set(xlabel="predicted", ylabel="true", title=f"confusion in % of the true class, accuracy {accuracy:.1f} %")
+    axis.set(
+        xlabel="predicted",
+        ylabel="true",
+        title=f"confusion in % of the true class, accuracy {accuracy:.1f} %",
+    )
     _save(figure, path)
 
 
-def curves(series: Mapping[str, Sequence[float]], xlabel: str, ylabel: str, path: pathlib.Path) -> None:
+def curves(
+    series: Mapping[str, Sequence[float]], xlabel: str, ylabel: str, path: pathlib.Path
+) -> None:
     """Lines over 1, 2, ...: one per name."""
     figure = Figure(figsize=(5, 3.4))
     axis = figure.subplots()
@@ -66,9 +82,11 @@ def error_bars(
 
 
 def against_strength(
-    panels: Mapping[str, tuple[Sequence[float], Mapping[str, Sequence[float]]]], ylabel: str, path: pathlib.Path
+    panels: Mapping[str, tuple[Sequence[float], Mapping[str, Sequence[float]]]],
+    ylabel: str,
+    path: pathlib.Path,
 ) -> None:
-    """Panels side by side on one axis from 0 on: {label of the x axis: (x, {name of a line: values})}."""
+    """Draw panels side by side: {x label: (x, {line: values})}, one axis from 0 on."""
     figure = Figure(figsize=(1 + 4.2 * len(panels), 3.6))
     axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)
     for axis, (xlabel, (x, series)) in zip(axes[0], panels.items(), strict=True):
@@ -80,7 +98,9 @@ def against_strength(
     _save(figure, path)
 
 
-def image_grid(rows: Mapping[str, Sequence[np.ndarray]], columns: Sequence[str | int], path: pathlib.Path) -> None:
+def image_grid(
+    rows: Mapping[str, Sequence[np.ndarray]], columns: Sequence[str | int], path: pathlib.Path
+) -> None:
     """Images uint8 [H, W, 3] under column titles, each row with its name."""
     figure = Figure(figsize=(1.2 * len(columns) + 0.5, 1.2 * len(rows)))
     axes = figure.subplots(len(rows), len(columns), squeeze=False)

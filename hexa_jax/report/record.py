@@ -65,8 +65,10 @@ class RunRecord:
         return line["step"] / steps if steps else line.get("epoch", 0.0)
 
     def curve(self, name: str) -> list[tuple[float, float]]:
-        """(epoch, value) of a metric; a value measured again at an epoch replaces the one before."""
-        return sorted({self.epoch_of(line): line[name] for line in self.lines if name in line}.items())
+        """Return (epoch, value) of a metric; of repeated epochs the last value counts."""
+        return sorted(
+            {self.epoch_of(line): line[name] for line in self.lines if name in line}.items()
+        )
 
     def last(self, name: str) -> float | None:
         """The newest value of a metric."""
@@ -163,7 +165,9 @@ def commit() -> str | None:
 
     def git(*words: str) -> str | None:
         try:
-            ended = subprocess.run(["git", "-C", str(root), *words], capture_output=True, text=True, timeout=10)
+            ended = subprocess.run(
+                ["git", "-C", str(root), *words], capture_output=True, text=True, timeout=10
+            )
         except (OSError, subprocess.TimeoutExpired):
             return None
         return ended.stdout.strip() if ended.returncode == 0 else None
@@ -183,7 +187,9 @@ def differing_settings(records: list[RunRecord]) -> dict[str, list[Any]]:
     """{key: value in each run} of the settings that are not the same in all runs."""
     flats = [flatten(record.config) for record in records]
     keys = sorted({key for flat in flats for key in flat})
-    rows = {key: [flat.get(key) for flat in flats] for key in keys if not key.startswith("runtime.")}
+    rows = {
+        key: [flat.get(key) for flat in flats] for key in keys if not key.startswith("runtime.")
+    }
     # A setting that an older run did not have stands for off.
     rows = {key: values for key, values in rows.items() if any(values)}
     return {key: values for key, values in rows.items() if any(v != values[0] for v in values)}

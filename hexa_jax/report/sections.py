@@ -19,7 +19,11 @@ EXAMPLES = 6  # rows of hard examples
 GROUPS, MEMBERS = 8, 12  # clusters, and images of each
 QUERIES = 8  # images whose neighbors are shown
 NAMED = 30  # unreadable files that are named
-VIEW_NAMES = {"cutmix": "cut-mixed", "cutmix_adversarial": "cut-mixed, adversarial", "mixup": "blended"}
+VIEW_NAMES = {
+    "cutmix": "cut-mixed",
+    "cutmix_adversarial": "cut-mixed, adversarial",
+    "mixup": "blended",
+}
 
 
 class Section(NamedTuple):
@@ -47,22 +51,33 @@ def pill(status: str, text: str = "") -> str:
 
 
 def rows_table(
-    caption: str, head: Sequence[str], rows: Iterable[Sequence[str]], numbers: bool = False, strong: int = -1
+    caption: str,
+    head: Sequence[str],
+    rows: Iterable[Sequence[str]],
+    numbers: bool = False,
+    strong: int = -1,
 ) -> str:
     """Return a table of HTML cells whose first column names the rows."""
     kind = ' class="n"' if numbers else ' class="text"'
-    top = "".join(f'<th scope="col"{kind if place and numbers else ""}>{cell}</th>' for place, cell in enumerate(head))
+    top = "".join(
+        f'<th scope="col"{kind if place and numbers else ""}>{cell}</th>'
+        for place, cell in enumerate(head)
+    )
     body = ""
     for place, (first, *rest) in enumerate(rows):
         mark = ' class="strong"' if place == strong else ""
-        body += f'<tr{mark}><th scope="row">{first}</th>' + "".join(f"<td{kind}>{cell}</td>" for cell in rest) + "</tr>"
+        body += (
+            f'<tr{mark}><th scope="row">{first}</th>'
+            + "".join(f"<td{kind}>{cell}</td>" for cell in rest)
+            + "</tr>"
+        )
     return (
         f'<div class="scroll" tabindex="0" role="region" aria-label="{escape(caption, quote=True)}">'
         f"<table><caption>{escape(caption)}</caption><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table></div>"
     )
 
 
-# ---- Top ------------------------------------------------------------------------------------------
+# ---- Top -----------------------------------------------------------------------------------------
 
 
 def header(record: RunRecord) -> str:
@@ -70,7 +85,9 @@ def header(record: RunRecord) -> str:
     config, facts = record.config, record.facts
     done = "knn_accuracy" in record.results or record.results.get("epochs") == record.epochs
     views = hard_views(config)
-    recipe = f"{config['method']}, " + (f"with {', '.join(views)}" if views else "without hard views")
+    recipe = f"{config['method']}, " + (
+        f"with {', '.join(views)}" if views else "without hard views"
+    )
     state = "finished" if done else "running or stopped"
     found = words.verdict(record)
     seconds = sum(facts.get("seconds_by_start", {}).values())
@@ -78,23 +95,34 @@ def header(record: RunRecord) -> str:
     classes = facts.get("classes")
     entries = {
         "Images": f"{facts['images']:,}" if "images" in facts else None,
-        "Classes": f"{classes} (only to measure accuracy)" if classes else "none: no labels are used",
+        "Classes": f"{classes} (only to measure accuracy)"
+        if classes
+        else "none: no labels are used",
         "Network": f"{config['model']['backbone']}"
-        + (f", {facts['parameters'] / 1e6:.1f} million parameters" if facts.get("parameters") else ""),
+        + (
+            f", {facts['parameters'] / 1e6:.1f} million parameters"
+            if facts.get("parameters")
+            else ""
+        ),
         "Device": facts.get("device"),
-        "Time": duration(seconds) + (f" in {n} starts" if (n := len(facts.get("seconds_by_start", {}))) > 1 else "")
+        "Time": duration(seconds)
+        + (f" in {n} starts" if (n := len(facts.get("seconds_by_start", {}))) > 1 else "")
         if seconds
         else None,
         "Started": next(iter(facts.get("seconds_by_start", {})), None),
         "Seed": str(config.get("seed", 0)),
-        "Code": " ".join(filter(None, [f"hexa_jax {versions.get('hexa_jax', '')}", facts.get("commit")]))
+        "Code": " ".join(
+            filter(None, [f"hexa_jax {versions.get('hexa_jax', '')}", facts.get("commit")])
+        )
         if versions
         else None,
         "JAX": versions.get("jax"),
         "Started from": started_from(record.initial),
     }
     listed = "".join(
-        f"<div><dt>{name}</dt><dd>{escape(str(value))}</dd></div>" for name, value in entries.items() if value
+        f"<div><dt>{name}</dt><dd>{escape(str(value))}</dd></div>"
+        for name, value in entries.items()
+        if value
     )
     return (
         f"<header><h1>{escape(record.name)}</h1>"
@@ -127,7 +155,11 @@ def hard_views(config: dict[str, Any]) -> list[str]:
             else ["all of Fig. 2"]
         )
     views = config.get("views", {})
-    return [name.replace("_", " ") for name, view in views.items() if isinstance(view, dict) and view.get("weight")]
+    return [
+        name.replace("_", " ")
+        for name, view in views.items()
+        if isinstance(view, dict) and view.get("weight")
+    ]
 
 
 def duration(seconds: float) -> str:
@@ -152,7 +184,7 @@ def footer(record: RunRecord) -> str:
     )
 
 
-# ---- Health and scores ----------------------------------------------------------------------------
+# ---- Health and scores ---------------------------------------------------------------------------
 
 
 def health(record: RunRecord) -> Section | None:
@@ -180,7 +212,7 @@ ORIGINS = (
 
 
 def score_rows(record: RunRecord) -> list[tuple[str, list[float | None]]]:
-    """(origin, accuracy by kNN and by linear probe) in %, those that are known; the newest for the network."""
+    """Return (origin, accuracies by kNN and linear probe in %) as far as they are known."""
     rows = []
     for origin, prefix in ORIGINS:
         values: list[float | None] = []
@@ -211,15 +243,25 @@ def scores(record: RunRecord) -> Section | None:
         for origin, values in rows:
             if (value := values[place]) is not None:
                 half = words.interval(value, images_)
-                low, high = (max(value - half, 0.0), min(value + half, 100.0)) if half else (None, None)
+                low, high = (
+                    (max(value - half, 0.0), min(value + half, 100.0)) if half else (None, None)
+                )
                 dots.append(charts.Dot(origin, value, low, high, strong=origin == "pre-trained"))
         if dots:
-            plot = charts.dot_plot(f"{title} accuracy", dots, x_range=(0, 100), levels=levels, unit=" %")
+            plot = charts.dot_plot(
+                f"{title} accuracy", dots, x_range=(0, 100), levels=levels, unit=" %"
+            )
             plots += f'<figure class="group"><h3>{title}: accuracy in %</h3>{plot}</figure>'
     body = f'<div class="plots">{plots}</div>'
-    cells = [(origin, *("–" if v is None else f"{v:.1f}" for v in values)) for origin, values in rows]
+    cells = [
+        (origin, *("–" if v is None else f"{v:.1f}" for v in values)) for origin, values in rows
+    ]
     body += rows_table(
-        "Accuracy in %", ["", *(title for title, _ in SCORES)], cells, numbers=True, strong=len(cells) - 1
+        "Accuracy in %",
+        ["", *(title for title, _ in SCORES)],
+        cells,
+        numbers=True,
+        strong=len(cells) - 1,
     )
     lead = f"Of {images_:,} images" if images_ else "Of the held-out images"
     lead += f" in {classes} classes" if classes else ""
@@ -229,7 +271,7 @@ def scores(record: RunRecord) -> Section | None:
     return section("scores", "Scores", escape(lead + "."), body)
 
 
-# ---- Curves ---------------------------------------------------------------------------------------
+# ---- Curves --------------------------------------------------------------------------------------
 
 
 class Plot(NamedTuple):
@@ -244,9 +286,19 @@ class Plot(NamedTuple):
 
 
 PLOTS = (
-    Plot("Loss", ("loss",), note="by view, without the views' weights; the total is what is minimized"),
+    Plot(
+        "Loss",
+        ("loss",),
+        note="by view, without the views' weights; the total is what is minimized",
+    ),
     Plot("Accuracy", ("knn_accuracy", "linear_accuracy"), 0, 100, " %"),
-    Plot("Effective rank", ("rankme",), 0, None, note="RankMe of features and of the head's embeddings"),
+    Plot(
+        "Effective rank",
+        ("rankme",),
+        0,
+        None,
+        note="RankMe of features and of the head's embeddings",
+    ),
     Plot(
         "Neighbors that agree",
         ("neighbor_agreement",),
@@ -261,9 +313,21 @@ PLOTS = (
         1,
         note="stability: Rand index with the epoch before; evenness of sizes",
     ),
-    Plot("Alignment", ("alignment",), 0, None, note="squared distance of two crops of an image, lower is better"),
+    Plot(
+        "Alignment",
+        ("alignment",),
+        0,
+        None,
+        note="squared distance of two crops of an image, lower is better",
+    ),
     Plot("Uniformity", ("uniformity",), None, 0, note="lower is more even on the sphere"),
-    Plot("Agreement with labels", ("nmi",), 0, 1, note="normalized mutual information of clusters and labels"),
+    Plot(
+        "Agreement with labels",
+        ("nmi",),
+        0,
+        1,
+        note="normalized mutual information of clusters and labels",
+    ),
     Plot("Spread of embeddings", ("embedding_std",), 0, None),
     Plot("Images that changed cluster", ("changed_cluster",), 0, 1),
     Plot("Empty clusters", ("empty_clusters",), 0, None),
@@ -299,7 +363,7 @@ def curves(records: Sequence[RunRecord], titles: Sequence[str] = ()) -> Section 
 
 
 def chart(plot: Plot, records: Sequence[RunRecord], titles: Sequence[str]) -> str:
-    """Return a chart of the runs that have its metrics, or several if lines of many runs have many metrics."""
+    """Return a chart of the runs that have its metrics, or several for many lines."""
     names = sorted({n for record in records for n in record.names() if n.startswith(plot.prefixes)})
 
     def draw(title: str, lines: list[Line], record: RunRecord) -> str:
@@ -316,7 +380,9 @@ def chart(plot: Plot, records: Sequence[RunRecord], titles: Sequence[str]) -> st
 
     if len(records) == 1:
         (record,) = records
-        lines = [Line(label_of(name), record.curve(name), style) for style, name in enumerate(names)]
+        lines = [
+            Line(label_of(name), record.curve(name), style) for style, name in enumerate(names)
+        ]
         return draw(plot.title, lines, record)
     made = ""
     for name in names:
@@ -339,7 +405,7 @@ def _levels(plot: Plot, record: RunRecord) -> list[Level]:
     return []
 
 
-# ---- Pictures -------------------------------------------------------------------------------------
+# ---- Pictures ------------------------------------------------------------------------------------
 
 
 def hard_examples(record: RunRecord, shown: ViewPreview) -> Section | None:
@@ -354,11 +420,20 @@ def hard_examples(record: RunRecord, shown: ViewPreview) -> Section | None:
         name = VIEW_NAMES.get(view, view.replace("_", " "))
         captions = [""] * len(crops)
         if view in shown.lam:
-            captions = [f"{100 * share:.0f} % this image" for share in flat(shown.lam[view])[: len(crops), 0]]
+            captions = [
+                f"{100 * share:.0f} % this image"
+                for share in flat(shown.lam[view])[: len(crops), 0]
+            ]
         if view in ("adversarial", "noise"):
             levels, factor = images.strength(clean, crops)
             change = images.difference(clean, crops, factor)
-            columns.append((f"difference × {factor}", change, [f"at most {number(levels)} of 255"] * len(crops)))
+            columns.append(
+                (
+                    f"difference × {factor}",
+                    change,
+                    [f"at most {number(levels)} of 255"] * len(crops),
+                )
+            )
         columns.append((name, crops, captions))
         lead.append(_effect(record, name, f"loss_{view}"))
     turned = _turn(shown)
@@ -367,7 +442,9 @@ def hard_examples(record: RunRecord, shown: ViewPreview) -> Section | None:
     cells = ""
     for row in range(len(clean)):
         for title, crops, captions in columns:
-            caption = f"<b>{escape(title)}</b>" + (f"<br>{escape(captions[row])}" if captions[row] else "")
+            caption = f"<b>{escape(title)}</b>" + (
+                f"<br>{escape(captions[row])}" if captions[row] else ""
+            )
             cells += images.picture(crops[row], f"example {row + 1}: {title}", caption)
     grid = f'<div class="views" style="grid-template-columns:repeat({len(columns)},minmax(0,1fr))">{cells}</div>'
     return section("hard-examples", "Hard examples", escape(" ".join(filter(None, lead))), grid)
@@ -412,7 +489,8 @@ def clusters(record: RunRecord, run: Any) -> Section | None:
     body = ""
     for cluster in chosen:
         members = examples[assigned == cluster]
-        members = members[spread(len(members), MEMBERS)]  # folders are sorted by class: the first ones are alike anyway
+        # folders are sorted by class: the first ones are alike anyway
+        members = members[spread(len(members), MEMBERS)]
         strip = "".join(_member(run, stored, int(member)) for member in members)
         count = f"{sizes[cluster]:,} image{'s' if sizes[cluster] > 1 else ''}"
         body += f'<div class="group"><h3>Cluster {cluster}: {count}</h3><div class="strip">{strip}</div></div>'
@@ -426,7 +504,11 @@ def clusters(record: RunRecord, run: Any) -> Section | None:
 def _member(run: Any, stored: dict[int, int], index: int, caption: str = "", kind: str = "") -> str:
     """A thumbnail of an example, from the sample's pixels where they hold it."""
     name = short_name(run.source.name(index))
-    image = run.sample.images[stored[index]] if index in stored else images.thumbnail(run.source, index, 96)
+    image = (
+        run.sample.images[stored[index]]
+        if index in stored
+        else images.thumbnail(run.source, index, 96)
+    )
     if image is None:
         return ""
     return images.picture(image, name, caption, kind or "member", side=96)
@@ -477,7 +559,7 @@ def flat(x: Any) -> np.ndarray:
     return x.reshape(-1, *x.shape[2:])
 
 
-# ---- Data, settings, what next --------------------------------------------------------------------
+# ---- Data, settings, what next -------------------------------------------------------------------
 
 
 def data(record: RunRecord) -> Section | None:
@@ -500,7 +582,9 @@ def settings(record: RunRecord) -> Section:
             (f"<code>{escape(key)}</code>", *(f"<code>{escape(str(v))}</code>" for v in values))
             for key, values in changed.items()
         ]
-        body = rows_table("Settings that differ from the recipe", ["setting", "recipe", "this run"], rows)
+        body = rows_table(
+            "Settings that differ from the recipe", ["setting", "recipe", "this run"], rows
+        )
     else:
         body = f"<p>{'All settings are those of the recipe.' if recipe else 'The recipe is not recorded.'}</p>"
     everything = "".join(
@@ -538,5 +622,7 @@ def next_steps(record: RunRecord) -> Section:
     ]
     if record.facts.get("classes"):
         steps.insert(0, ("Judge it by kNN", f"{evaluation}/knn.py {own} --workdir={workdir}-knn"))
-    body = "".join(f"<h3>{escape(title)}</h3><pre>{escape(command)}</pre>" for title, command in steps)
+    body = "".join(
+        f"<h3>{escape(title)}</h3><pre>{escape(command)}</pre>" for title, command in steps
+    )
     return section("next", "What next", "", body)

@@ -137,7 +137,10 @@ c.svg.addEventListener('pointerleave',clear)}
 })();
 """
 
-COLORS = "".join(f"polyline.s{n},.sample .s{n}{{stroke:var(--s{n})}}circle.s{n}{{fill:var(--s{n})}}" for n in range(8))
+COLORS = "".join(
+    f"polyline.s{n},.sample .s{n}{{stroke:var(--s{n})}}circle.s{n}{{fill:var(--s{n})}}"
+    for n in range(8)
+)
 
 
 def document(title: str, body: str) -> str:

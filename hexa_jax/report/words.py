@@ -42,7 +42,7 @@ class Verdict(NamedTuple):
 
 
 def trend(curve: Curve) -> str:
-    """Return "rising", "falling" or "level" by the last third of a curve; "" for fewer than 3 points."""
+    """Return "rising", "falling" or "level" by the last third of a curve, or ""."""
     if len(curve) < 3:
         return ""
     then, now = curve[-1 - max(len(curve) // 3, 1)][1], curve[-1][1]
@@ -62,7 +62,17 @@ def interval(percent: float, count: int | None) -> float:
 
 def findings(record: RunRecord) -> list[Finding]:
     """Everything that can be said, the most telling first."""
-    makers = (_accuracy, _spread, _rank, _neighbors, _stability, _evenness, _alignment, _input, _files)
+    makers = (
+        _accuracy,
+        _spread,
+        _rank,
+        _neighbors,
+        _stability,
+        _evenness,
+        _alignment,
+        _input,
+        _files,
+    )
     return [finding for maker in makers if (finding := maker(record)) is not None]
 
 
@@ -85,7 +95,11 @@ def verdict(record: RunRecord) -> Verdict:
 
 def _still(curve: Curve) -> str:
     """ ", still rising" and the like."""
-    return {"rising": ", still rising", "falling": ", falling", "level": ", no longer changing"}.get(trend(curve), "")
+    return {
+        "rising": ", still rising",
+        "falling": ", falling",
+        "level": ", no longer changing",
+    }.get(trend(curve), "")
 
 
 def _accuracy(record: RunRecord) -> Finding | None:
@@ -174,7 +188,13 @@ def _stability(record: RunRecord) -> Finding | None:
     if not curve:
         return None
     now = curve[-1][1]
-    kept = "are much the same as" if now > 0.6 else "have changed since" if now > 0.2 else "have little to do with"
+    kept = (
+        "are much the same as"
+        if now > 0.6
+        else "have changed since"
+        if now > 0.2
+        else "have little to do with"
+    )
     words = f"Clusters of the sample {kept} those measured before (Rand index {number(now)}; 1 is the same, 0 chance)."
     return Finding("Cluster stability", number(now), GOOD if now > 0.6 else PLAIN, words, curve)
 
@@ -187,7 +207,9 @@ def _evenness(record: RunRecord) -> Finding | None:
     words = f"Cluster sizes are as even as if {100 * now:.0f} % of the clusters held all images."
     if now < 0.3:
         words += " A few clusters swallow most images."
-    return Finding("Evenness of clusters", f"{100 * now:.0f} %", WATCH if now < 0.3 else PLAIN, words, curve)
+    return Finding(
+        "Evenness of clusters", f"{100 * now:.0f} %", WATCH if now < 0.3 else PLAIN, words, curve
+    )
 
 
 def _alignment(record: RunRecord) -> Finding | None:

@@ -57,7 +57,9 @@ def filesystem(url: str) -> Any:
         RemoteError: it is not gs://, or gcsfs is missing.
     """
     if not url.startswith(SCHEME):
-        raise RemoteError(f"{url}: only local paths and {SCHEME} buckets can be used; mount other storage")
+        raise RemoteError(
+            f"{url}: only local paths and {SCHEME} buckets can be used; mount other storage"
+        )
     try:
         import fsspec
         import gcsfs  # noqa: F401
@@ -81,8 +83,12 @@ def told(path: str | os.PathLike, problem: str = "cannot be read") -> Iterator[N
         if not is_remote(path) or type(error).__module__.startswith("hexa_jax."):
             raise
         missing = "no such bucket or file, or it may not be seen"
-        reason = missing if isinstance(error, FileNotFoundError) else " ".join(str(error).split())[:300]
-        raise RemoteError(f"{os.fspath(path)} {problem}: {reason or type(error).__name__}") from error
+        reason = (
+            missing if isinstance(error, FileNotFoundError) else " ".join(str(error).split())[:300]
+        )
+        raise RemoteError(
+            f"{os.fspath(path)} {problem}: {reason or type(error).__name__}"
+        ) from error
 
 
 def exists(path: Any) -> bool:
@@ -105,7 +111,9 @@ def files(url: str) -> Versions:
     bucket = filesystem(url)
     root = bucket._strip_protocol(url)
     with told(url, "cannot be listed"):
-        found = {name[len(root) + 1 :]: info for name, info in bucket.find(root, detail=True).items()}
+        found = {
+            name[len(root) + 1 :]: info for name, info in bucket.find(root, detail=True).items()
+        }
     return {name: _version(info) for name, info in found.items() if name and not name.endswith("/")}
 
 
@@ -135,7 +143,11 @@ def fetch(url: str, wanted: Versions, cache: str) -> pathlib.Path:
         fcntl.flock(lock, fcntl.LOCK_EX)
         known = folder / _KEPT
         kept = json.loads(known.read_text()) if known.is_file() else {}
-        missing = [name for name in wanted if kept.get(name) != list(wanted[name]) or not _whole(folder, name, wanted)]
+        missing = [
+            name
+            for name in wanted
+            if kept.get(name) != list(wanted[name]) or not _whole(folder, name, wanted)
+        ]
         needed, free = sum(wanted[name][0] for name in missing), shutil.disk_usage(folder).free
         if needed > free:
             raise RemoteError(
@@ -143,8 +155,13 @@ def fetch(url: str, wanted: Versions, cache: str) -> pathlib.Path:
                 "give another config.runtime.data_cache, or an empty one to read tfds data sets in place"
             )
         if missing:
-            print(f"fetching {len(missing)} files, {needed / 1e9:.3f} GB, from {url} to {folder}", flush=True)
-        for number, name in enumerate(copies(url, folder, {name: wanted[name][0] for name in missing}), 1):
+            print(
+                f"fetching {len(missing)} files, {needed / 1e9:.3f} GB, from {url} to {folder}",
+                flush=True,
+            )
+        for number, name in enumerate(
+            copies(url, folder, {name: wanted[name][0] for name in missing}), 1
+        ):
             kept[name] = wanted[name]
             part = known.with_suffix(".part")
             part.write_text(json.dumps(kept))

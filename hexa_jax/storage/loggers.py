@@ -1,8 +1,8 @@
 """Where metrics go besides metrics.jsonl: TensorBoard, Weights & Biases, MLflow, Trackio.
 
 Each is optional and works without a network: W&B with WANDB_MODE=offline, MLflow with a folder as
-MLFLOW_TRACKING_URI and MLFLOW_ALLOW_FILE_STORE=true, Trackio in its local folder. A logger that fails is dropped with a warning: a
-run never ends because of one.
+MLFLOW_TRACKING_URI and MLFLOW_ALLOW_FILE_STORE=true, Trackio in its local folder. A logger that
+fails is dropped with a warning: a run never ends because of one.
 """
 
 import functools
@@ -54,7 +54,9 @@ def check_loggers(names: Sequence[str]) -> None:
             raise LoggerError(f"config.runtime.loggers: {name!r} is not known: use some of {known}")
         if importlib.util.find_spec(PACKAGES[name]) is None:
             package = INSTALLED_AS.get(name, PACKAGES[name])
-            raise LoggerError(f"config.runtime.loggers names {name}, which is not installed: pip install {package}")
+            raise LoggerError(
+                f"config.runtime.loggers names {name}, which is not installed: pip install {package}"
+            )
 
 
 class Loggers:
@@ -125,7 +127,7 @@ class TensorBoard:
 
 
 class WandB:
-    """A W&B run whose identity is kept in WORKDIR/loggers.json, so that a resumed run goes on in it."""
+    """A W&B run, resumed by the identity kept in WORKDIR/loggers.json."""
 
     def __init__(self, workdir: pathlib.Path, config: Mapping[str, Any], resume_step: int):
         import wandb
@@ -186,7 +188,9 @@ class Trackio:
         import trackio
 
         name = _identity(workdir, "trackio", lambda: f"{workdir.name}-{time.time_ns() % 10**8:08d}")
-        self._run = trackio.init(project=PROJECT, name=name, resume="allow", config=dict(config), embed=False)
+        self._run = trackio.init(
+            project=PROJECT, name=name, resume="allow", config=dict(config), embed=False
+        )
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         self._run.log(dict(values), step=step)

@@ -1,4 +1,4 @@
-"""The folder of a run: its config, metrics, TensorBoard events and result, all written so that a crash leaves them readable."""
+"""The folder of a run: config, metrics, events and result, readable after any crash."""
 
 import contextlib
 import difflib
@@ -73,7 +73,7 @@ def closest(name: str, names: list[str]) -> str:
 
 
 def write_json(path: pathlib.Path, value: Any) -> None:
-    """Write a JSON file in one step: readers see the old one or the new one, whole. Only the first process writes."""
+    """Write a JSON file atomically; only the first process does."""
     if not processes.is_main_process():
         return
     temporary = path.with_suffix(".tmp")
@@ -82,10 +82,10 @@ def write_json(path: pathlib.Path, value: Any) -> None:
 
 
 class Finished:
-    """What the parts of a long task gave, in a JSON file that is written after each: a second start computes the others."""
+    """Results of the parts of a long task, in a JSON file: a second start does the rest."""
 
     def __init__(self, path: pathlib.Path, about: Any):
-        """Reads the file; what it holds of something else than `about` (a JSON value) is forgotten."""
+        """Read the file; results of something else than `about` (a JSON value) are dropped."""
         self.path, self.about = path, json.loads(json.dumps(about))
         saved = json.loads(path.read_text()) if path.is_file() else {}
         self.values = saved["values"] if saved.get("about") == self.about else {}
@@ -109,7 +109,8 @@ def open_workdir(path: str, config: ConfigDict, *, extend: bool = False) -> path
         extend: allow more epochs than the run in the folder had; its cosine schedule changes.
 
     Raises:
-        WorkdirError: not writable, or another config lies there (runtime settings and FREE ones aside).
+        WorkdirError: not writable, or another config lies there (runtime settings and FREE ones
+            aside).
     """
     workdir = _absolute(path)
     now = flatten(config.to_dict())
@@ -129,24 +130,31 @@ def open_workdir(path: str, config: ConfigDict, *, extend: bool = False) -> path
         apply_normalization(config, workdir)
         write_json(saved, config.to_dict())
     except OSError as error:
-        raise WorkdirError(f"cannot write to workdir {workdir}: {error.strerror or error}") from None
+        raise WorkdirError(
+            f"cannot write to workdir {workdir}: {error.strerror or error}"
+        ) from None
     except WorkdirError:  # a ValueError too
         raise
     except ValueError:  # neither UTF-8 nor JSON, or not an object
-        raise WorkdirError(f"{saved} is not readable as a config: is this another program's folder?") from None
+        raise WorkdirError(
+            f"{saved} is not readable as a config: is this another program's folder?"
+        ) from None
     return workdir
 
 
 def apply_normalization(config: ConfigDict, workdir: pathlib.Path) -> None:
-    """Give a config of measured pixel statistics those that its workdir records, if there are any."""
+    """Give a config the measured pixel statistics that its workdir records, if any."""
     recorded = workdir / NORMALIZATION
     if config.task == "pretrain" and config.data.normalization == "measured" and recorded.exists():
         found = json.loads(recorded.read_text())
-        config.data.pixel_mean, config.data.pixel_std = tuple(found["pixel_mean"]), tuple(found["pixel_std"])
+        config.data.pixel_mean, config.data.pixel_std = (
+            tuple(found["pixel_mean"]),
+            tuple(found["pixel_std"]),
+        )
 
 
 def with_added(config: ConfigDict) -> ConfigDict:
-    """Give the saved config of an older run the settings that were added since, as it was run; return it."""
+    """Give an older run's config the settings added since, as it was run."""
     for name, value in ADDED.items():
         group, _, key = name.rpartition(".")
         if group in config and key not in config[group]:
@@ -156,7 +164,9 @@ def with_added(config: ConfigDict) -> ConfigDict:
 
 @contextlib.contextmanager
 def held(path: str) -> Iterator[None]:
-    """Makes a workdir and keeps other runs out of it, by a lock that the system frees however the process ends.
+    """Make a workdir and keep other runs out of it.
+
+    By a lock that the system frees however the process ends.
 
     Raises:
         WorkdirError: it cannot be made, or another run is in there.
@@ -169,15 +179,21 @@ def held(path: str) -> Iterator[None]:
         workdir.mkdir(parents=True, exist_ok=True)
         file = (workdir / LOCK).open("a+")
     except OSError as error:
-        raise WorkdirError(f"cannot write to workdir {workdir}: {error.strerror or error}") from None
+        raise WorkdirError(
+            f"cannot write to workdir {workdir}: {error.strerror or error}"
+        ) from None
     with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             file.seek(0)
-            raise WorkdirError(f"workdir {workdir} is in use by {file.read().strip() or 'another run'}") from None
+            raise WorkdirError(
+                f"workdir {workdir} is in use by {file.read().strip() or 'another run'}"
+            ) from None
         except OSError as error:  # a file system without locks
-            logging.warning("cannot lock %s (%s): do not start two runs in it", workdir, error.strerror or error)
+            logging.warning(
+                "cannot lock %s (%s): do not start two runs in it", workdir, error.strerror or error
+            )
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}")
         file.flush()
@@ -189,7 +205,7 @@ def _absolute(path: str) -> pathlib.Path:
 
 
 def abandon(path: pathlib.Path) -> None:
-    """Undo `open_workdir` after a mistake, so that the corrected command may use the folder; a run that began stays."""
+    """Undo `open_workdir` after a mistake, unless a run began in the folder."""
     began = [
         *path.glob("metrics.jsonl"),
         *path.glob("checkpoints"),
@@ -204,9 +220,13 @@ def abandon(path: pathlib.Path) -> None:
 
 
 def _made_no_step(workdir: pathlib.Path) -> bool:
-    """Whether a run began in a folder and ended before its first step, so that nothing of it is worth keeping."""
+    """Return whether a run in a folder ended before its first step."""
     metrics = workdir / "metrics.jsonl"
-    if str(workdir) in console.aliases or not metrics.exists() or (workdir / "result.json").exists():
+    if (
+        str(workdir) in console.aliases
+        or not metrics.exists()
+        or (workdir / "result.json").exists()
+    ):
         return False  # a bucket's checkpoints are not here
     if any(workdir.glob("*/checkpoints")):
         return False  # a finished part, such as the plain run, is worth keeping
@@ -237,25 +257,42 @@ def _check_same(workdir: pathlib.Path, before: dict, now: dict, extend: bool) ->
         old, new = before.get(name), now.get(name)
         if name.startswith(("runtime.", "health.")) or name in FREE or old == new:
             continue
-        if name in MEASURED and before.get("data.normalization") == now.get("data.normalization") == "measured":
+        if (
+            name in MEASURED
+            and before.get("data.normalization") == now.get("data.normalization") == "measured"
+        ):
             continue  # the recorded ones are used
         if name not in before and (new is False or ADDED.get(name) == new):
             continue
-        if name == "epochs" and extend and isinstance(old, int) and isinstance(new, int) and new > old:
-            logging.warning("extending from %d to %d epochs: the learning rate's cosine changes with it", old, new)
+        if (
+            name == "epochs"
+            and extend
+            and isinstance(old, int)
+            and isinstance(new, int)
+            and new > old
+        ):
+            logging.warning(
+                "extending from %d to %d epochs: the learning rate's cosine changes with it",
+                old,
+                new,
+            )
             continue
         differ.append(f"{name} was {old!r}, is {new!r}")
     if differ:
-        hint = " (--extend allows more epochs)" if any(d.startswith("epochs ") for d in differ) else ""
-        raise WorkdirError(f"workdir {workdir} holds a run of another config: {'; '.join(differ)}{hint}")
+        hint = (
+            " (--extend allows more epochs)" if any(d.startswith("epochs ") for d in differ) else ""
+        )
+        raise WorkdirError(
+            f"workdir {workdir} holds a run of another config: {'; '.join(differ)}{hint}"
+        )
 
 
 class Metrics:
-    """Appends scalars to metrics.jsonl, one JSON object per line with its step, and gives them to loggers.
+    """Appends scalars to metrics.jsonl, a JSON object per line, and to loggers.
 
-    A resumed run drops lines from steps that it will do again, and a torn last line. What it measures again at the very step
-    of the checkpoint (the clusters of the epoch that starts there) is the same and is not written twice. Only the first
-    process writes.
+    A resumed run drops lines from steps that it will do again, and a torn last line. What it
+    measures again at the very step of the checkpoint (the clusters of the epoch that starts there)
+    is the same and is not written twice. Only the first process writes.
     """
 
     def __init__(

@@ -131,7 +131,11 @@ class Mirror:
             changed = [name for name in files if self._known.get(name) != files[name]]
             # Parts of features are valid because of the file beside them: old ones go before that
             # one changes.
-            for name in (name for name in [*self._known] if name not in files or (name in changed and ".npz" in name)):
+            for name in (
+                name
+                for name in [*self._known]
+                if name not in files or (name in changed and ".npz" in name)
+            ):
                 with contextlib.suppress(FileNotFoundError):
                     self.bucket.rm_file(f"{self.url}/{name}")
                 del self._known[name]
@@ -169,7 +173,12 @@ class Mirror:
         found = {}
         for path in self.folder.rglob("*"):
             name = path.relative_to(self.folder)
-            if CHECKPOINTS in name.parts or name.name in _LOCAL_ONLY or name.suffix == ".tmp" or not path.is_file():
+            if (
+                CHECKPOINTS in name.parts
+                or name.name in _LOCAL_ONLY
+                or name.suffix == ".tmp"
+                or not path.is_file()
+            ):
                 continue
             with contextlib.suppress(FileNotFoundError):
                 found[str(name)] = (path.stat().st_mtime_ns, path.stat().st_size)
@@ -193,7 +202,9 @@ class Mirror:
         before = self._owner()
         if before is None:
             return
-        log(f"{self.url} is signed by {before['by']}: waiting {LEASE_SECONDS} s to see whether it is alive")
+        log(
+            f"{self.url} is signed by {before['by']}: waiting {LEASE_SECONDS} s to see whether it is alive"
+        )
         end = time.monotonic() + LEASE_SECONDS
         while time.monotonic() < end and (now := self._owner()) is not None:
             if now != before:
@@ -208,7 +219,11 @@ class Mirror:
                 return None
 
     def _write_lease(self) -> None:
-        signature = {"by": f"process {os.getpid()} on {socket.gethostname()}", "token": self._token, "at": time.time()}
+        signature = {
+            "by": f"process {os.getpid()} on {socket.gethostname()}",
+            "token": self._token,
+            "at": time.time(),
+        }
         with gcs.told(self.url, "cannot be written to"):
             self.bucket.pipe_file(f"{self.url}/{OWNER}", json.dumps(signature).encode())
 
@@ -216,6 +231,10 @@ class Mirror:
         """Renew the lease, unless another run took it while this one was silent."""
         owner = self._owner()
         if owner is not None and owner["token"] != self._token:
-            print(f"hexa_jax: {self.url} was taken over by {owner['by']}: stopping", file=sys.stderr, flush=True)
+            print(
+                f"hexa_jax: {self.url} was taken over by {owner['by']}: stopping",
+                file=sys.stderr,
+                flush=True,
+            )
             os._exit(1)
         self._write_lease()

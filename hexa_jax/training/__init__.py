@@ -1,1 +1,1 @@
-"""A training step: equation 10 on the rows of a device, and the pure functions that a run compiles."""
+"""Training: equation 10 on a device's rows, the step over devices, the loop."""

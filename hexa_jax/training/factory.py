@@ -1,4 +1,4 @@
-"""From a config to the objects of a run; every mistake that a config can hold is found here, before anything is compiled."""
+"""Build the objects of a run from its config, finding every mistake before compiling."""
 
 import dataclasses
 import logging
@@ -47,7 +47,7 @@ FLIPS = {"none": (0.0, 0.0), "horizontal": (0.5, 0.0), "vertical": (0.0, 0.5), "
 
 
 def open_source(config: ConfigDict, spec: str, labels: str = "") -> Source:
-    """The source that `spec` names, with the config's settings for it; `labels` in place of `data.labels`."""
+    """Open the source that `spec` names; `labels` in place of `data.labels`."""
     settings = {name: config.data.get(name, default) for name, default in SOURCE_SETTINGS.items()}
     if labels:
         settings["labels"] = labels
@@ -76,7 +76,9 @@ def make_method(config: ConfigDict) -> Method:
     """The method that `config.method` names, with the settings of the block of its name."""
     method = choose("method", config.method, METHODS)
     if config.method not in config:
-        raise ConfigError(f"config has no block config.{config.method} with the settings of the method")
+        raise ConfigError(
+            f"config has no block config.{config.method} with the settings of the method"
+        )
     try:
         return method(**config[config.method])
     except (ValueError, TypeError) as error:
@@ -84,7 +86,10 @@ def make_method(config: ConfigDict) -> Method:
 
 
 def make_network(config: ConfigDict, method: Method) -> Network:
-    """Backbone, and head if the method wants one; the adversarial BatchNorm set exists only where the objective uses it."""
+    """Build backbone and head.
+
+    The adversarial BatchNorm set exists only where the objective uses it.
+    """
     compute_dtype, _ = choose("precision", config.precision, PRECISIONS)
     model = config.model
     auxiliary = make_scheme(config).auxiliary_norm
@@ -109,11 +114,16 @@ def make_network(config: ConfigDict, method: Method) -> Network:
         model.head_layers,
         model.head_output_norm,
     )
-    return Network(backbone, head, *pixels, predictor=method.make_predictor(model.head_dim, compute_dtype, auxiliary))
+    return Network(
+        backbone,
+        head,
+        *pixels,
+        predictor=method.make_predictor(model.head_dim, compute_dtype, auxiliary),
+    )
 
 
 def make_resolutions(config: ConfigDict, key_crops: int) -> tuple[Resolution, ...]:
-    """The crops that the network learns from; a method's key crop is taken off the first resolution."""
+    """Return the crops to learn from; a key crop is taken off the first resolution."""
     data = config.data
     columns = (data.num_crops, data.crop_size, data.min_scale, data.max_scale)
     if len({len(column) for column in columns}) != 1 or not data.num_crops:
@@ -126,14 +136,18 @@ def make_resolutions(config: ConfigDict, key_crops: int) -> tuple[Resolution, ..
         raise ConfigError(f"data.num_crops={tuple(data.num_crops)} leaves no crop to learn from")
     for low, high in zip(data.min_scale, data.max_scale, strict=True):
         if not 0 < low <= high <= 1:
-            raise ConfigError(f"crop scales are shares of the image with 0 < min <= max <= 1, not {low} and {high}")
+            raise ConfigError(
+                f"crop scales are shares of the image with 0 < min <= max <= 1, not {low} and {high}"
+            )
     ratio = tuple(data.aspect_ratio)
     if len(ratio) != 2 or not 0 < ratio[0] <= ratio[1] < float("inf"):
         raise ConfigError(f"data.aspect_ratio={ratio} must be (low, high) with 0 < low <= high")
     flip, vertical_flip = choose("data.flip", data.flip, FLIPS)
     return tuple(
         Resolution(count, size, (low, high), ratio, flip, vertical_flip, bool(data.quarter_turns))
-        for count, size, low, high in zip(counts, data.crop_size, data.min_scale, data.max_scale, strict=True)
+        for count, size, low, high in zip(
+            counts, data.crop_size, data.min_scale, data.max_scale, strict=True
+        )
     )
 
 
@@ -144,7 +158,9 @@ def make_photometric(config: ConfigDict) -> tuple[Photometric, ...]:
     def of_crop(name: str, crop: int) -> float:
         values = getattr(augment, name)
         if len(values) not in (1, crops):
-            raise ConfigError(f"augment.{name} has {len(values)} entries for {crops} crops: give one, or one per crop")
+            raise ConfigError(
+                f"augment.{name} has {len(values)} entries for {crops} crops: give one, or one per crop"
+            )
         return float(values[crop if len(values) > 1 else 0])
 
     return tuple(
@@ -200,7 +216,9 @@ def make_optimizer(config: ConfigDict, steps_per_epoch: int) -> optax.GradientTr
 def make_scheme(config: ConfigDict, steps_per_epoch: int = 1) -> Scheme:
     """Equation 10's terms and the attack, grey levels turned into pixels of [0, 1]."""
     v = config.views
-    norm_set = choose("views.attack_norm", v.attack_norm, {name: name for name in (CLEAN, ADVERSARIAL)})
+    norm_set = choose(
+        "views.attack_norm", v.attack_norm, {name: name for name in (CLEAN, ADVERSARIAL)}
+    )
     choose("views.norm", v.norm, {name: name for name in ("linf", "l2")})
     try:
         attack = Attack(
@@ -220,7 +238,9 @@ def make_scheme(config: ConfigDict, steps_per_epoch: int = 1) -> Scheme:
     for name, view in VIEWS.items():
         if name not in v:  # a view of the program's own, in a config without it
             if named and name in named:
-                raise ConfigError(f"config.scheme names the view {name}, but there is no block config.views.{name}")
+                raise ConfigError(
+                    f"config.scheme names the view {name}, but there is no block config.views.{name}"
+                )
             continue
         settings = dict(v[name])
         if named is not None:  # the scheme says which views there are, the weights what they count
@@ -237,7 +257,7 @@ def make_scheme(config: ConfigDict, steps_per_epoch: int = 1) -> Scheme:
 
 
 def scheme_views(scheme: str) -> set[str] | None:
-    """Names of the views in a sum such as "std+adv+cmx"; None for "", where the views' weights alone decide."""
+    """Return the views in a sum such as "std+adv+cmx"; None for "": the weights decide."""
     if not scheme:
         return None
     if scheme == "all":  # of Fig. 2
@@ -262,7 +282,9 @@ def make_devices(config: ConfigDict) -> list[jax.Device]:
     if wanted > len(devices):
         raise ConfigError(f"runtime.num_devices={wanted}, but there are {len(devices)}")
     if wanted and wanted < len(devices) and jax.process_count() > 1:
-        raise ConfigError(f"runtime.num_devices={wanted}: several processes use all {len(devices)} devices")
+        raise ConfigError(
+            f"runtime.num_devices={wanted}: several processes use all {len(devices)} devices"
+        )
     return devices[:wanted] if wanted else devices
 
 
@@ -322,12 +344,26 @@ def _view_warnings(config: ConfigDict, scheme: Scheme) -> list[str]:
             )
     used = {view.name for view in scheme.views}
     for name in sorted(VIEWS.keys() - used):
-        defaults = {field.name: field.default for field in dataclasses.fields(VIEWS[name]) if field.name != "weight"}
+        defaults = {
+            field.name: field.default
+            for field in dataclasses.fields(VIEWS[name])
+            if field.name != "weight"
+        }
         block = config.views.get(name, {})
-        ignored = [f"{key}={block[key]}" for key in sorted(block) if key in defaults and block[key] != defaults[key]]
+        ignored = [
+            f"{key}={block[key]}"
+            for key in sorted(block)
+            if key in defaults and block[key] != defaults[key]
+        ]
         if ignored:
-            remedy = f"+{VIEWS[name].scheme_name} in config.scheme" if config.scheme else "a weight above 0"
-            lines.append(f"views.{name} is not used, so {', '.join(ignored)} changes nothing: it needs {remedy}")
+            remedy = (
+                f"+{VIEWS[name].scheme_name} in config.scheme"
+                if config.scheme
+                else "a weight above 0"
+            )
+            lines.append(
+                f"views.{name} is not used, so {', '.join(ignored)} changes nothing: it needs {remedy}"
+            )
     return lines
 
 
@@ -349,7 +385,9 @@ def _check_views(scheme: Scheme, method: Method, layout: Layout) -> None:
     for view in scheme.views:
         if view.target == OWN_CROP and not method.pairs_own_crop:
             able = ", ".join(name for name, other in METHODS.items() if other.pairs_own_crop)
-            raise ConfigError(f"views.{view.name}.target={OWN_CROP} is for methods with embeddings as labels: {able}")
+            raise ConfigError(
+                f"views.{view.name}.target={OWN_CROP} is for methods with embeddings as labels: {able}"
+            )
         rows = view.replace * layout.unit if view.replace else 0
         if abs(rows - round(rows)) > 1e-9:
             raise ConfigError(
@@ -377,7 +415,9 @@ def make_trainer(
     """
     _check_ranges(config)
     if config.batch_size > num_examples:
-        raise ConfigError(f"batch_size={config.batch_size} is more than the {num_examples} images: use a smaller one")
+        raise ConfigError(
+            f"batch_size={config.batch_size} is more than the {num_examples} images: use a smaller one"
+        )
     method = make_method(config)
     resolutions = make_resolutions(config, method.key_crops)
     devices = make_devices(config) if devices is None else devices
@@ -388,7 +428,9 @@ def make_trainer(
         microbatches=config.runtime.microbatches or 1,  # 0: `fit_memory` replaces it
         num_devices=len(devices),
         bn_group_size=config.bn_group_size,
-        cutmix_block=config.cutmix_block if scheme.mixes or any(v.replace for v in scheme.views) else 0,
+        cutmix_block=config.cutmix_block
+        if scheme.mixes or any(v.replace for v in scheme.views)
+        else 0,
         shuffle_block=config.shuffle_block if method.key_crops else 0,
     )
     _, param_dtype = choose("precision", config.precision, PRECISIONS)

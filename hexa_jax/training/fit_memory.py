@@ -1,4 +1,4 @@
-"""`config.runtime.microbatches = 0`: find the fewest microbatches with which a training step fits its devices.
+"""`config.runtime.microbatches = 0`: find the fewest microbatches that fit.
 
 The step is compiled with one microbatch. Where it does not fit, the compiler's numbers say which
 number of microbatches should; that step is compiled, and others until the answer is certain.
@@ -37,7 +37,9 @@ MARGIN = 1.1  # how wrong an estimate from two compiled steps may be
 MEGABYTE = 1 << 20
 
 
-def compile_to_fit(config: ConfigDict, trainer: Trainer, source: Source) -> tuple[Trainer, CompiledSteps]:
+def compile_to_fit(
+    config: ConfigDict, trainer: Trainer, source: Source
+) -> tuple[Trainer, CompiledSteps]:
     """Compile the training step of a run with as many microbatches as the config says, or as fit.
 
     Args:
@@ -126,7 +128,9 @@ class _Search:
             raise ConfigError(
                 f"a training step of {what} does not fit the {place(self.trainer.mesh, self.room)}: use {SMALLER}"
             )
-        raise too_large(self.config, self._with(self.layouts[position]), self.needs[position], self.room)
+        raise too_large(
+            self.config, self._with(self.layouts[position]), self.needs[position], self.room
+        )
 
     def _cannot_fit(self, position: int) -> bool:
         """Whether two compiled steps say that this one is too large, beyond doubt."""
@@ -141,11 +145,13 @@ class _Search:
     def _tell(self, position: int, trainer: Trainer) -> None:
         need, parts = self.needs[position].total, self.layouts[position].microbatches
         fewest = f"{parts} microbatches, the fewest that fit" if parts > 1 else "one microbatch"
-        log(f"memory: a step takes {in_words(need)}, and there are {place(trainer.mesh, self.room)}: {fewest}")
+        log(
+            f"memory: a step takes {in_words(need)}, and there are {place(trainer.mesh, self.room)}: {fewest}"
+        )
 
 
 def same_results(layout: Layout) -> list[Layout]:
-    """Return the layouts that compute the same as one with a single microbatch, fewest microbatches first."""
+    """Return layouts that compute the same as one microbatch, fewest first."""
     layouts = []
     for parts in range(1, layout.batch_size + 1):
         finer = dataclasses.replace(layout, microbatches=parts)

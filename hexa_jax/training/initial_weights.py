@@ -1,7 +1,7 @@
 """Weights that a run starts from in place of random ones: `config.model.init`.
 
-They fill the backbone alone, both of its BatchNorm sets; heads, predictors and prototypes stay random.
-What was read is told in init.json of the workdir, which a resumed run does not need.
+They fill the backbone alone, both of its BatchNorm sets; heads, predictors and prototypes stay
+random. What was read is told in init.json of the workdir, which a resumed run does not need.
 """
 
 import logging
@@ -31,24 +31,28 @@ class InitialWeights(NamedTuple):
 
     Attributes:
         variables: {"params": {"backbone": ...}, "clean_batch_stats": {"backbone": ...}}, float32.
-        record: name, SHA-256 of the weights, architecture, and the step of the run that they are from, if any; JSON.
+        record: name, SHA-256 of the weights, architecture, and the step of the run that they are
+            from, if any; JSON.
     """
 
     variables: Mapping[str, Any]
     record: dict[str, Any]
 
 
-def read_initial_weights(config: ConfigDict, network: Network, variables: Mapping[str, Any]) -> InitialWeights | None:
+def read_initial_weights(
+    config: ConfigDict, network: Network, variables: Mapping[str, Any]
+) -> InitialWeights | None:
     """Read the weights that a run starts from; all processes call it.
 
     Args:
-        config: of the run; `config.model.init` names a workdir of this program, a weights file, or another library's
-            weights. Empty: None is returned.
+        config: of the run; `config.model.init` names a workdir of this program, a weights file, or
+            another library's weights. Empty: None is returned.
         network: of the run.
         variables: the network's, or their shapes.
 
     Raises:
-        WeightsError: they cannot be read, are of another architecture, or differ between processes; one line.
+        WeightsError: they cannot be read, are of another architecture, or differ between processes;
+            one line.
         CheckpointError: the workdir holds no run, or none that saved anything.
     """
     name = config.model.get("init", "")
@@ -75,7 +79,7 @@ def read_initial_weights(config: ConfigDict, network: Network, variables: Mappin
 
 
 def described(backbone: ResNet) -> str:
-    """Return an architecture in words; what is as usual is left out, such as "resnet18 with 16 channels and a cifar stem"."""
+    """Return an architecture in words, such as "resnet18 with a cifar stem"."""
     parts = [f"{backbone.base_channels} channels"] if backbone.base_channels != 64 else []
     parts += [f"a {backbone.stem} stem"] if backbone.stem != "imagenet" else []
     return f"resnet{backbone.depth}" + (f" with {' and '.join(parts)}" if parts else "")
@@ -87,16 +91,23 @@ def record_initial_weights(workdir: pathlib.Path, weights: InitialWeights) -> No
 
 
 def _check_architecture(
-    name: str, found: Backbone, arrays: Mapping[str, np.ndarray], wanted: ResNet, variables: Mapping[str, Any]
+    name: str,
+    found: Backbone,
+    arrays: Mapping[str, np.ndarray],
+    wanted: ResNet,
+    variables: Mapping[str, Any],
 ) -> None:
     have = found.network.backbone
     if have.stem != wanted.stem and not found.stem_known and wanted.stem != "imagenet":
-        have = have.clone(stem=wanted.stem)  # the same arrays: nothing tells which of the two they were trained with
+        # the same arrays: nothing tells which of the two they were trained with
+        have = have.clone(stem=wanted.stem)
     differs = first_difference(arrays, variables)
     if not differs and have.stem != wanted.stem:
         differs = f"the stem is {have.stem}, not {wanted.stem}"
     if differs:
-        raise WeightsError(f"config.model.init={name}: {differs}: {described(have)} weights for a {described(wanted)}?")
+        raise WeightsError(
+            f"config.model.init={name}: {differs}: {described(have)} weights for a {described(wanted)}?"
+        )
 
 
 def _warn_of_pixels(name: str, found: Network, wanted: Network) -> None:

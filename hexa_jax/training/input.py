@@ -73,4 +73,6 @@ class TrainingData:
             crop_sets=objective.scheme.crop_sets,
         )
         elements = host_iterator(steps, start, runtime.workers, runtime.threads, runtime.prefetch)
-        return device_batches(elements, self.trainer.mesh, objective.layout, self.bad_images, self.labels)
+        return device_batches(
+            elements, self.trainer.mesh, objective.layout, self.bad_images, self.labels
+        )

@@ -87,7 +87,9 @@ class LiveReport:
         near = nearest(sample.features, sample.features, count)
         directions = unit(sample.features)
         cosines = np.einsum("nf,nkf->nk", directions, directions[near])
-        return page.SampleImages(sample.indices, sample.images, sample.features, near, cosines, sample.clusters)
+        return page.SampleImages(
+            sample.indices, sample.images, sample.features, near, cosines, sample.clusters
+        )
 
     def _facts(self, state: TrainState) -> dict[str, Any]:
         """What the report says of the run besides its files."""

@@ -31,7 +31,11 @@ from hexa_jax.report import page
 from hexa_jax.storage.workdir import PLAIN, Metrics, open_workdir, write_json
 from hexa_jax.training.factory import make_schedule, make_scheme, make_trainer, open_training_source
 from hexa_jax.training.fit_memory import compile_to_fit
-from hexa_jax.training.initial_weights import InitialWeights, read_initial_weights, record_initial_weights
+from hexa_jax.training.initial_weights import (
+    InitialWeights,
+    read_initial_weights,
+    record_initial_weights,
+)
 from hexa_jax.training.input import TrainingData
 from hexa_jax.training.live_report import LiveReport
 from hexa_jax.training.normalization import settle_normalization
@@ -43,12 +47,13 @@ from hexa_jax.views.preview import ViewPreview
 COLLAPSED = 0.02  # embedding_std below this: all embeddings are nearly the same
 STARVED = 0.3  # share of the time spent on waiting for input above which the terminal is told
 INITIAL = "initial_"  # what the accuracies of the weights that a run started from are called by
-COMPARED = ("knn_accuracy", "linear_accuracy", "nmi")  # results of the plain run that are shown beside the run's own
+# results of the plain run that are shown beside the run's own
+COMPARED = ("knn_accuracy", "linear_accuracy", "nmi")
 CALIBRATION_STEPS = 50  # forward passes that give a random network its BatchNorm statistics
 
 
 def pretrain(config: ConfigDict, workdir: pathlib.Path) -> dict[str, Any]:
-    """Run or resume; with `config.compare_with_plain` the plain run first, in a workdir of its own inside.
+    """Run or resume; with `config.compare_with_plain` the plain run first, inside.
 
     Returns:
         The flat results that `result.json` holds.
@@ -77,7 +82,9 @@ def plain_config(config: ConfigDict) -> ConfigDict:
         ConfigError: the config has none.
     """
     if not make_scheme(config).views:
-        raise ConfigError("config.compare_with_plain: this run has no hard views, it is the plain one")
+        raise ConfigError(
+            "config.compare_with_plain: this run has no hard views, it is the plain one"
+        )
     plain = ConfigDict(config.to_dict())
     plain.scheme, plain.compare_with_plain = "std", False
     plain.knn.pixels = False  # the same images: measured once
@@ -116,7 +123,9 @@ class _Run:
         self.total = config.epochs * self.steps_per_epoch
         runtime = config.runtime
         keep_every = runtime.keep_every * self.steps_per_epoch or None
-        self.checkpoints = Checkpoints(workdir / "checkpoints", keep_last=runtime.keep_last, keep_every=keep_every)
+        self.checkpoints = Checkpoints(
+            workdir / "checkpoints", keep_last=runtime.keep_last, keep_every=keep_every
+        )
         saved = self.checkpoints.steps()
         # Read before anything is compiled; a run that saved something needs them no more.
         self.initial = None if saved else self._read_initial(trainer)
@@ -138,7 +147,8 @@ class _Run:
         self.stop = PreemptionGuard()
         self.bar, self.bar_text = ProgressBar(), "first step"
         self.schedule: Callable = make_schedule(config, self.steps_per_epoch)
-        self.plain: dict[str, Any] | None = None  # results of the plain run that this one is compared with
+        # results of the plain run that this one is compared with
+        self.plain: dict[str, Any] | None = None
         self.with_report = True
 
     def _read_initial(self, trainer: Trainer) -> InitialWeights | None:
@@ -152,8 +162,16 @@ class _Run:
             if self.initial is None:
                 return self.steps.init(np.uint32(self.config.seed)), 0, {"first_pass": False}
             record_initial_weights(self.workdir, self.initial)
-            log("starting from {name}: {architecture}, SHA-256 {sha256:.12}".format(**self.initial.record))
-            return self.steps.init(np.uint32(self.config.seed), self.initial.variables), 0, {"first_pass": False}
+            log(
+                "starting from {name}: {architecture}, SHA-256 {sha256:.12}".format(
+                    **self.initial.record
+                )
+            )
+            return (
+                self.steps.init(np.uint32(self.config.seed), self.initial.variables),
+                0,
+                {"first_pass": False},
+            )
         step, state, metadata = restored
         if not all(np.isfinite(np.asarray(leaf)).all() for leaf in jax.tree.leaves(state.params)):
             raise Diverged(
@@ -170,7 +188,9 @@ class _Run:
         try:
             if not self.metadata["first_pass"]:
                 self._first_pass()
-            with contextlib.closing(self.input.batches(self.steps_per_epoch + self.step)) as batches:
+            with contextlib.closing(
+                self.input.batches(self.steps_per_epoch + self.step)
+            ) as batches:
                 self._loop(batches)
             self._settle_last_checkpoint()
             return self._finish()
@@ -180,7 +200,7 @@ class _Run:
             self.metrics.close()
             self.checkpoints.close()
 
-    # ---- The loop -----------------------------------------------------------------------------------------------------
+    # ---- The loop --------------------------------------------------------------------------------
 
     def _loop(self, batches: Iterator[Batch]) -> None:
         pending: tuple[int, dict] | None = None
@@ -196,7 +216,8 @@ class _Run:
                 batch = next(batches)
             self.state, metrics = self.steps.train(self.state, batch, self.input.resident)
             if pending:
-                self._report(*pending)  # of the step before: reading this one's numbers would wait for it
+                # of the step before: reading this one's numbers would wait for it
+                self._report(*pending)
             self.step += 1
             pending = (self.step, metrics)
             self.bar.show(self.step, self.total, self.bar_text)
@@ -214,7 +235,9 @@ class _Run:
             if stopping and self.step < self.total:
                 raise self._terminated()
 
-    def _end_epoch(self, epoch: int, pending: tuple[int, dict]) -> tuple[tuple[int, dict] | None, bool]:
+    def _end_epoch(
+        self, epoch: int, pending: tuple[int, dict]
+    ) -> tuple[tuple[int, dict] | None, bool]:
         """Measure and show what is due after an epoch.
 
         Args:
@@ -222,7 +245,8 @@ class _Run:
             pending: the last step and its metrics, not yet reported.
 
         Returns:
-            `pending` if it is still to be reported, and whether the checkpoint of this step is the best so far.
+            `pending` if it is still to be reported, and whether the checkpoint of this step is the
+            best so far.
         """
         health, due = self._health_due(epoch), self._due(epoch)
         page_due = self.with_report and self.report.due(epoch)
@@ -238,10 +262,12 @@ class _Run:
         return None, best
 
     def _terminated(self) -> Terminated:
-        return Terminated(f"SIGTERM: saved step {self.step} in {self.workdir}; the same command resumes it")
+        return Terminated(
+            f"SIGTERM: saved step {self.step} in {self.workdir}; the same command resumes it"
+        )
 
     def _first_pass(self) -> None:
-        """Measure the weights that the run starts from, fill the bank, save, and measure a random network."""
+        """Measure the initial weights, fill the bank, save, and measure a random network."""
         needed = self.trainer.objective.method.needs_first_pass
         measured = bool(self.config.knn.every_epochs and self.probe)
         if self.initial and measured:
@@ -252,17 +278,21 @@ class _Run:
             for batch in self.bar.track(batches, self.steps_per_epoch, "first pass"):
                 self.state = self.steps.observe(self.state, batch, self.input.resident)
                 if self.stop.reached():
-                    raise Terminated(f"SIGTERM during the first pass, nothing to save yet: {self.workdir}")
+                    raise Terminated(
+                        f"SIGTERM during the first pass, nothing to save yet: {self.workdir}"
+                    )
         if measured:
             self._measure_random(calibrated=needed)
         if self.sample:
             made_up = not (needed or self.initial)  # the running statistics of a fresh network
-            self._log_health(0, self.sample.measure(self._few_statistics() if made_up else self.state))
+            self._log_health(
+                0, self.sample.measure(self._few_statistics() if made_up else self.state)
+            )
         self.metadata["first_pass"] = True
         if needed:
             self._save(last=False)
 
-    # ---- Health: measures without labels ------------------------------------------------------------------------------
+    # ---- Health: measures without labels ---------------------------------------------------------
 
     def _health_due(self, epoch: int) -> bool:
         every = self.config.health.every_epochs
@@ -302,14 +332,16 @@ class _Run:
 
     def _health_state(self) -> TrainState:
         """The state with the statistics to measure health by; the run's own stay as they are."""
-        return self._few_statistics() if self.config.eval_statistics == "reestimated" else self.state
+        return (
+            self._few_statistics() if self.config.eval_statistics == "reestimated" else self.state
+        )
 
     def _few_statistics(self) -> TrainState:
-        """Statistics over about as many images as the sample has: a whole pass each epoch costs too much."""
+        """Re-estimate statistics over about as many images as the sample has."""
         batches = -(-self.config.health.images // self.config.batch_size)
         return self._reestimated(min(batches, self.steps_per_epoch), stoppable=False)
 
-    # ---- Accuracies and statistics -------------------------------------------------------------------------------------
+    # ---- Accuracies and statistics ---------------------------------------------------------------
 
     def _measure_initial(self) -> None:
         results = self._probe_results(self.state)  # by the statistics that came with the weights
@@ -344,7 +376,9 @@ class _Run:
         params, batch_stats = drawn(np.uint32(self.config.seed))
         return self.state._replace(params=params, batch_stats=batch_stats)
 
-    def _reestimated(self, num_batches: int, state: TrainState | None = None, stoppable: bool = True) -> TrainState:
+    def _reestimated(
+        self, num_batches: int, state: TrainState | None = None, stoppable: bool = True
+    ) -> TrainState:
         """Return a state with clean statistics that are the mean over batches of training crops.
 
         Args:
@@ -363,7 +397,9 @@ class _Run:
                 moments = self.steps.moments(state, batch, self.input.resident)
                 total = moments if total is None else jax.tree.map(jnp.add, total, moments)
                 if stoppable and self.stop.reached():
-                    raise Terminated(f"SIGTERM before the first step, nothing to save yet: {self.workdir}")
+                    raise Terminated(
+                        f"SIGTERM before the first step, nothing to save yet: {self.workdir}"
+                    )
         mean = jax.tree.map(lambda value: value / num_batches, total)
         return state._replace(batch_stats=state.batch_stats | {stats_collection(CLEAN): mean})
 
@@ -386,8 +422,11 @@ class _Run:
         self.metadata["reestimated"] = self.step
 
     def _settle_last_checkpoint(self) -> None:
-        """Put the statistics that the run is evaluated by into its last checkpoint, unless they are there."""
-        if self.config.eval_statistics == "reestimated" and self.metadata.get("reestimated") != self.step:
+        """Put re-estimated statistics into the last checkpoint, unless they are there."""
+        if (
+            self.config.eval_statistics == "reestimated"
+            and self.metadata.get("reestimated") != self.step
+        ):
             self._settle_statistics()
             self._save(last=True)
 
@@ -407,13 +446,18 @@ class _Run:
         self.state, scalars = self.steps.refresh(self.state, np.int32(epoch))
         values = {name: float(value) for name, value in scalars.items()}
         if self.assignments is not None:
-            labels = processes.largest(self.input.labels)  # each process has seen those of its own rows
-            seen = (self.assignments >= 0).all(axis=0)  # none while a method warms up without clusters
+            # each process has seen those of its own rows
+            labels = processes.largest(self.input.labels)
+            # none while a method warms up without clusters
+            seen = (self.assignments >= 0).all(axis=0)
             if seen.any() and (labels[seen] >= 0).all():  # after a resume, tfds's are gathered anew
                 self.metadata["nmi"] = values["nmi"] = _nmi(self.assignments, labels)
         if values:
             self.metrics.write(self.step, {"epoch": epoch} | values)
-            log(f"epoch {epoch}: " + ", ".join(f"{name} {value:.4g}" for name, value in values.items()))
+            log(
+                f"epoch {epoch}: "
+                + ", ".join(f"{name} {value:.4g}" for name, value in values.items())
+            )
 
     def _due(self, epoch: int) -> list[str]:
         """Accuracies to measure after this epoch; after the last one, `_finish` does."""
@@ -430,7 +474,9 @@ class _Run:
         values = {name: value for name, value in accuracies.items() if value is not None}
         self.metrics.write(self.step, {"epoch": epoch, **values})
         for name, value in values.items():
-            log(f"epoch {epoch}: {'kNN' if name == 'knn_accuracy' else 'linear probe'} accuracy {value:.1f} %")
+            log(
+                f"epoch {epoch}: {'kNN' if name == 'knn_accuracy' else 'linear probe'} accuracy {value:.1f} %"
+            )
 
     def _report(self, step: int, metrics: dict) -> None:
         """Check and log the numbers of a finished step."""
@@ -454,7 +500,9 @@ class _Run:
             return
         scored = {f"loss_{name}" for name in self.trainer.objective.scored_passes(step - 1)}
         values = {
-            name: float(value) for name, value in metrics.items() if name in scored or not name.startswith("loss_")
+            name: float(value)
+            for name, value in metrics.items()
+            if name in scored or not name.startswith("loss_")
         }
         values["learning_rate"] = float(self.schedule(step - 1))
         values["epoch"] = step / self.steps_per_epoch
@@ -484,7 +532,9 @@ class _Run:
     def _finish(self) -> dict[str, Any]:
         self.checkpoints.wait()
         results: dict[str, Any] = {"step": self.step, "epochs": self.config.epochs}
-        kept = [name for name in self.metadata if name.startswith(("random_", INITIAL)) or name == "nmi"]
+        kept = [
+            name for name in self.metadata if name.startswith(("random_", INITIAL)) or name == "nmi"
+        ]
         results |= {name: self.metadata[name] for name in kept}
         if self.probe:
             accuracies = self._probe_results(self.state)
@@ -492,9 +542,13 @@ class _Run:
             results |= accuracies
             pixels = self.probe.pixels() if self.config.knn.pixels else None
             if pixels is not None:
-                results |= {f"pixels_{name}": value for name, value in self._accuracies(pixels).items()}
+                results |= {
+                    f"pixels_{name}": value for name, value in self._accuracies(pixels).items()
+                }
         if self.plain is not None:
-            results |= {f"plain_{name}": self.plain[name] for name in COMPARED if name in self.plain}
+            results |= {
+                f"plain_{name}": self.plain[name] for name in COMPARED if name in self.plain
+            }
         write_json(self.workdir / "result.json", results)
         if self.sample and self.sample.features is None:  # the run had ended before this start
             self.sample.measure(self.state)
@@ -504,7 +558,7 @@ class _Run:
         log(page.table(results) + f"\nreport: {path}")
         return results
 
-    # ---- What the report shows ----------------------------------------------------------------------------------------
+    # ---- What the report shows -------------------------------------------------------------------
 
     @property
     def source(self) -> Source:
@@ -519,10 +573,14 @@ class _Run:
 
     def views(self) -> ViewPreview:
         """The views of the first batch."""
-        return processes.gather(self.steps.views(self.state, next(self.input.batches(0)), self.input.resident))
+        return processes.gather(
+            self.steps.views(self.state, next(self.input.batches(0)), self.input.resident)
+        )
 
 
 def _nmi(assignments: np.ndarray, labels: np.ndarray) -> float:
-    """Normalised mutual information between clusters [H, N] and labels [N], mean over heads; unseen examples left out."""
+    """Return normalized mutual information of clusters [H, N] and labels [N], mean over heads."""
     seen = (labels >= 0) & (assignments >= 0).all(axis=0)
-    return float(np.mean([normalized_mutual_info_score(labels[seen], head[seen]) for head in assignments]))
+    return float(
+        np.mean([normalized_mutual_info_score(labels[seen], head[seen]) for head in assignments])
+    )

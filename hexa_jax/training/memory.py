@@ -1,8 +1,8 @@
 """Check that a training step fits its devices, and turn memory that runs out into one line.
 
 XLA lays out a program's memory when it compiles: arguments, outputs, and one block of temporaries.
-So it is known before data are read whether a step fits. On a CPU the block is allocated whole when the
-step begins, and convolutions take scratch memory besides.
+So it is known before data are read whether a step fits. On a CPU the block is allocated whole when
+the step begins, and convolutions take scratch memory besides.
 """
 
 import dataclasses
@@ -27,7 +27,8 @@ from hexa_jax.training.step import CompiledSteps, Trainer
 CGROUPS, OWN_CGROUP = pathlib.Path("/sys/fs/cgroup"), pathlib.Path("/proc/self/cgroup")
 MEMINFO = pathlib.Path("/proc/meminfo")
 # What convolutions on a CPU take besides the block of temporaries, as a share of it: 0.24 to 0.26
-# were measured for ResNets with batches of 128 and 512 images; tests/training/test_memory.py measures again.
+# were measured for ResNets with batches of 128 and 512 images; tests/training/test_memory.py
+# measures again.
 CPU_SCRATCH = 0.25
 LEAST_GROUP = 8  # rows whose BatchNorm statistics are still worth something
 SMALLER = "a smaller --config.batch_size or --config.data.crop_size"
@@ -50,7 +51,9 @@ class Need(NamedTuple):
         return self.fixed + self.temporaries
 
 
-def compile_ahead(config: ConfigDict, trainer: Trainer, steps: CompiledSteps, source: Source) -> CompiledSteps:
+def compile_ahead(
+    config: ConfigDict, trainer: Trainer, steps: CompiledSteps, source: Source
+) -> CompiledSteps:
     """Compile the training step from its shapes alone, and check that it fits the devices' memory.
 
     Args:
@@ -90,7 +93,9 @@ def compile_ahead(config: ConfigDict, trainer: Trainer, steps: CompiledSteps, so
     return steps._replace(train=compiled)
 
 
-def lowered(config: ConfigDict, trainer: Trainer, steps: CompiledSteps, source: Source) -> jax.stages.Lowered:
+def lowered(
+    config: ConfigDict, trainer: Trainer, steps: CompiledSteps, source: Source
+) -> jax.stages.Lowered:
     """Lower the training step from its shapes; reads one image where all are to live on the device.
 
     Raises:
@@ -102,11 +107,13 @@ def lowered(config: ConfigDict, trainer: Trainer, steps: CompiledSteps, source: 
         image, _, _ = read_or_replace(source, 0, failures)
         whole = NamedSharding(trainer.mesh, PartitionSpec())
         data = jax.ShapeDtypeStruct((len(source), *image.shape), np.uint8, sharding=whole)
-    return steps.train.lower(trainer.state_shapes(), trainer.batch_shapes(config.data.on_device), data)
+    return steps.train.lower(
+        trainer.state_shapes(), trainer.batch_shapes(config.data.on_device), data
+    )
 
 
 def too_large(config: ConfigDict, trainer: Trainer, need: Need, room: int | None) -> ConfigError:
-    """Return the error about a step that needs more memory than there is, with settings that would do."""
+    """Return the error about a step that does not fit, with settings that would."""
     layout = trainer.objective.layout
     remedy = _remedy(layout, need, gradient_bytes(trainer), room or need.total)
     return ConfigError(
@@ -281,7 +288,11 @@ def is_out_of_memory(error: BaseException) -> bool:
 def out_of_memory(error: BaseException, config: ConfigDict) -> str:
     """One line about memory that ran out in a task, with the settings that need less."""
     if config.task == "pretrain":
-        found = " (0 finds N before the first step)" if config.runtime.microbatches else " above what 0 found"
+        found = (
+            " (0 finds N before the first step)"
+            if config.runtime.microbatches
+            else " above what 0 found"
+        )
         settings = f"--config.runtime.microbatches=N{found}, or {SMALLER}"
     else:
         names = ("batch_size", "runtime.batch_size", "data.crop")

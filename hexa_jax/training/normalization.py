@@ -1,4 +1,4 @@
-"""Pixel statistics of a run that measures them: taken once, recorded in the workdir, the same ever after."""
+"""Measured pixel statistics of a run: taken once and recorded in the workdir."""
 
 import pathlib
 
@@ -16,8 +16,8 @@ def settle_normalization(config: ConfigDict, workdir: pathlib.Path, source: Sour
     """Set `config.data.pixel_mean` and `pixel_std` where `data.normalization` is "measured".
 
     The first start of a run measures, and writes what it found into the workdir: into a file of its
-    own, by which later starts know that it was measured, and into config.json, where evaluations and
-    exports look.
+    own, by which later starts know that it was measured, and into config.json, where evaluations
+    and exports look.
 
     Args:
         config: of the run; changed in place.
@@ -40,16 +40,23 @@ def settle_normalization(config: ConfigDict, workdir: pathlib.Path, source: Sour
     mean, std, images = _of_main(found)
     config.data.pixel_mean, config.data.pixel_std = mean, std
     if not known:
-        write_json(workdir / NORMALIZATION, {"pixel_mean": mean, "pixel_std": std, "images": images})
-        shown = ["({})".format(", ".join(f"{value:.4f}" for value in values)) for values in (mean, std)]
+        write_json(
+            workdir / NORMALIZATION, {"pixel_mean": mean, "pixel_std": std, "images": images}
+        )
+        shown = [
+            "({})".format(", ".join(f"{value:.4f}" for value in values)) for values in (mean, std)
+        ]
         log(f"pixels of {images} images: mean {shown[0]}, standard deviation {shown[1]}")
     write_json(workdir / "config.json", config.to_dict())
 
 
 def _of_main(found: PixelStatistics) -> PixelStatistics:
-    """What the main process found, on all of them: as whole numbers, which are broadcast exactly."""
+    """Broadcast what the main process found, exactly: as whole numbers."""
     mean, std = (
-        tuple(processes.broadcast_from_main(round(value * 10**DIGITS)) / 10**DIGITS for value in values)
+        tuple(
+            processes.broadcast_from_main(round(value * 10**DIGITS)) / 10**DIGITS
+            for value in values
+        )
         for values in (found.mean, found.std)
     )
     return PixelStatistics(mean, std, processes.broadcast_from_main(found.images))

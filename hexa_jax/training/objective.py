@@ -43,7 +43,9 @@ class Crops(Protocol):
     def resolutions(self) -> Sequence[Any]:
         """Each with `count` crops of side `size`."""
 
-    def online(self, keys: jax.Array, batch: Batch, data: jax.Array | None, crop_set: int = 0) -> tuple[jax.Array, ...]:
+    def online(
+        self, keys: jax.Array, batch: Batch, data: jax.Array | None, crop_set: int = 0
+    ) -> tuple[jax.Array, ...]:
         """Return crops [N, V_r, S, S, 3] per resolution, keyed by example.
 
         `crop_set` numbers independent sets.
@@ -104,7 +106,9 @@ class Objective:
 
     # ---- One device ------------------------------------------------------------------------------
 
-    def device_gradients(self, params: Any, inputs: Inputs, rngs: Rngs, data: jax.Array | None) -> Gradients:
+    def device_gradients(
+        self, params: Any, inputs: Inputs, rngs: Rngs, data: jax.Array | None
+    ) -> Gradients:
         """Gradients of one device's rows [M, n, ...]; moments are averaged over microbatches.
 
         The set of active views changes at each start epoch; `lax.switch` selects the branch of the
@@ -146,13 +150,17 @@ class Objective:
         moments = jax.tree.map(lambda m: m / len(inputs.weight), moments)
         return Gradients(grads, moments, losses, outputs)
 
-    def device_preview(self, params: Any, inputs: Inputs, rngs: Rngs, data: jax.Array | None) -> ViewPreview:
+    def device_preview(
+        self, params: Any, inputs: Inputs, rngs: Rngs, data: jax.Array | None
+    ) -> ViewPreview:
         """All views of one device's rows [M, n, ...], to look at."""
 
         def one(leaves: Any) -> tuple[Any, ViewPreview]:
             batch, y, weight = leaves
             rows = inputs._replace(batch=batch, y=y, weight=weight)
-            context = StepContext(self, params, self.online_crops(batch, rngs, data), rows, rngs, data)
+            context = StepContext(
+                self, params, self.online_crops(batch, rngs, data), rows, rngs, data
+            )
             if self.scheme.attacks:
                 context = dataclasses.replace(context, attacked=self.attacked(params, context))
             return (), self.preview(context)
@@ -161,7 +169,9 @@ class Objective:
 
     # ---- One microbatch --------------------------------------------------------------------------
 
-    def gradients(self, views: Views, params: Any, inputs: Inputs, rngs: Rngs, data: jax.Array | None) -> Gradients:
+    def gradients(
+        self, views: Views, params: Any, inputs: Inputs, rngs: Rngs, data: jax.Array | None
+    ) -> Gradients:
         """Gradients of equation 10 for N rows: the clean pass, and each of `views`."""
         x = self.online_crops(inputs.batch, rngs, data)
         rows = self.rows_of(views)
@@ -182,13 +192,19 @@ class Objective:
         if kept.whole:
             return result
         parts = {name: share for name, share in rows.items() if not share.empty}
-        return result._replace(outputs=rejoin([outputs[name] for name in parts], list(parts.values())))
+        return result._replace(
+            outputs=rejoin([outputs[name] for name in parts], list(parts.values()))
+        )
 
-    def _clean_gradients(self, params: Any, context: "StepContext", at_crops: bool) -> tuple[Gradients, Any]:
+    def _clean_gradients(
+        self, params: Any, context: "StepContext", at_crops: bool
+    ) -> tuple[Gradients, Any]:
         """The clean pass, and with `at_crops` the loss's gradient at the crops, else None."""
         if context.inputs.weight.size == 0:  # a view replaces all of it
             zeros = jax.tree.map(jnp.zeros_like, params)
-            return Gradients(zeros, {}, {CLEAN: jnp.zeros((), context.inputs.weight.dtype)}, jnp.zeros(())), None
+            return Gradients(
+                zeros, {}, {CLEAN: jnp.zeros((), context.inputs.weight.dtype)}, jnp.zeros(())
+            ), None
 
         def clean(params: Any, x: Any) -> tuple[jax.Array, Any]:
             losses, (moments, outputs) = self.row_losses(params, View(x), context.inputs, CLEAN)
@@ -196,16 +212,22 @@ class Objective:
             return loss, (loss, moments, outputs)
 
         wanted = (0, 1) if at_crops else 0
-        slopes, (loss, moments, outputs) = jax.grad(clean, wanted, has_aux=True)(params, context.crops)
+        slopes, (loss, moments, outputs) = jax.grad(clean, wanted, has_aux=True)(
+            params, context.crops
+        )
         grads, slope = slopes if at_crops else (slopes, None)
         return Gradients(grads, {CLEAN: moments}, {CLEAN: loss}, outputs), slope
 
-    def add_view(self, total: Gradients, view: HardView, context: "StepContext") -> tuple[Gradients, jax.Array]:
+    def add_view(
+        self, total: Gradients, view: HardView, context: "StepContext"
+    ) -> tuple[Gradients, jax.Array]:
         """`total` with a hard view's part added, and the view's own outputs [N, V, D]."""
         made = view.make(dataclasses.replace(context, view=view))
         inputs = context.inputs
         if view.target == OWN_CROP:
-            y, dictionary = self.method.own_crop_labels(inputs.y, inputs.dictionary, context.outputs)
+            y, dictionary = self.method.own_crop_labels(
+                inputs.y, inputs.dictionary, context.outputs
+            )
             inputs = inputs._replace(y=y, dictionary=dictionary)
         weight = self.scheme.weights(context.rngs.step)[view.name]
 
@@ -223,7 +245,9 @@ class Objective:
         )
         return result, outputs
 
-    def row_losses(self, params: Any, view: View, inputs: Inputs, norm: str) -> tuple[jax.Array, Any]:
+    def row_losses(
+        self, params: Any, view: View, inputs: Inputs, norm: str
+    ) -> tuple[jax.Array, Any]:
         """Return a view's weighted losses [N, V], and (moments, outputs) of its pass.
 
         The losses sum to the view's part of the objective.
@@ -234,13 +258,19 @@ class Objective:
             losses = self.method.loss(own, outputs, inputs.y, inputs.dictionary)
         else:
             y_partner = jax.tree.map(lambda leaf: leaf[view.partner], inputs.y)
-            losses = self.method.mixed_loss(own, outputs, inputs.y, y_partner, view.lam, inputs.dictionary)
+            losses = self.method.mixed_loss(
+                own, outputs, inputs.y, y_partner, view.lam, inputs.dictionary
+            )
         return losses * inputs.weight[:, None] / losses.shape[1], (moments, outputs)
 
-    def forward(self, params: Any, crops: tuple[jax.Array, ...], norm: str = CLEAN) -> tuple[jax.Array, Any]:
+    def forward(
+        self, params: Any, crops: tuple[jax.Array, ...], norm: str = CLEAN
+    ) -> tuple[jax.Array, Any]:
         """Training-mode outputs [N, V, D] and the pass's BatchNorm moments."""
         mode = self.layout.norm_mode(norm)
-        outputs, sown = self.network.apply({"params": params["network"]}, crops, mode, mutable=["moments"])
+        outputs, sown = self.network.apply(
+            {"params": params["network"]}, crops, mode, mutable=["moments"]
+        )
         return outputs, sown["moments"]
 
     def encode(self, network_params: Any, crops: tuple[jax.Array, ...]) -> jax.Array:
@@ -249,18 +279,24 @@ class Objective:
         Training mode, without predictor; nothing is written.
         """
         mode = self.layout.norm_mode(CLEAN)
-        return self.network.apply({"params": network_params}, crops, mode, predict=False, mutable=["moments"])[0]
+        return self.network.apply(
+            {"params": network_params}, crops, mode, predict=False, mutable=["moments"]
+        )[0]
 
     def online_crops(
         self, batch: Batch, rngs: Rngs, data: jax.Array | None, crop_set: int = 0
     ) -> tuple[jax.Array, ...]:
         """Augmented crops that the network learns from."""
-        crops = self.crops.online(rngs.per_example_keys(Purpose.AUGMENT, batch.index), batch, data, crop_set)
+        crops = self.crops.online(
+            rngs.per_example_keys(Purpose.AUGMENT, batch.index), batch, data, crop_set
+        )
         return self.method.prepare(rngs.per_example_keys(Purpose.TASK, batch.index), crops)
 
     def key_crops(self, batch: Batch, rngs: Rngs, data: jax.Array | None) -> jax.Array:
         """Augmented crops [N, 1, H, W, 3] that only the target encoder sees."""
-        return self.crops.target(rngs.per_example_keys(Purpose.AUGMENT, batch.key_index), batch, data)
+        return self.crops.target(
+            rngs.per_example_keys(Purpose.AUGMENT, batch.key_index), batch, data
+        )
 
     def attacked(self, params: Any, context: "StepContext") -> Any:
         """Return the context's crops after the attack on their own pseudo-labels.
@@ -292,10 +328,14 @@ class Objective:
         A Python bool where it always or never is.
         """
         if name != CLEAN:
-            return self.scheme.active(next(view for view in self.scheme.views if view.name == name), step)
+            return self.scheme.active(
+                next(view for view in self.scheme.views if view.name == name), step
+            )
         if not self.scheme.replaces_all:
             return True
-        return step < max(self.scheme.start_step(view) for view in self.scheme.views if view.replace)
+        return step < max(
+            self.scheme.start_step(view) for view in self.scheme.views if view.replace
+        )
 
     def loss_scale(self, weight: jax.Array, crops: tuple[jax.Array, ...]) -> jax.Array:
         """What `row_losses` multiplies each row's losses by, [N]."""
@@ -344,7 +384,9 @@ class Objective:
             return None
         return self.rows_of_passes(row, step)[CLEAN]
 
-    def mean_losses(self, losses: Mapping[str, jax.Array], inputs: Inputs, step: jax.Array) -> dict[str, jax.Array]:
+    def mean_losses(
+        self, losses: Mapping[str, jax.Array], inputs: Inputs, step: jax.Array
+    ) -> dict[str, jax.Array]:
         """Return the mean loss of each pass over its own rows, 0 where it has none.
 
         Args:
@@ -371,20 +413,30 @@ class Objective:
 
         PICTURES rows of images, all rows of outputs.
         """
-        views = {view: view.make(dataclasses.replace(context, view=view)) for view in self.scheme.views}
+        views = {
+            view: view.make(dataclasses.replace(context, view=view)) for view in self.scheme.views
+        }
         images = {CLEAN: context.crops} | {view.name: made.crops for view, made in views.items()}
         norms = {CLEAN: CLEAN} | {view.name: view.norm for view in views}
-        outputs = {name: self.forward(context.params, crops, norms[name])[0] for name, crops in images.items()}
+        outputs = {
+            name: self.forward(context.params, crops, norms[name])[0]
+            for name, crops in images.items()
+        }
         if attacking := [view for view in views if view.attacks]:
             # Through the same BatchNorm set as the attacked ones: what differs is the attack alone.
             outputs[UNATTACKED] = self.forward(context.params, context.crops, attacking[0].norm)[0]
         row = context.inputs.batch.row
-        partner = next((made.partner for made in views.values() if made.partner is not None), jnp.arange(len(row)))
+        partner = next(
+            (made.partner for made in views.values() if made.partner is not None),
+            jnp.arange(len(row)),
+        )
         mask = next((made.mask for made in views.values() if made.mask), ())
         lam = {view.name: made.lam for view, made in views.items() if made.lam is not None}
         cut = lambda tree: jax.tree.map(lambda leaf: leaf[:PICTURES], tree)  # noqa: E731
         index = context.inputs.batch.index
-        return ViewPreview(cut(images), cut(mask), lam, row, row[partner], index, outputs, context.inputs.y)
+        return ViewPreview(
+            cut(images), cut(mask), lam, row, row[partner], index, outputs, context.inputs.y
+        )
 
 
 class RowShare(NamedTuple):
@@ -464,7 +516,15 @@ class StepContext:
         inputs = self.inputs
         batch, y, weight = rows.take((inputs.batch, inputs.y, inputs.weight))
         inputs = inputs._replace(batch=batch, y=y, weight=weight)
-        return StepContext(self.objective, self.params, rows.take(self.crops), inputs, self.rngs, self.data, rows=rows)
+        return StepContext(
+            self.objective,
+            self.params,
+            rows.take(self.crops),
+            inputs,
+            self.rngs,
+            self.data,
+            rows=rows,
+        )
 
     @property
     def attack(self) -> Attack:
@@ -503,5 +563,7 @@ class StepContext:
         """
         assert self.view is not None
         outputs, _ = self.objective.forward(self.params, crops, self.view.norm)
-        losses = self.objective.method.loss(self.params["method"], outputs, self.inputs.y, self.inputs.dictionary)
+        losses = self.objective.method.loss(
+            self.params["method"], outputs, self.inputs.y, self.inputs.dictionary
+        )
         return jax.lax.stop_gradient(losses)

@@ -89,7 +89,9 @@ class ObjectiveFromOutputs(Objective):
         moments = jax.tree.map(lambda m: m / len(inputs.weight), moments)
         return Gradients(grads, moments, {CLEAN: known.loss} | losses, known.outputs)
 
-    def device_preview(self, params: Any, inputs: Inputs, rngs: Rngs, data: jax.Array | None) -> ViewPreview:
+    def device_preview(
+        self, params: Any, inputs: Inputs, rngs: Rngs, data: jax.Array | None
+    ) -> ViewPreview:
         step = _Step(self, self.scheme.views, params, inputs, rngs, data)
         known, clean_again, attack_again = step.first_phases()
 
@@ -131,17 +133,27 @@ class _Step:
 
         outputs, clean_again = map_with_recompute(clean, self.inputs.batch)
         score = jax.value_and_grad(self._score, (0, 1), has_aux=True)
-        (loss, targets), (grad, method_grad) = score(outputs, self.params["method"], self._clean_weight())
+        (loss, targets), (grad, method_grad) = score(
+            outputs, self.params["method"], self._clean_weight()
+        )
         known = BatchTargets(jax.lax.stop_gradient(targets), grad, method_grad, loss, outputs)
         if not self._attacks_whole_step:
             return known, clean_again, clean_again
         iterate, radius, attack_grad, attack_again = self._attack()
-        return known._replace(iterate=iterate, radius=radius, attack_grad=attack_grad), clean_again, attack_again
+        return (
+            known._replace(iterate=iterate, radius=radius, attack_grad=attack_grad),
+            clean_again,
+            attack_again,
+        )
 
     def _clean_weight(self) -> jax.Array:
         """[M, n] weights of the clean loss: 0 for rows that a view takes the place of."""
         share = self.objective.rows_of(self.views)
-        return self.inputs.weight if share[CLEAN].whole else self.inputs.weight * self._mask(CLEAN)[None]
+        return (
+            self.inputs.weight
+            if share[CLEAN].whole
+            else self.inputs.weight * self._mask(CLEAN)[None]
+        )
 
     def _mask(self, name: str) -> jax.Array:
         """[n] 1 for the rows of a pass, 0 for others."""
@@ -155,7 +167,9 @@ class _Step:
         The pseudo-labels come from the same outputs.
         """
         method = self.objective.method
-        targets = method.targets_from_outputs(own, self.inputs.method_state, self.inputs.batch, outputs)
+        targets = method.targets_from_outputs(
+            own, self.inputs.method_state, self.inputs.batch, outputs
+        )
         flat = lambda leaf: leaf.reshape(-1, *leaf.shape[2:])  # noqa: E731
         losses = method.loss(own, flat(outputs), jax.tree.map(flat, targets.y), targets.dictionary)
         return jnp.sum(losses * flat(weight)[:, None]) / losses.shape[1], targets
@@ -201,7 +215,9 @@ class _Step:
         radii: Any = ()
         for step in range(attack.steps):
             outputs, again = map_with_recompute(attacked, (self.inputs.batch, iterates))
-            grad = jax.grad(self._score, has_aux=True)(outputs, self.params["method"], self.inputs.weight)[0]
+            grad = jax.grad(self._score, has_aux=True)(
+                outputs, self.params["method"], self.inputs.weight
+            )[0]
             if step < attack.steps - 1:
 
                 def move(leaves: Any, again: Again = again) -> tuple[Any, Any]:
@@ -223,7 +239,14 @@ class _Step:
     def leaves(self, known: BatchTargets) -> Any:
         """What `context` needs of each microbatch: [M, ...]."""
         attack = known.iterate, known.radius, known.attack_grad
-        return self.inputs.batch, self.inputs.weight, known.targets.y, known.grad, known.outputs, attack
+        return (
+            self.inputs.batch,
+            self.inputs.weight,
+            known.targets.y,
+            known.grad,
+            known.outputs,
+            attack,
+        )
 
     def context(
         self, leaves: Any, known: BatchTargets, clean_again: Again, attack_again: Again
@@ -232,7 +255,9 @@ class _Step:
         batch, weight, y, grad, outputs, (iterate, radius, attack_grad) = leaves
         _, (x, pull, _) = clean_again(batch)
         inputs = self._rows(batch, y, weight, known.targets.dictionary)
-        context = StepContext(self.objective, self.params, x, inputs, self.rngs, self.data, outputs=outputs)
+        context = StepContext(
+            self.objective, self.params, x, inputs, self.rngs, self.data, outputs=outputs
+        )
         if not self._attacks:
             return context, grad
         if not self._attacks_whole_step:
@@ -257,4 +282,6 @@ class _Step:
 
 def _arrays(radius: Any, x: Any) -> Any:
     """The radius as arrays like x's crops [N, V, 1, 1, 1], so that microbatches can be stacked."""
-    return jax.tree.map(lambda r, x: jnp.broadcast_to(jnp.asarray(r, x.dtype), (*x.shape[:-3], 1, 1, 1)), radius, x)
+    return jax.tree.map(
+        lambda r, x: jnp.broadcast_to(jnp.asarray(r, x.dtype), (*x.shape[:-3], 1, 1, 1)), radius, x
+    )

@@ -78,7 +78,9 @@ class Sample:
         padded[: len(images)] = images
         numbers = np.arange(first, first + self._size, dtype=np.int32)
         outputs = self.forward(state.params["network"], state.batch_stats, padded, numbers)
-        return {name: np.asarray(value, np.float32)[: len(images)] for name, value in outputs.items()}
+        return {
+            name: np.asarray(value, np.float32)[: len(images)] for name, value in outputs.items()
+        }
 
 
 def make_sample(config: ConfigDict, source: Source, trainer: Trainer) -> Sample | None:
@@ -116,7 +118,9 @@ def _make_forward(trainer: Trainer, photometric: Sequence[Photometric]) -> Any:
             # The crops are the same in every epoch and for every seed of a run: a change of the
             # measures is one of the network.
             key = jax.random.fold_in(jax.random.key(0), view)
-            keys = jax.vmap(lambda n, key=key: jax.random.split(jax.random.fold_in(key, n), 3))(numbers)
+            keys = jax.vmap(lambda n, key=key: jax.random.split(jax.random.fold_in(key, n), 3))(
+                numbers
+            )
             cut = random_resized_crop(
                 keys[:, 0],
                 images,

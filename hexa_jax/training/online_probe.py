@@ -1,4 +1,4 @@
-"""kNN accuracy while training, and the closing table that sets the network beside raw pixels and random weights."""
+"""kNN accuracy while training, and accuracies of raw pixels and random weights."""
 
 import dataclasses
 from typing import Any
@@ -22,7 +22,7 @@ BATCH = 256  # images of a forward pass, about
 
 @dataclasses.dataclass(frozen=True)
 class Probe:
-    """Labelled examples to judge features by: a bank, and held-out queries (or the bank itself, leave-one-out)."""
+    """Labelled examples to judge features by: a bank, and held-out queries (or the bank)."""
 
     config: ConfigDict
     bank: EvalImages
@@ -45,10 +45,15 @@ class Probe:
 
     def pixels(self) -> tuple[np.ndarray, np.ndarray] | None:
         """Raw pixels of bank and queries; None where they would not fit in PIXEL_BYTES."""
-        if 4 * 3 * self.bank.crop**2 * (len(self.bank.indices) + len(self.queries.indices)) > PIXEL_BYTES:
+        if (
+            4 * 3 * self.bank.crop**2 * (len(self.bank.indices) + len(self.queries.indices))
+            > PIXEL_BYTES
+        ):
             return None
         bank = raw_pixels(self.bank)
-        return bank, bank[: len(self.queries.indices)] if self.leave_one_out else raw_pixels(self.queries)
+        return bank, bank[: len(self.queries.indices)] if self.leave_one_out else raw_pixels(
+            self.queries
+        )
 
     def knn(self, features: tuple[np.ndarray, np.ndarray]) -> float:
         """Accuracy in per cent."""
@@ -91,14 +96,20 @@ def make_probe(config: ConfigDict, source: Source, trainer: Trainer) -> Probe | 
         if knn.source:
             raise DataError(f"knn.source={knn.source} has no labels to measure accuracy with")
         return None
-    # In random order: without held-out examples the first of the bank are the queries, and folders are sorted by class.
+    # In random order: without held-out examples the first of the bank are the queries, and folders
+    # are sorted by class.
     order = np.random.default_rng(0).permutation(spread(len(source), knn.train_limit))
     bank = EvalImages(source, order, knn.resize, knn.crop)
-    queries, leave_one_out = dataclasses.replace(bank, indices=bank.indices[: knn.test_limit or None]), True
+    queries, leave_one_out = (
+        dataclasses.replace(bank, indices=bank.indices[: knn.test_limit or None]),
+        True,
+    )
     if config.data.eval_source:
         held_out = open_source(config, config.data.eval_source)
         if held_out.num_classes is None:
-            raise DataError(f"data.eval_source={config.data.eval_source} has no labels to evaluate with")
+            raise DataError(
+                f"data.eval_source={config.data.eval_source} has no labels to evaluate with"
+            )
         if held_out.num_classes != source.num_classes:
             raise DataError(
                 f"data.eval_source={config.data.eval_source} has {held_out.num_classes} classes, data.source has "

@@ -86,7 +86,9 @@ class Trainer:
         own = jax.tree.map(lambda x: x.astype(self.dtype), own)
         params = {"network": variables.pop("params"), "method": own}
         method = self.objective.method.init(method_key, params, self.spec)
-        return TrainState(seed, jnp.zeros([], jnp.int32), params, variables, self.optimizer.init(params), method)
+        return TrainState(
+            seed, jnp.zeros([], jnp.int32), params, variables, self.optimizer.init(params), method
+        )
 
     def state_sharding(self) -> TrainState:
         """A sharding for each leaf of the state: on every device, except what the method splits."""
@@ -104,7 +106,9 @@ class Trainer:
         lead = (layout.microbatches, layout.batch_size // layout.microbatches)
 
         def leaf(dtype: Any, *shape: int) -> jax.ShapeDtypeStruct:
-            return jax.ShapeDtypeStruct(lead + shape, dtype, sharding=NamedSharding(self.mesh, ROWS))
+            return jax.ShapeDtypeStruct(
+                lead + shape, dtype, sharding=NamedSharding(self.mesh, ROWS)
+            )
 
         sets = self.objective.scheme.crop_sets
         pixels = [leaf(jnp.uint8, sets * r.count, r.size, r.size, 3) for r in crops.resolutions]
@@ -126,7 +130,9 @@ class Trainer:
     def _shapes(self) -> TrainState:
         return jax.eval_shape(self.init_state, jax.ShapeDtypeStruct((), jnp.uint32))
 
-    def train_step(self, state: TrainState, batch: Batch, data: jax.Array | None = None) -> tuple[TrainState, dict]:
+    def train_step(
+        self, state: TrainState, batch: Batch, data: jax.Array | None = None
+    ) -> tuple[TrainState, dict]:
         """One optimiser step on leaves [M, n, ...]; returns the new state and scalar metrics."""
         method, scheme = self.objective.method, self.objective.scheme
         rngs = self._rngs(state)
@@ -138,7 +144,9 @@ class Trainer:
         params = optax.apply_updates(state.params, updates)
         params = params | {"method": method.project(params["method"])}
         batch_stats = self._blend(state.batch_stats, result.moments, state.step)
-        params, opt_state, batch_stats = self._before_first_attack(params, opt_state, batch_stats, state.step)
+        params, opt_state, batch_stats = self._before_first_attack(
+            params, opt_state, batch_stats, state.step
+        )
         new_state = TrainState(
             seed=state.seed,
             step=state.step + 1,
@@ -163,33 +171,47 @@ class Trainer:
         metrics["invalid"] = jnp.sum(~batch.valid)
         return new_state, {name: jnp.asarray(value, jnp.float32) for name, value in metrics.items()}
 
-    def forward_only_step(self, state: TrainState, batch: Batch, data: jax.Array | None = None) -> TrainState:
-        """Run forward in training mode: write BatchNorm statistics and fill what a first pass fills."""
+    def forward_only_step(
+        self, state: TrainState, batch: Batch, data: jax.Array | None = None
+    ) -> TrainState:
+        """Run forward in training mode: BatchNorm statistics and the method's first pass."""
         outputs, moments = self._forward(state, batch, data)
         collection = stats_collection(CLEAN)
-        batch_stats = state.batch_stats | {collection: blend(state.batch_stats[collection], moments)}
+        batch_stats = state.batch_stats | {
+            collection: blend(state.batch_stats[collection], moments)
+        }
         state, method = state._replace(batch_stats=batch_stats), self.objective.method
         if not method.needs_first_pass:
             return state
-        return state._replace(method=method.update(state.method, state.params, batch, outputs, None, state.step))
+        return state._replace(
+            method=method.update(state.method, state.params, batch, outputs, None, state.step)
+        )
 
     def moments_step(self, state: TrainState, batch: Batch, data: jax.Array | None = None) -> Any:
         """Return the clean BatchNorm moments of a batch of training crops; write nothing."""
         moments = self._forward(state, batch, data)[1]
         return average_moments(state.batch_stats[stats_collection(CLEAN)], moments)
 
-    def _forward(self, state: TrainState, batch: Batch, data: jax.Array | None) -> tuple[jax.Array, Any]:
+    def _forward(
+        self, state: TrainState, batch: Batch, data: jax.Array | None
+    ) -> tuple[jax.Array, Any]:
         """Outputs [M, n, V, D] of the first pass's crops, and the pass's moments."""
         rngs = self._rngs(state)._replace(epoch=jnp.int32(0))
 
-        def local(params: Any, batch: Batch, rngs: Rngs, data: jax.Array | None) -> tuple[jax.Array, Any]:
+        def local(
+            params: Any, batch: Batch, rngs: Rngs, data: jax.Array | None
+        ) -> tuple[jax.Array, Any]:
             def one(rows: Batch) -> tuple[jax.Array, Any]:
                 return self.objective.forward(params, self.objective.online_crops(rows, rngs, data))
 
             outputs, moments = jax.lax.map(one, batch)
-            return outputs, jax.tree.map(lambda m: jax.lax.pmean(jnp.mean(m, axis=0), "data"), moments)
+            return outputs, jax.tree.map(
+                lambda m: jax.lax.pmean(jnp.mean(m, axis=0), "data"), moments
+            )
 
-        return self._per_device(local, (P(), ROWS, P(), P()), (ROWS, P()))(state.params, batch, rngs, data)
+        return self._per_device(local, (P(), ROWS, P(), P()), (ROWS, P()))(
+            state.params, batch, rngs, data
+        )
 
     def augment_step(self, state: TrainState, batch: Batch, data: jax.Array | None = None) -> Any:
         """Return the next step's crops as the networks get them.
@@ -201,7 +223,11 @@ class Trainer:
         def local(batch: Batch, rngs: Rngs, data: jax.Array | None) -> Any:
             def one(rows: Batch) -> Any:
                 crops = objective.online_crops(rows, rngs, data)
-                return (*crops, objective.key_crops(rows, rngs, data)) if objective.method.key_crops else crops
+                return (
+                    (*crops, objective.key_crops(rows, rngs, data))
+                    if objective.method.key_crops
+                    else crops
+                )
 
             return jax.lax.map(one, batch)
 
@@ -215,7 +241,8 @@ class Trainer:
 
     def compile(self) -> "CompiledSteps":
         """The jitted functions; the state is donated, its sharding is fixed."""
-        # What runs once is not worth optimizing: on a CPU, compiling takes four times as long as without.
+        # What runs once is not worth optimizing: on a CPU, compiling takes four times as long as
+        # without.
         on_cpu = self.mesh.devices.flat[0].platform == "cpu"
         once = {"xla_backend_optimization_level": 0} if on_cpu else None
         state = self.state_sharding()
@@ -223,34 +250,58 @@ class Trainer:
         return CompiledSteps(
             init=jax.jit(self.init_state, out_shardings=state, compiler_options=once),
             train=jax.jit(
-                self.train_step, in_shardings=(state, rows, whole), out_shardings=(state, whole), donate_argnums=0
+                self.train_step,
+                in_shardings=(state, rows, whole),
+                out_shardings=(state, whole),
+                donate_argnums=0,
             ),
             observe=jax.jit(
-                self.forward_only_step, in_shardings=(state, rows, whole), out_shardings=state, donate_argnums=0
+                self.forward_only_step,
+                in_shardings=(state, rows, whole),
+                out_shardings=state,
+                donate_argnums=0,
             ),
-            moments=jax.jit(self.moments_step, in_shardings=(state, rows, whole), out_shardings=whole),
+            moments=jax.jit(
+                self.moments_step, in_shardings=(state, rows, whole), out_shardings=whole
+            ),
             views=jax.jit(
-                self.preview_step, in_shardings=(state, rows, whole), out_shardings=rows, compiler_options=once
+                self.preview_step,
+                in_shardings=(state, rows, whole),
+                out_shardings=rows,
+                compiler_options=once,
             ),
-            augment=jax.jit(self.augment_step, in_shardings=(state, rows, whole), out_shardings=rows),
+            augment=jax.jit(
+                self.augment_step, in_shardings=(state, rows, whole), out_shardings=rows
+            ),
             refresh=jax.jit(
-                self.refresh_step, in_shardings=(state, whole), out_shardings=(state, whole), donate_argnums=0
+                self.refresh_step,
+                in_shardings=(state, whole),
+                out_shardings=(state, whole),
+                donate_argnums=0,
             ),
         )
 
     def _per_device(self, function: Callable, in_specs: Any, out_specs: Any) -> Callable:
-        return jax.shard_map(function, mesh=self.mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
+        return jax.shard_map(
+            function, mesh=self.mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False
+        )
 
     def _rngs(self, state: TrainState) -> Rngs:
         return Rngs(state.seed, epoch=1 + state.step // self.spec.steps_per_epoch, step=state.step)
 
-    def _inputs(self, state: TrainState, batch: Batch, rngs: Rngs, data: jax.Array | None) -> tuple[Inputs, Targets]:
+    def _inputs(
+        self, state: TrainState, batch: Batch, rngs: Rngs, data: jax.Array | None
+    ) -> tuple[Inputs, Targets]:
         """Return what is known of a step's rows before it: pseudo-labels, if any, and weights."""
         objective = self.objective
 
-        def encoder(crops: Callable[[Batch, Rngs, Any], tuple[jax.Array, ...]]) -> Callable[[Any], jax.Array]:
+        def encoder(
+            crops: Callable[[Batch, Rngs, Any], tuple[jax.Array, ...]],
+        ) -> Callable[[Any], jax.Array]:
             def local(params: Any, batch: Batch, rngs: Rngs, data: jax.Array | None) -> jax.Array:
-                return jax.lax.map(lambda rows: objective.encode(params, crops(rows, rngs, data)), batch)
+                return jax.lax.map(
+                    lambda rows: objective.encode(params, crops(rows, rngs, data)), batch
+                )
 
             specs = P(), ROWS, P(), P()
             return lambda params: self._per_device(local, specs, ROWS)(params, batch, rngs, data)
@@ -271,18 +322,24 @@ class Trainer:
         inputs = Inputs(ROWS, ROWS, ROWS, P(), self.objective.method.state_spec(self.spec))
         return P(), inputs, P(), P()
 
-    def _reduced_gradients(self, params: Any, inputs: Inputs, rngs: Rngs, data: jax.Array | None) -> Gradients:
+    def _reduced_gradients(
+        self, params: Any, inputs: Inputs, rngs: Rngs, data: jax.Array | None
+    ) -> Gradients:
         """Return the gradients over all microbatches and devices, reduced once."""
 
         def local(*arguments: Any) -> Gradients:
             grads, moments, losses, outputs = self.objective.device_gradients(*arguments)
             moments = jax.tree.map(lambda m: jax.lax.pmean(m, "data"), moments)
-            return Gradients(jax.lax.psum(grads, "data"), moments, jax.lax.psum(losses, "data"), outputs)
+            return Gradients(
+                jax.lax.psum(grads, "data"), moments, jax.lax.psum(losses, "data"), outputs
+            )
 
         out_specs = Gradients(P(), P(), P(), ROWS)
         return self._per_device(local, self._input_specs, out_specs)(params, inputs, rngs, data)
 
-    def preview_step(self, state: TrainState, batch: Batch, data: jax.Array | None = None) -> ViewPreview:
+    def preview_step(
+        self, state: TrainState, batch: Batch, data: jax.Array | None = None
+    ) -> ViewPreview:
         """Return what the next step would learn from, to look at.
 
         Leaves [M, rows, ...], PICTURES rows of images per device.
@@ -292,7 +349,9 @@ class Trainer:
         preview = self._per_device(self.objective.device_preview, self._input_specs, ROWS)
         return preview(state.params, inputs, rngs, data)
 
-    def _blend(self, batch_stats: dict[str, Any], moments: dict[str, Any], step: jax.Array) -> dict[str, Any]:
+    def _blend(
+        self, batch_stats: dict[str, Any], moments: dict[str, Any], step: jax.Array
+    ) -> dict[str, Any]:
         """Return the running statistics after step int32.
 
         One update per training pass that counted, in the order of the passes.
@@ -304,11 +363,15 @@ class Trainer:
             before, after = batch_stats[collection], blend(batch_stats[collection], moments[name])
             active = objective.has_pass(name, step)
             if active is not True:
-                after = jax.tree.map(lambda old, new, active=active: jnp.where(active, new, old), before, after)
+                after = jax.tree.map(
+                    lambda old, new, active=active: jnp.where(active, new, old), before, after
+                )
             batch_stats[collection] = after
         return batch_stats
 
-    def _before_first_attack(self, params: Any, opt_state: Any, batch_stats: Any, step: jax.Array) -> tuple:
+    def _before_first_attack(
+        self, params: Any, opt_state: Any, batch_stats: Any, step: jax.Array
+    ) -> tuple:
         """Until its first pass, the adversarial BatchNorm set is a copy of the clean one.
 
         It would otherwise start from a fresh network's values, or from what weight decay has left
@@ -318,7 +381,11 @@ class Trainer:
         if started is True:
             return params, opt_state, batch_stats
         clean = batch_stats[stats_collection(CLEAN)]
-        copies = follow_clean(params), follow_clean(opt_state), batch_stats | {stats_collection(ADVERSARIAL): clean}
+        copies = (
+            follow_clean(params),
+            follow_clean(opt_state),
+            batch_stats | {stats_collection(ADVERSARIAL): clean},
+        )
         now = params, opt_state, batch_stats
         return jax.tree.map(lambda own, copy: jnp.where(started, own, copy), now, copies)
 

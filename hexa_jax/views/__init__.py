@@ -26,10 +26,14 @@ def register(view: type[HardView]) -> type[HardView]:
         ValueError: another view has the name or the scheme name, or it is std, all or a sum.
     """
     if view.scheme_name in ("std", "all") or "+" in view.scheme_name:
-        raise ValueError(f"{view.__name__}.scheme_name={view.scheme_name!r} means something else in config.scheme")
+        raise ValueError(
+            f"{view.__name__}.scheme_name={view.scheme_name!r} means something else in config.scheme"
+        )
     for other in VIEWS.values():
         if other is not view and {other.name, other.scheme_name} & {view.name, view.scheme_name}:
-            raise ValueError(f"{view.__name__} and {other.__name__} have the same name or scheme name")
+            raise ValueError(
+                f"{view.__name__} and {other.__name__} have the same name or scheme name"
+            )
     VIEWS[view.name] = view
     return view
 

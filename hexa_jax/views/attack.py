@@ -66,7 +66,9 @@ class Attack:
         if self.norm not in ("linf", "l2"):
             raise ValueError(f"norm must be 'linf' or 'l2', not {self.norm!r}")
         if self.norm_set not in (CLEAN, ADVERSARIAL):
-            raise ValueError(f"norm_set must be {CLEAN!r} or {ADVERSARIAL!r}, not {self.norm_set!r}")
+            raise ValueError(
+                f"norm_set must be {CLEAN!r} or {ADVERSARIAL!r}, not {self.norm_set!r}"
+            )
         if self.steps < 1:
             raise ValueError(f"an attack needs at least one step, not {self.steps}")
         if self.max_increase and self.random_start:
@@ -98,11 +100,20 @@ class Attack:
                 direction_key, radius_key = jax.random.split(key)
                 if self.norm == "linf":
                     bounds = -self.epsilon, self.epsilon
-                    return jax.random.uniform(direction_key, center.shape[1:], center.dtype, *bounds)
+                    return jax.random.uniform(
+                        direction_key, center.shape[1:], center.dtype, *bounds
+                    )
                 direction = jax.random.normal(direction_key, center.shape[1:], center.dtype)
-                radius = jax.random.uniform(radius_key, (*center.shape[1:-3], 1, 1, 1), center.dtype)
+                radius = jax.random.uniform(
+                    radius_key, (*center.shape[1:-3], 1, 1, 1), center.dtype
+                )
                 # The radius of a uniform point of the d-ball is U^(1/d), with d = H * W * C.
-                return self.epsilon * radius ** (1 / np.prod(center.shape[-3:])) * direction / _l2_norm(direction)
+                return (
+                    self.epsilon
+                    * radius ** (1 / np.prod(center.shape[-3:]))
+                    * direction
+                    / _l2_norm(direction)
+                )
 
             own = jax.vmap(lambda key: jax.random.fold_in(key, position))(keys)
             return self._project(center + jax.vmap(draw)(own), center, self.epsilon)
@@ -139,7 +150,9 @@ class Attack:
     def ascend(self, center: Any, point: Any, gradient: Any, radius: Any) -> Any:
         """Make one step of equation 6 from `point`, around the clean images `center`."""
 
-        def move(center: jax.Array, point: jax.Array, gradient: jax.Array, radius: Any) -> jax.Array:
+        def move(
+            center: jax.Array, point: jax.Array, gradient: jax.Array, radius: Any
+        ) -> jax.Array:
             direction = jnp.sign(gradient) if self.norm == "linf" else gradient / _l2_norm(gradient)
             return self._project(point + self.step_size * direction, center, radius)
 
@@ -222,7 +235,9 @@ def adversarial(
     """
     attack = Attack(epsilon, step_size, steps, norm, random_start, max_increase=max_increase)
     if gradient is not None and random_start:
-        raise ValueError("the clean gradient cannot serve a random start: it was taken at another point")
+        raise ValueError(
+            "the clean gradient cannot serve a random start: it was taken at another point"
+        )
     point, radius = attack.start(key, x), None
     gradient_of = jax.grad(lambda point: jnp.sum(objective(point)))
     for step in range(steps):

@@ -107,11 +107,17 @@ class HardView:
         if not 0 <= self.replace <= 1:
             raise ValueError(f"{block}.replace={self.replace} is a share of the rows: 0 to 1")
         if self.target not in (LABEL, OWN_CROP):
-            raise ValueError(f"{block}.target={self.target!r} is not known: use one of {LABEL}, {OWN_CROP}")
+            raise ValueError(
+                f"{block}.target={self.target!r} is not known: use one of {LABEL}, {OWN_CROP}"
+            )
         if self.target == OWN_CROP and not self.shows_clean_crop:
-            raise ValueError(f"{block} shows other crops than the clean ones: it cannot have target={OWN_CROP}")
+            raise ValueError(
+                f"{block} shows other crops than the clean ones: it cannot have target={OWN_CROP}"
+            )
         if self.replace and self.target == OWN_CROP:
-            raise ValueError(f"{block}: a view that replaces the clean crop cannot have target={OWN_CROP}")
+            raise ValueError(
+                f"{block}: a view that replaces the clean crop cannot have target={OWN_CROP}"
+            )
 
     @property
     def crop_sets(self) -> int:

@@ -37,7 +37,9 @@ class CutMix(HardView):
     def __post_init__(self) -> None:
         super().__post_init__()
         if min(self.alpha, self.beta) <= 0:
-            raise ValueError(f"views.{self.name}.alpha and beta must be positive, not {self.alpha} and {self.beta}")
+            raise ValueError(
+                f"views.{self.name}.alpha and beta must be positive, not {self.alpha} and {self.beta}"
+            )
 
     def make(self, context: Context) -> View:
         return self._mix(context, context.crops)
@@ -66,7 +68,9 @@ class CutMixAdversarial(CutMix):
         return self._mix(context, context.attacked)
 
 
-def _sides(key: jax.Array, shape: tuple[int, ...], height: int, width: int, alpha: float, beta: float) -> jax.Array:
+def _sides(
+    key: jax.Array, shape: tuple[int, ...], height: int, width: int, alpha: float, beta: float
+) -> jax.Array:
     """Random boxes as [*shape, 4] pixel bounds (top, bottom, left, right), clipped to the image."""
     uniform = jax.random.uniform(key, (*shape, 3))
     side = jnp.sqrt(1 - sample_beta(uniform[..., 0], alpha, beta))
@@ -96,12 +100,16 @@ def cutmix_boxes(key: jax.Array, x: Any, *, alpha: float, beta: float) -> Any:
 
     def boxes(position: int, leaf: jax.Array) -> jax.Array:
         crops, (height, width) = leaf.shape[1:-3], leaf.shape[-3:-1]
-        return jax.vmap(lambda key: _sides(key, crops, height, width, alpha, beta))(fold_in(keys, position))
+        return jax.vmap(lambda key: _sides(key, crops, height, width, alpha, beta))(
+            fold_in(keys, position)
+        )
 
     return treedef.unflatten([boxes(position, leaf) for position, leaf in enumerate(leaves)])
 
 
-def paste(x: jax.Array, partner: jax.Array, box: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+def paste(
+    x: jax.Array, partner: jax.Array, box: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Put the partner's pixels into a box of each image (equation 8).
 
     Args:
@@ -158,7 +166,9 @@ def cutmix(
     leaves, treedef = jax.tree.flatten(x)
     if permutation is None:
         if key.ndim:
-            raise ValueError("per-example keys cannot draw the partner of an example: pass a permutation")
+            raise ValueError(
+                "per-example keys cannot draw the partner of an example: pass a permutation"
+            )
         key, order_key = jax.random.split(key)
         permutation = jax.random.permutation(order_key, leaves[0].shape[0])
     boxes = treedef.flatten_up_to(cutmix_boxes(key, x, alpha=alpha, beta=beta))

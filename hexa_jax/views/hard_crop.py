@@ -26,7 +26,9 @@ class HardCrop(HardView):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.candidates < 2:
-            raise ValueError(f"views.hard_crop.candidates={self.candidates}: a choice needs 2 or more")
+            raise ValueError(
+                f"views.hard_crop.candidates={self.candidates}: a choice needs 2 or more"
+            )
 
     @property
     def crop_sets(self) -> int:

@@ -36,7 +36,9 @@ class Mixup(HardView):
         if not 0 <= self.probability <= 1:
             raise ValueError(f"views.mixup.probability={self.probability} must be from 0 to 1")
         if min(self.alpha, self.beta) <= 0:
-            raise ValueError(f"views.mixup.alpha and beta must be positive, not {self.alpha} and {self.beta}")
+            raise ValueError(
+                f"views.mixup.alpha and beta must be positive, not {self.alpha} and {self.beta}"
+            )
 
     def make(self, context: Context) -> View:
         keys, partner = context.keys("mixup"), context.partners()
@@ -44,7 +46,9 @@ class Mixup(HardView):
         blended = jax.vmap(lambda key: jax.random.uniform(key))(fold_in(keys, 0)) < self.probability
         mixed, shares = [], []
         for number, x in enumerate(context.crops, start=1):
-            uniform = jax.vmap(lambda key, x=x: jax.random.uniform(key, x.shape[1:2], x.dtype))(fold_in(keys, number))
+            uniform = jax.vmap(lambda key, x=x: jax.random.uniform(key, x.shape[1:2], x.dtype))(
+                fold_in(keys, number)
+            )
             # [N, V_r]
             lam = jnp.where(blended[:, None], sample_beta(uniform, self.alpha, self.beta), 1)
             share = lam[..., None, None, None]

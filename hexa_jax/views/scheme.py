@@ -81,7 +81,10 @@ class Scheme:
     def phases(self) -> tuple[tuple[int, tuple[HardView, ...]], ...]:
         """Stretches of the run with the same views: (first step, views), the first from step 0."""
         starts = sorted({0} | {self.start_step(view) for view in self.views})
-        return tuple((start, tuple(view for view in self.views if self.start_step(view) <= start)) for start in starts)
+        return tuple(
+            (start, tuple(view for view in self.views if self.start_step(view) <= start))
+            for start in starts
+        )
 
     def phase(self, step: int | jax.Array) -> int | jax.Array:
         """Return the number of the phase that step int32 lies in."""
@@ -126,7 +129,9 @@ class Scheme:
                 weight = jnp.where(step >= start, weight, 0.0)
             weights[view.name] = weight
             if view.replace:
-                clean = clean - (view.replace if start == 0 else jnp.where(step >= start, view.replace, 0.0))
+                clean = clean - (
+                    view.replace if start == 0 else jnp.where(step >= start, view.replace, 0.0)
+                )
         return {CLEAN: clean} | weights
 
     def _share(self, name: str, weight: Number) -> Number:

@@ -22,11 +22,10 @@ import numpy as np
 import optax
 import pytest
 import tensorstore
-from jax.sharding import AxisType, NamedSharding
-from jax.sharding import PartitionSpec as P
-
 from hexa_jax.checkpoint import checkpointer, lost_references
 from hexa_jax.checkpoint.checkpointer import MANIFEST, CheckpointError, Checkpoints
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 

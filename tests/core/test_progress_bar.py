@@ -4,7 +4,6 @@ import io
 import logging
 
 import pytest
-
 from hexa_jax.core import console
 from hexa_jax.core.progress_bar import CLEAR, WIDTH, ProgressBar, draw
 

@@ -11,7 +11,6 @@ import tarfile
 import cv2
 import numpy as np
 import pytest
-
 from hexa_jax.data.decode import BadImage
 from hexa_jax.data.source import DataError
 from hexa_jax.data.voc import CLASSES

@@ -2,9 +2,8 @@
 
 import cv2
 import numpy as np
-from textures import reencoded, resized, texture
-
 from hexa_jax.explore.duplicates import GRID, THRESHOLD, find_pairs, groups_of, signature
+from textures import reencoded, resized, texture
 
 
 def copies(image):

@@ -5,6 +5,7 @@ import shlex
 import subprocess
 
 import pytest
+
 from command_line import REPOSITORY
 
 LAUNCH = REPOSITORY / "launch"

@@ -1,4 +1,4 @@
-"""Where examples come from: one module per kind, and the registry that configs name them by. No TensorFlow is imported."""
+"""Where examples come from: one module per kind, and their registry. No TensorFlow."""
 
 from typing import Any
 

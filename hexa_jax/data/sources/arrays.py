@@ -34,8 +34,14 @@ class ArraySource:
     ):
         if images.dtype != np.uint8:
             raise DataError(f"{origin}: images must be uint8, not {images.dtype}")
-        if images.ndim not in (3, 4) or (images.ndim == 4 and images.shape[3] not in (1, 3)) or 0 in images.shape:
-            raise DataError(f"{origin}: images must be [N, H, W, 3] or [N, H, W], not {list(images.shape)}")
+        if (
+            images.ndim not in (3, 4)
+            or (images.ndim == 4 and images.shape[3] not in (1, 3))
+            or 0 in images.shape
+        ):
+            raise DataError(
+                f"{origin}: images must be [N, H, W, 3] or [N, H, W], not {list(images.shape)}"
+            )
         if labels is not None:
             if labels.dtype.kind not in "iu" or labels.shape != images.shape[:1]:
                 found = f"{labels.dtype} {list(labels.shape)}"
@@ -48,7 +54,11 @@ class ArraySource:
         self._images, self._labels, self.origin = images, labels, origin
         self._file: str | None = None
         self.class_names = None if class_names is None else [str(name) for name in class_names]
-        self.num_classes = None if labels is None else max(int(labels.max()) + 1, len(self.class_names or ())) or None
+        self.num_classes = (
+            None
+            if labels is None
+            else max(int(labels.max()) + 1, len(self.class_names or ())) or None
+        )
 
     def __len__(self) -> int:
         return len(self._images)
@@ -58,7 +68,11 @@ class ArraySource:
         image = np.asarray(self._images[index])
         if image.ndim == 2 or image.shape[2] == 1:
             image = np.repeat(image.reshape(*image.shape[:2], 1), 3, axis=2)
-        return {"image": image} if self._labels is None else {"image": image, "label": int(self._labels[index])}
+        return (
+            {"image": image}
+            if self._labels is None
+            else {"image": image, "label": int(self._labels[index])}
+        )
 
     def name(self, index: int) -> str:
         return f"{self.origin}, index {index}"
@@ -75,16 +89,20 @@ class ArraySource:
 def load_arrays(path: str) -> ArraySource:
     """The arrays `images`, and optionally `labels` and `class_names`, of an npz file.
 
-    One by `np.savez` is memory-mapped: it may exceed the memory, and workers share it. One by `np.savez_compressed` is
-    loaded whole in every worker.
+    One by `np.savez` is memory-mapped: it may exceed the memory, and workers share it. One by
+    `np.savez_compressed` is loaded whole in every worker.
     """
     origin = f"arrays:{path}"
     try:
         with zipfile.ZipFile(path) as archive:
             keys = {entry.removesuffix(".npy") for entry in archive.namelist()}
         if "images" not in keys:
-            raise DataError(f"{origin} has no array 'images' (it holds: {', '.join(sorted(keys)) or 'nothing'})")
-        labels, class_names = (_npz_array(path, key) if key in keys else None for key in ("labels", "class_names"))
+            raise DataError(
+                f"{origin} has no array 'images' (it holds: {', '.join(sorted(keys)) or 'nothing'})"
+            )
+        labels, class_names = (
+            _npz_array(path, key) if key in keys else None for key in ("labels", "class_names")
+        )
         source = ArraySource(_npz_array(path, "images"), labels, class_names, origin)
     except FileNotFoundError:
         raise DataError(f"{origin} does not exist") from None
@@ -104,9 +122,15 @@ def _npz_array(path: str, key: str) -> np.ndarray:
                 if np.lib.format.read_magic(member) == (1, 0):
                     shape, fortran, dtype = np.lib.format.read_array_header_1_0(member)
                     start = member.tell()
-                    with open(path, "rb") as file:  # the entry's data follow its own header, name and extra field
+                    # the entry's data follow its own header, name and extra field
+                    with open(path, "rb") as file:
                         file.seek(entry.header_offset + 26)
-                        offset = entry.header_offset + 30 + sum(struct.unpack("<HH", file.read(4))) + start
+                        offset = (
+                            entry.header_offset
+                            + 30
+                            + sum(struct.unpack("<HH", file.read(4)))
+                            + start
+                        )
                     if not dtype.hasobject and 0 not in shape:
                         return np.memmap(path, dtype, "r", offset, shape, "F" if fortran else "C")
     with np.load(path, allow_pickle=False) as arrays:
@@ -118,7 +142,9 @@ def open_arrays(where: str, options: Options) -> ArraySource:
     if not is_remote(where):
         return load_arrays(options.path(where))
     if not options.data_cache:
-        raise DataError(f"arrays:{where} needs a config.runtime.data_cache, a local folder for a copy")
+        raise DataError(
+            f"arrays:{where} needs a config.runtime.data_cache, a local folder for a copy"
+        )
     return load_arrays(str(fetch_file(where, options.data_cache)))
 
 

@@ -85,7 +85,9 @@ def _walk(directory: str) -> Iterator[str]:
             with os.scandir(where) as listing:
                 entries = sorted(listing, key=lambda entry: entry.name, reverse=True)
         except OSError as error:
-            raise DataError(f"folder:{directory} cannot be listed: {where}: {error.strerror}") from None
+            raise DataError(
+                f"folder:{directory} cannot be listed: {where}: {error.strerror}"
+            ) from None
         for entry in entries:
             path = f"{relative}/{entry.name}" if relative else entry.name
             if entry.name.startswith("."):
@@ -109,7 +111,10 @@ class SeveralSources(StoredSource):
     def __init__(self, sources: Sequence[Source]):
         self.sources = list(sources)
         self._ends = np.cumsum([len(source) for source in sources])
-        notes = [[getattr(source, name, "") for source in sources] for name in ("labels_note", "skipped_note")]
+        notes = [
+            [getattr(source, name, "") for source in sources]
+            for name in ("labels_note", "skipped_note")
+        ]
         self.labels_note, self.skipped_note = ("; ".join(filter(None, found)) for found in notes)
         labelled = [source for source in sources if source.class_names]
         class_names: list[str] | None = None
@@ -125,7 +130,9 @@ class SeveralSources(StoredSource):
             number = {name: i for i, name in enumerate(class_names)}
             parts = []
             for source in sources:
-                table = np.array([*(number[name] for name in source.class_names or ()), -1], np.int32)
+                table = np.array(
+                    [*(number[name] for name in source.class_names or ()), -1], np.int32
+                )
                 parts.append(table[source.labels()])
             labels = np.concatenate(parts)
         super().__init__(labels, class_names)
@@ -156,7 +163,9 @@ def open_folders(where: str, options: Options) -> FolderSource | SeveralSources:
     for i, inner in enumerate(real):
         for j, outer in enumerate(real):
             if i != j and os.path.join(inner, "").startswith(os.path.join(outer, "")):
-                raise DataError(f"folder:{folders[i]} lies in {folders[j]}: its images would count twice")
+                raise DataError(
+                    f"folder:{folders[i]} lies in {folders[j]}: its images would count twice"
+                )
     return SeveralSources([FolderSource(folder, options.labels) for folder in folders])
 
 

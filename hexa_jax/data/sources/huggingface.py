@@ -1,4 +1,4 @@
-"""`hf:NAME[:SPLIT]`: data sets of the Hugging Face datasets library, from its cache, a local copy, or the Hub."""
+"""`hf:NAME[:SPLIT]`: Hugging Face data sets from the cache, a copy, or the Hub."""
 
 import os
 import re
@@ -30,16 +30,28 @@ class HuggingFaceSource(StoredSource):
 
         features = dataset.features
         images = [name for name, feature in features.items() if isinstance(feature, datasets.Image)]
-        known = f"it has {', '.join(f'{name} ({type(f).__name__})' for name, f in features.items())}"[:300]
+        known = (
+            f"it has {', '.join(f'{name} ({type(f).__name__})' for name, f in features.items())}"[
+                :300
+            ]
+        )
         named = [name for name in ("image", "img") if name in images]
         if image_column and image_column not in images:
             raise DataError(f"{origin} has no column of images {image_column!r}: {known}")
         if not image_column and len(images) != 1 and not named:
             problem = "several columns of images" if images else "no column of images"
-            raise DataError(f"{origin} has {problem}: {known}; --config.data.image_column=NAME tells which")
+            raise DataError(
+                f"{origin} has {problem}: {known}; --config.data.image_column=NAME tells which"
+            )
         self._image = image_column or (images[0] if len(images) == 1 else named[0])
-        classes = [name for name, feature in features.items() if isinstance(feature, datasets.ClassLabel)]
-        plain = [n for n in ("label", "labels") if n in features and isinstance(features[n], datasets.Value)]
+        classes = [
+            name for name, feature in features.items() if isinstance(feature, datasets.ClassLabel)
+        ]
+        plain = [
+            n
+            for n in ("label", "labels")
+            if n in features and isinstance(features[n], datasets.Value)
+        ]
         if label_column and label_column not in features:
             raise DataError(f"{origin} has no column {label_column!r}: {known}")
         label = label_column or next(
@@ -47,7 +59,9 @@ class HuggingFaceSource(StoredSource):
             classes[0] if len(classes) == 1 else "",
         )
         self.origin = origin
-        self._rows = dataset.select_columns([self._image]).cast_column(self._image, datasets.Image(decode=False))
+        self._rows = dataset.select_columns([self._image]).cast_column(
+            self._image, datasets.Image(decode=False)
+        )
         if not label:
             super().__init__(None, None)
             return
@@ -87,12 +101,15 @@ def open_hf(where: str, options: Options) -> HuggingFaceSource:
     local = options.path(match["name"]) if not match["name"].startswith("gs://") else ""
     try:
         if os.path.isdir(local) and any(
-            os.path.isfile(os.path.join(local, name)) for name in ("state.json", "dataset_dict.json")
+            os.path.isfile(os.path.join(local, name))
+            for name in ("state.json", "dataset_dict.json")
         ):
             loaded = datasets.load_from_disk(local)
             if isinstance(loaded, datasets.DatasetDict):
                 if split not in loaded:
-                    raise DataError(f"{origin} has no split {split!r} (it has: {', '.join(loaded)})")
+                    raise DataError(
+                        f"{origin} has no split {split!r} (it has: {', '.join(loaded)})"
+                    )
                 loaded = loaded[split]
             elif match["split"]:
                 raise DataError(f"{origin}: the folder holds a single split, without a name")
@@ -104,7 +121,9 @@ def open_hf(where: str, options: Options) -> HuggingFaceSource:
     except Exception as error:  # of the library, its network and its file readers
         reason = one_line(error)
         offline = "offline" in reason.lower() or isinstance(error, ConnectionError)
-        hint = "; it is not in the cache of datasets, and the Hub cannot be reached" if offline else ""
+        hint = (
+            "; it is not in the cache of datasets, and the Hub cannot be reached" if offline else ""
+        )
         raise DataError(f"{origin} cannot be opened: {reason}{hint}") from None
     return HuggingFaceSource(loaded, origin, options.image_column, options.label_column)
 

@@ -37,22 +37,31 @@ class ListSource(StoredSource):
             raise DataError(f"{origin} lists nothing")
         odd = next((row for row in rows if len(row) > 2), None)
         if odd:
-            raise DataError(f"{origin}: {os.fsdecode(odd[0])} has {len(odd)} columns, not a path and a label")
+            raise DataError(
+                f"{origin}: {os.fsdecode(odd[0])} has {len(odd)} columns, not a path and a label"
+            )
         kept, self.skipped_note = readable([row[0] for row in rows], origin)
         rows = [row for row, keep in zip(rows, kept, strict=True) if keep]
-        self._directory, self._paths = os.path.dirname(os.path.abspath(path)), Names(row[0] for row in rows)
+        self._directory, self._paths = (
+            os.path.dirname(os.path.abspath(path)),
+            Names(row[0] for row in rows),
+        )
         self._check_first(origin)
         texts = [row[1].strip().decode(errors="replace") if len(row) > 1 else "" for row in rows]
         super().__init__(*classes_of_texts(texts))
 
     def _check_first(self, origin: str) -> None:
-        """A list of which nothing is found is a mistake; single files that are gone are bad images."""
+        """Check that some file of a list is found; single missing files are bad images."""
         if any(os.path.exists(self.name(index)) for index in range(min(10, len(self)))):
             return
         first = self.name(0)
         words = self._paths[0].rsplit(maxsplit=1)
         spaced = len(words) == 2 and os.path.exists(os.path.join(self._directory, words[0]))
-        hint = "a label follows a tab, not a space" if spaced else "paths are relative to the list's folder"
+        hint = (
+            "a label follows a tab, not a space"
+            if spaced
+            else "paths are relative to the list's folder"
+        )
         raise DataError(f"{origin}: {first} does not exist, nor do those after it: {hint}")
 
     def __len__(self) -> int:

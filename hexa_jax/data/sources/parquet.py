@@ -22,7 +22,8 @@ LABEL_NAMES = ("label", "labels")
 class ParquetSource(StoredSource):
     """The rows of Parquet files, in the order of the files' names.
 
-    A row group is read when one of its rows is wanted; the latest ones are kept, up to `CACHE_BYTES`.
+    A row group is read when one of its rows is wanted; the latest ones are kept, up to
+    `CACHE_BYTES`.
 
     Args:
         paths: of the files.
@@ -45,11 +46,15 @@ class ParquetSource(StoredSource):
             try:
                 with pq.ParquetFile(path) as file:
                     if not number:
-                        self._image, label = self._columns(file.schema_arrow, path, image_column, label_column)
+                        self._image, label = self._columns(
+                            file.schema_arrow, path, image_column, label_column
+                        )
                         class_names = _class_names(file.schema_arrow, label)
                     for column in filter(None, (self._image, label)):
                         if column not in file.schema_arrow.names:
-                            raise DataError(f"parquet:{path} has no column {column!r}, which {paths[0]} has")
+                            raise DataError(
+                                f"parquet:{path} has no column {column!r}, which {paths[0]} has"
+                            )
                     rows = [file.metadata.row_group(g).num_rows for g in range(file.num_row_groups)]
                     groups += [(number, group, count) for group, count in enumerate(rows)]
                     if label:
@@ -68,7 +73,9 @@ class ParquetSource(StoredSource):
         if pa.types.is_integer(column.type):
             super().__init__(column.fill_null(-1).to_numpy().astype(np.int32), class_names)
         else:
-            super().__init__(*classes_of_texts(["" if t is None else t for t in column.to_pylist()]))
+            super().__init__(
+                *classes_of_texts(["" if t is None else t for t in column.to_pylist()])
+            )
 
     def _start(self) -> None:
         self._kept: collections.OrderedDict[int, Any] = collections.OrderedDict()
@@ -80,7 +87,9 @@ class ParquetSource(StoredSource):
 
         def is_image(kind: Any) -> bool:
             inner = (
-                kind.field("bytes").type if pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0 else kind
+                kind.field("bytes").type
+                if pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0
+                else kind
             )
             return pa.types.is_binary(inner) or pa.types.is_large_binary(inner)
 
@@ -92,18 +101,25 @@ class ParquetSource(StoredSource):
             named = [name for name in IMAGE_NAMES if name in images]
             if not images or (len(images) > 1 and not named):
                 problem = "several columns of images" if images else "no column of image bytes"
-                raise DataError(f"parquet:{path} has {problem}: {known}; --config.data.image_column=NAME tells which")
+                raise DataError(
+                    f"parquet:{path} has {problem}: {known}; --config.data.image_column=NAME tells which"
+                )
             image = images[0] if len(images) == 1 else named[0]
         labels = [
             field.name
             for field in schema
-            if pa.types.is_integer(field.type) or pa.types.is_string(field.type) or pa.types.is_large_string(field.type)
+            if pa.types.is_integer(field.type)
+            or pa.types.is_string(field.type)
+            or pa.types.is_large_string(field.type)
         ]
         if label and label not in labels:
             raise DataError(f"parquet:{path} has no column of labels {label!r}: {known}")
         classes = [name for name in labels if _class_names(schema, name)]
         if not label:
-            label = next((name for name in LABEL_NAMES if name in labels), classes[0] if len(classes) == 1 else "")
+            label = next(
+                (name for name in LABEL_NAMES if name in labels),
+                classes[0] if len(classes) == 1 else "",
+            )
         return image, label
 
     def __len__(self) -> int:
@@ -123,7 +139,9 @@ class ParquetSource(StoredSource):
                 number, inside, _ = self._groups[group].tolist()
                 with pq.ParquetFile(self._paths[number]) as file:
                     self._kept[group] = file.read_row_group(inside, columns=[self._image]).column(0)
-                while len(self._kept) > 1 and sum(c.nbytes for c in self._kept.values()) > CACHE_BYTES:
+                while (
+                    len(self._kept) > 1 and sum(c.nbytes for c in self._kept.values()) > CACHE_BYTES
+                ):
                     self._kept.popitem(last=False)
             self._kept.move_to_end(group)
             return self._kept[group]
@@ -170,7 +188,9 @@ def _class_names(schema: Any, column: str) -> list[str] | None:
 
 def open_parquet(where: str, options: Options) -> ParquetSource:
     """Return the rows of the Parquet files that a pattern names."""
-    return ParquetSource(options.files(where, ".parquet"), options.image_column, options.label_column)
+    return ParquetSource(
+        options.files(where, ".parquet"), options.image_column, options.label_column
+    )
 
 
 register(

@@ -66,12 +66,16 @@ def folder_classes(paths: list[bytes], labels: str, origin: str) -> FolderClasse
         DataError: fewer than two folders to be classes where `labels` is "folders".
     """
     if labels not in FOLDER_LABELS:
-        raise DataError(f"data.labels={labels!r} is not known: use one of {', '.join(FOLDER_LABELS)}")
+        raise DataError(
+            f"data.labels={labels!r} is not known: use one of {', '.join(FOLDER_LABELS)}"
+        )
     tops = [path.split(b"/", 1)[0] if b"/" in path else b"" for path in paths]
     classes = sorted(set(tops) - {b""})
     beside = tops.count(b"")
     dates = all(DATE_NAME.fullmatch(os.fsdecode(name)) for name in classes)
-    labelled = labels == "folders" or (labels == "auto" and len(classes) >= 2 and not beside and not dates)
+    labelled = labels == "folders" or (
+        labels == "auto" and len(classes) >= 2 and not beside and not dates
+    )
     if labels == "folders" and len(classes) < 2:
         raise DataError(
             f"{origin} has {len(classes)} sub-folders with images: --config.data.labels=folders needs two or more"
@@ -117,7 +121,7 @@ def without_common_folder(paths: list[bytes]) -> list[bytes]:
 
 
 def classes_of_texts(texts: list[str]) -> tuple[np.ndarray | None, list[str] | None]:
-    """Return int32 labels [N] and class names for labels given as texts; both None if all are empty.
+    """Return int32 labels [N] and class names for labels given as texts.
 
     Whole numbers are the labels themselves, other texts are numbered in their sorted order, and an
     empty text is no known class (-1).
@@ -132,7 +136,7 @@ def classes_of_texts(texts: list[str]) -> tuple[np.ndarray | None, list[str] | N
 
 
 def readable(paths: list[bytes], origin: str) -> tuple[np.ndarray, str]:
-    """Return which images are of a format that can be read here, bool [N], and one line about the others.
+    """Return which images can be read here, bool [N], and one line about the others.
 
     Raises:
         DataError: none is.
@@ -140,7 +144,9 @@ def readable(paths: list[bytes], origin: str) -> tuple[np.ndarray, str]:
     missing = {ending.encode(): need for ending, need in missing_formats().items()}
     needs = [missing.get(os.path.splitext(path)[1].lower()) for path in paths]
     counts = collections.Counter(need for need in needs if need)
-    note = "; ".join(f"{origin}: {count} images are skipped, because {need}" for need, count in counts.items())
+    note = "; ".join(
+        f"{origin}: {count} images are skipped, because {need}" for need, count in counts.items()
+    )
     if note and counts.total() == len(paths):
         raise DataError(note)
     return np.array([need is None for need in needs], bool), note

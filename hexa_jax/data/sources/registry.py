@@ -1,4 +1,4 @@
-"""The kinds of sources: their names, how they are opened, and the line that each has in the docs."""
+"""The kinds of sources: names, how they are opened, and their lines in the docs."""
 
 import dataclasses
 import difflib
@@ -146,7 +146,9 @@ def open_spec(spec: str, options: Options) -> Source:
     near = difflib.get_close_matches(kind, list(SOURCES), n=1, cutoff=0.6) if colon else []
     hint = f"; did you mean {near[0]}:{rest}?" if near and near[0] != kind else ":"
     known = ", ".join(each.usage for each in SOURCES.values())
-    raise DataError(f"unknown data source {spec!r}{hint} use the path of a folder or file, or one of {known}")
+    raise DataError(
+        f"unknown data source {spec!r}{hint} use the path of a folder or file, or one of {known}"
+    )
 
 
 def absolute_spec(spec: str) -> str:
@@ -160,16 +162,20 @@ def absolute_spec(spec: str) -> str:
 def _absolute(paths: str) -> str:
     parts = [paths] if os.path.exists(os.path.expanduser(paths)) else paths.split(",")
     parts = [part.strip() if len(parts) > 1 else part for part in parts]
-    return ",".join(part if is_remote(part) else os.path.abspath(os.path.expanduser(part)) for part in parts)
+    return ",".join(
+        part if is_remote(part) else os.path.abspath(os.path.expanduser(part)) for part in parts
+    )
 
 
 def _kind_of_path(spec: str, options: Options) -> str:
-    """The kind of a path without a kind before it; empty where nothing is there or its kind is unclear."""
+    """Return the kind of a bare path; empty where nothing is there or it is unclear."""
     if not spec or is_remote(spec):
         return ""
     first = options.path(spec.split(",")[0])
     if os.path.isdir(first):
         return "folder"
     ending = os.path.splitext(spec)[1].lower()
-    there = os.path.exists(options.path(spec)) or bool(glob.glob(options.path(spec), recursive=True))
+    there = os.path.exists(options.path(spec)) or bool(
+        glob.glob(options.path(spec), recursive=True)
+    )
     return next((name for name, kind in SOURCES.items() if there and ending in kind.suffixes), "")

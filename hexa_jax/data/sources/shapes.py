@@ -9,7 +9,9 @@ def open_shapes(where: str, options: Options) -> ShapesSource:
     """Return the drawn shapes of a split."""
     size, count = options.image_size, options.num_examples
     try:
-        return ShapesSource(where or "train", image_size=size, num_examples=count, seed=options.seed)
+        return ShapesSource(
+            where or "train", image_size=size, num_examples=count, seed=options.seed
+        )
     except ValueError as error:
         raise DataError(str(error)) from None
 

@@ -1,4 +1,4 @@
-"""`tar:GLOB`: images in tar files, such as shards for webdataset, with an index that makes access random."""
+"""`tar:GLOB`: images in tar files (webdataset shards), indexed for random access."""
 
 import hashlib
 import json
@@ -13,7 +13,13 @@ import numpy as np
 from hexa_jax.data.decode import BadImage
 from hexa_jax.data.formats import IMAGE_SUFFIXES
 from hexa_jax.data.source import DataError, StoredSource, one_line
-from hexa_jax.data.sources.paths import Names, classes_of_texts, folder_classes, readable, without_common_folder
+from hexa_jax.data.sources.paths import (
+    Names,
+    classes_of_texts,
+    folder_classes,
+    readable,
+    without_common_folder,
+)
 from hexa_jax.data.sources.registry import Options, register
 
 INDEX_SUFFIX = ".index.npz"
@@ -58,10 +64,14 @@ class TarSource(StoredSource):
         indices = [shard_index(path, cache) for path in paths]
         names = [name for index in indices for name in index.names]
         if not names:
-            raise DataError(f"{origin}: no member is an image ({', '.join(s[1:] for s in IMAGE_SUFFIXES)})")
+            raise DataError(
+                f"{origin}: no member is an image ({', '.join(s[1:] for s in IMAGE_SUFFIXES)})"
+            )
         kept, self.skipped_note = readable(names, origin)
         self._paths = paths
-        self._shard = np.repeat(np.arange(len(paths), dtype=np.int32), [len(index.names) for index in indices])[kept]
+        self._shard = np.repeat(
+            np.arange(len(paths), dtype=np.int32), [len(index.names) for index in indices]
+        )[kept]
         self._offsets = np.concatenate([index.offsets for index in indices])[kept]
         self._sizes = np.concatenate([index.sizes for index in indices])[kept]
         names = [name for name, keep in zip(names, kept, strict=True) if keep]
@@ -105,8 +115,12 @@ def shard_index(path: str, cache: str = "") -> ShardIndex:
         status = os.stat(path)
         places = [path + INDEX_SUFFIX]
         if cache:
-            digest = hashlib.sha256(os.path.abspath(path).encode(errors="surrogateescape")).hexdigest()[:20]
-            places.append(os.path.join(os.path.expanduser(cache), "tar_index", digest + INDEX_SUFFIX))
+            digest = hashlib.sha256(
+                os.path.abspath(path).encode(errors="surrogateescape")
+            ).hexdigest()[:20]
+            places.append(
+                os.path.join(os.path.expanduser(cache), "tar_index", digest + INDEX_SUFFIX)
+            )
         about = np.array([INDEX_VERSION, status.st_size, status.st_mtime_ns], np.int64)
         for place in places:
             if (kept := _load(place, about)) is not None:
@@ -122,7 +136,11 @@ def shard_index(path: str, cache: str = "") -> ShardIndex:
         except OSError:
             continue
     else:
-        _log.warning("the index of %s cannot be kept (%s): each start reads the whole file", path, ", ".join(places))
+        _log.warning(
+            "the index of %s cannot be kept (%s): each start reads the whole file",
+            path,
+            ", ".join(places),
+        )
     return index
 
 
@@ -135,14 +153,19 @@ def _scan(path: str) -> ShardIndex:
     labels: dict[str, str] = {}
     with open(path, "rb") as file:
         if file.read(2) == b"\x1f\x8b":
-            raise DataError(f"tar:{path} is compressed, without random access: unpack it once with gunzip")
+            raise DataError(
+                f"tar:{path} is compressed, without random access: unpack it once with gunzip"
+            )
     try:
         with tarfile.open(path, "r:") as archive:
             for member in archive:
                 folder, base = os.path.split(member.name)
                 if not member.isreg() or member.issparse() or base.startswith("."):
                     continue
-                key, ending = os.path.join(folder, base.partition(".")[0]), os.path.splitext(base)[1].lower()
+                key, ending = (
+                    os.path.join(folder, base.partition(".")[0]),
+                    os.path.splitext(base)[1].lower(),
+                )
                 if ending in IMAGE_SUFFIXES:
                     offsets.append(member.offset_data)
                     sizes.append(member.size)
@@ -171,7 +194,7 @@ def _label(content: bytes, ending: str) -> str:
 
 
 def _load(place: str, about: np.ndarray) -> ShardIndex | None:
-    """The index in a file; None where there is none, it is damaged, or of another state of the tar file."""
+    """Read an index; None where it is missing, damaged, or of an older tar file."""
     try:
         with np.load(place, allow_pickle=False) as arrays:
             if not np.array_equal(arrays["about"], about):

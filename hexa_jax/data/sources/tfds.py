@@ -16,22 +16,31 @@ from hexa_jax.storage.gcs import fetch, files, filesystem, is_remote
 class TfdsSource:
     """A split of a data set prepared by tfds as ArrayRecord; images stay encoded.
 
-    It is read from its files alone: neither the data set's own code, nor TensorFlow, nor the network is needed.
+    It is read from its files alone: neither the data set's own code, nor TensorFlow, nor the
+    network is needed.
 
     Args:
       spec: NAME[/CONFIG][:VERSION][:SPLIT], what follows `tfds:`.
-      data_dir: the directory given to tfds for preparing, or a copy of it in a bucket; by default tfds's own.
-      data_cache: local folder for copies of what is in a bucket; without one each record is a request.
+      data_dir: the directory given to tfds for preparing, or a copy of it in a bucket; by default
+          tfds's own.
+      data_cache: local folder for copies of what is in a bucket; without one each record is a
+          request.
     Raises:
-      DataError: not prepared (with the command that does it), not ArrayRecord, no such split, or no image feature.
+      DataError: not prepared (with the command that does it), not ArrayRecord, no such split, or no
+          image feature.
     """
 
     def __init__(self, spec: str, *, data_dir: str | None = None, data_cache: str = ""):
         match = re.fullmatch(r"(?P<name>[^:]+?)(:(?P<version>\d[\d.*]*))?(:(?P<split>\D.*))?", spec)
         if match is None:
-            raise DataError(f"unknown data source 'tfds:{spec}': use tfds:NAME[/CONFIG][:VERSION][:SPLIT]")
+            raise DataError(
+                f"unknown data source 'tfds:{spec}': use tfds:NAME[/CONFIG][:VERSION][:SPLIT]"
+            )
         self._name = match["name"] + (f":{match['version']}" if match["version"] else "")
-        self._split, self._data_dir = match["split"] or "train", data_dir and os.path.expanduser(data_dir)
+        self._split, self._data_dir = (
+            match["split"] or "train",
+            data_dir and os.path.expanduser(data_dir),
+        )
         self._labels: np.ndarray | None = None
         self._cache, self._folder = data_cache, ""  # the second: of the copies
         self._open()
@@ -53,11 +62,19 @@ class TfdsSource:
         except Exception as error:  # those of tfds, or whatever a bucket's libraries raise
             raise DataError(f"tfds:{self._name} cannot be opened: {one_line(error)}") from None
         features, splits = dict(builder.info.features), sorted(builder.info.splits)
-        images = [key for key, feature in features.items() if isinstance(feature, tfds.features.Image)]
+        images = [
+            key for key, feature in features.items() if isinstance(feature, tfds.features.Image)
+        ]
         if not images:
-            raise DataError(f"tfds:{self._name} has no image feature (it has: {', '.join(features)})")
+            raise DataError(
+                f"tfds:{self._name} has no image feature (it has: {', '.join(features)})"
+            )
         self._image_key = "image" if "image" in images else images[0]
-        keys = [key for key, feature in features.items() if isinstance(feature, tfds.features.ClassLabel)]
+        keys = [
+            key
+            for key, feature in features.items()
+            if isinstance(feature, tfds.features.ClassLabel)
+        ]
         self._label_key = "label" if "label" in keys else keys[0] if len(keys) == 1 else None
         self.class_names = list(features[self._label_key].names) if self._label_key else None
         self.num_classes = len(self.class_names) if self.class_names else None
@@ -70,7 +87,9 @@ class TfdsSource:
                 "again in another data_dir with file_format='array_record'"
             ) from None
         except (ValueError, KeyError):
-            raise DataError(f"tfds:{self._name} has no split {self._split!r} (it has: {', '.join(splits)})") from None
+            raise DataError(
+                f"tfds:{self._name} has no split {self._split!r} (it has: {', '.join(splits)})"
+            ) from None
         self._process = os.getpid()
         self._in_place = is_remote(builder.data_path)
         if self._in_place and self._cache:
@@ -90,9 +109,15 @@ class TfdsSource:
     def _fetched(self, builder: Any) -> pathlib.Path:
         """Local copies of the split's files, and of those that describe the data set."""
         url = str(builder.data_path)
-        shards = {pathlib.PurePath(path).name for path in builder.info.splits[self._split].filepaths}
+        shards = {
+            pathlib.PurePath(path).name for path in builder.info.splits[self._split].filepaths
+        }
         there = files(url).items()
-        return fetch(url, {name: v for name, v in there if name in shards or ".array_record" not in name}, self._cache)
+        return fetch(
+            url,
+            {name: v for name, v in there if name in shards or ".array_record" not in name},
+            self._cache,
+        )
 
     def record(self, index: int) -> dict[str, Any]:
         """All features of a record, images encoded."""
@@ -119,7 +144,10 @@ class TfdsSource:
         return f"tfds:{self._name}:{self._split}, index {index}"
 
     def labels(self) -> np.ndarray | None:
-        """int32 [N], or None. The first call reads every record, as labels lie beside images: 140 GB of ImageNet."""
+        """Return labels int32 [N], or None.
+
+        The first call reads every record, as labels lie beside images: 140 GB of ImageNet.
+        """
         if self._labels is None and self._label_key is not None:
             found = (self.record(i)[self._label_key] for i in range(len(self)))
             self._labels = np.array([-1 if label is None else label for label in found], np.int32)

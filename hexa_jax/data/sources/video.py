@@ -44,7 +44,9 @@ class VideoSource(StoredSource):
         origin = f"video:{paths[0]}" + (f" and {len(paths) - 1} more" if len(paths) > 1 else "")
         found = folder_classes(folders, labels, origin)
         self.labels_note = found.note
-        super().__init__(None if found.labels is None else np.repeat(found.labels, frames), found.class_names)
+        super().__init__(
+            None if found.labels is None else np.repeat(found.labels, frames), found.class_names
+        )
 
     def _count(self, path: str) -> int:
         import av
@@ -66,7 +68,9 @@ class VideoSource(StoredSource):
     def _place(self, index: int) -> tuple[str, float]:
         """(path, time in seconds)."""
         video = int(np.searchsorted(self._ends, index, side="right"))
-        return self._paths[video], self._seconds * (index - (int(self._ends[video - 1]) if video else 0))
+        return self._paths[video], self._seconds * (
+            index - (int(self._ends[video - 1]) if video else 0)
+        )
 
     def read(self, index: int) -> np.ndarray:
         import av
@@ -77,7 +81,8 @@ class VideoSource(StoredSource):
                 if not container.streams.video:
                     raise BadImage(path, "no video in it")
                 stream = container.streams.video[0]
-                stream.codec_context.thread_count = 1  # the input's own threads and processes are the parallelism
+                # the input's own threads and processes are the parallelism
+                stream.codec_context.thread_count = 1
                 base, start = stream.time_base or Fraction(1), stream.start_time or 0
                 container.seek(start + int(time / base), stream=stream, backward=True)
                 chosen: Any = None
@@ -109,7 +114,9 @@ def open_video(where: str, options: Options) -> VideoSource:
         if name.lower().endswith(VIDEO_SUFFIXES) and not name.startswith(".")
     )
     if not paths:
-        raise DataError(f"video:{folder} holds no video ({', '.join(s[1:] for s in VIDEO_SUFFIXES)})")
+        raise DataError(
+            f"video:{folder} holds no video ({', '.join(s[1:] for s in VIDEO_SUFFIXES)})"
+        )
     return VideoSource(paths, options.video_seconds, options.labels)
 
 

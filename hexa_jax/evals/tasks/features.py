@@ -25,7 +25,9 @@ def features(config: ConfigDict, workdir: pathlib.Path) -> dict[str, Any]:
     names = np.array([str(source.name(index)) for index in range(len(source))])
     path = workdir / f"features.{config.format}"
     if config.format == "npz":
-        np.savez(path, features=found.values, labels=found.labels, names=names, readable=found.known)
+        np.savez(
+            path, features=found.values, labels=found.labels, names=names, readable=found.known
+        )
     else:
         _parquet(path, found.values, found.labels, names, found.known)
     results = {
@@ -39,12 +41,16 @@ def features(config: ConfigDict, workdir: pathlib.Path) -> dict[str, Any]:
     return results
 
 
-def _parquet(path: pathlib.Path, values: np.ndarray, labels: np.ndarray, names: np.ndarray, known: np.ndarray) -> None:
+def _parquet(
+    path: pathlib.Path, values: np.ndarray, labels: np.ndarray, names: np.ndarray, known: np.ndarray
+) -> None:
     try:
         import pyarrow
         import pyarrow.parquet
     except ImportError:
-        raise ConfigError("config.format='parquet' needs pyarrow: pip install pyarrow, or use npz") from None
+        raise ConfigError(
+            "config.format='parquet' needs pyarrow: pip install pyarrow, or use npz"
+        ) from None
     width = values.shape[1]
     column = pyarrow.FixedSizeListArray.from_arrays(pyarrow.array(values.reshape(-1)), width)
     table = {"name": names, "label": labels, "readable": known, "feature": column}

@@ -26,7 +26,14 @@ from hexa_jax.core.preemption import PreemptionGuard, Terminated
 from hexa_jax.data.crops import Resolution
 from hexa_jax.data.decode import decode, resize_center_crop
 from hexa_jax.data.source import Source
-from hexa_jax.evals.tasks.labelled import Extractor, Features, open_backbone, open_both, top_k, usable
+from hexa_jax.evals.tasks.labelled import (
+    Extractor,
+    Features,
+    open_backbone,
+    open_both,
+    top_k,
+    usable,
+)
 from hexa_jax.evals.tasks.labelled_batches import LabelledBatches
 from hexa_jax.evals.tasks.training_loop import TrainingLoop
 from hexa_jax.models.heads import Network
@@ -78,7 +85,9 @@ def finetune(config: ConfigDict, workdir: pathlib.Path) -> dict[str, Any]:
     """
     rates = list(config.optimizer.learning_rates)
     if config.epochs < 1 or config.batch_size < 1 or not rates:
-        raise ConfigError("epochs and batch_size must be positive, and optimizer.learning_rates not empty")
+        raise ConfigError(
+            "epochs and batch_size must be positive, and optimizer.learning_rates not empty"
+        )
     run = _Tuning(config, workdir)
     stop, results, by_epoch = PreemptionGuard(), dict[str, Any](), dict[str, list[float]]()
     try:
@@ -91,12 +100,18 @@ def finetune(config: ConfigDict, workdir: pathlib.Path) -> dict[str, Any]:
         stop.close()
     best = max(rates, key=lambda rate: results[f"top1_lr{rate:g}"])
     results |= {name: results[f"{name}_lr{best:g}"] for name in ("top1", "top5")}
-    results |= {"best_learning_rate": best, "epochs": config.epochs, "train_images": len(run.source)}
+    results |= {
+        "best_learning_rate": best,
+        "epochs": config.epochs,
+        "train_images": len(run.source),
+    }
     report = workdir / "report"
     report.mkdir(exist_ok=True)
     curves(by_epoch, "epochs of fine-tuning", "top-1 accuracy in %", report / "curves.png")
     write_json(workdir / "result.json", results)
-    log(f"fine-tuned: top-1 {results['top1']:.2f} %, top-5 {results['top5']:.2f} % (learning rate {best:g})")
+    log(
+        f"fine-tuned: top-1 {results['top1']:.2f} %, top-5 {results['top5']:.2f} % (learning rate {best:g})"
+    )
     return results
 
 
@@ -108,7 +123,9 @@ class _Tuning:
         self.classes = int(self.source.num_classes or 0)
         self.extractor = Extractor(config, self.backbone)  # for its mesh, and images of the test
         self.mesh, self.config = self.extractor.mesh, self.extractor.config
-        self.batches = LabelledBatches(config, self.source, self.mesh, bn_group_size=config.batch_size)
+        self.batches = LabelledBatches(
+            config, self.source, self.mesh, bn_group_size=config.batch_size
+        )
         self.steps_per_epoch, self.total = self.batches.steps_per_epoch, self.batches.total
         self.test = self._test_images()
 
@@ -133,7 +150,9 @@ class _Tuning:
         )
         _, history = loop.run(self._initial(optimizer), stop)
         if number + 1 < rates and stop.reached():
-            raise Terminated(f"SIGTERM: saved step {self.total} in {folder}; the same command resumes it")
+            raise Terminated(
+                f"SIGTERM: saved step {self.total} in {folder}; the same command resumes it"
+            )
         return history
 
     def _evaluate(self, state: TuneState, epoch: float) -> dict[str, float]:
@@ -147,7 +166,9 @@ class _Tuning:
         kernel = 0.01 * jax.random.normal(jax.random.key(self.config.seed), shape)
         params = {"backbone": self.backbone.variables["params"]["backbone"]}
         params["classifier"] = {"kernel": kernel, "bias": jnp.zeros(self.classes)}
-        state = TuneState(jnp.zeros([], jnp.int32), params, self.backbone.variables[STATS], optimizer.init(params))
+        state = TuneState(
+            jnp.zeros([], jnp.int32), params, self.backbone.variables[STATS], optimizer.init(params)
+        )
         copied = jax.tree.map(
             jnp.copy, state
         )  # steps donate their state, and the next learning rate starts from here, too
@@ -160,7 +181,9 @@ class _Tuning:
             schedule = optim.epoch_steps(base, o.milestones, o.decay, self.steps_per_epoch)
             makers = {
                 "sgd": lambda: optim.sgd(schedule, o.momentum, o.weight_decay),
-                "adamax": lambda: optax.chain(optax.add_decayed_weights(o.weight_decay), optax.adamax(schedule)),
+                "adamax": lambda: optax.chain(
+                    optax.add_decayed_weights(o.weight_decay), optax.adamax(schedule)
+                ),
             }
             return choose("optimizer.name", o.name, makers)()
 
@@ -171,7 +194,9 @@ class _Tuning:
         backbone = self.backbone
         mode = NormMode(CLEAN, groups=1)
 
-        def loss(params: Any, stats: Any, images: jax.Array, labels: jax.Array) -> tuple[jax.Array, Any]:
+        def loss(
+            params: Any, stats: Any, images: jax.Array, labels: jax.Array
+        ) -> tuple[jax.Array, Any]:
             variables = {"params": {"backbone": params["backbone"]}, STATS: stats}
             pixels = images.astype(jnp.float32) / 255
             features, sown = backbone.network.apply(
@@ -190,7 +215,9 @@ class _Tuning:
             )
             updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
             params = optax.apply_updates(state.params, updates)
-            return TuneState(state.step + 1, params, blend(state.stats, moments), opt_state), {"loss": value}
+            return TuneState(state.step + 1, params, blend(state.stats, moments), opt_state), {
+                "loss": value
+            }
 
         rows, whole = NamedSharding(self.mesh, ROWS), NamedSharding(self.mesh, P())
         return jax.jit(step, in_shardings=(whole, rows), out_shardings=whole, donate_argnums=0)
@@ -221,7 +248,9 @@ class _Tuning:
     def _accuracy(self, state: TuneState) -> dict[str, float]:
         """Return top-1 and top-5 on the held-out center crops, in per cent."""
         images, parts = self.extractor.images(self.held_out), []
-        for batch, count in images.device_batches(self.mesh, self.extractor.batch_size, self.config.runtime.threads):
+        for batch, count in images.device_batches(
+            self.mesh, self.extractor.batch_size, self.config.runtime.threads
+        ):
             parts.append(np.asarray(self.test(state.params, state.stats, batch))[:count])
         logits, labels = usable(Features(np.concatenate(parts), images.labels, images.known))
         return top_k(logits, labels)

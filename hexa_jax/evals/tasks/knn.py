@@ -28,9 +28,16 @@ def knn(config: ConfigDict, workdir: pathlib.Path) -> dict[str, Any]:
         bank = queries = extractor(train, "features")
     else:
         train, held_out = open_both(config, backbone)
-        bank, queries = extractor(train, "training features"), extractor(held_out, "held-out features")
+        bank, queries = (
+            extractor(train, "training features"),
+            extractor(held_out, "held-out features"),
+        )
     (x, labels), (q, wanted) = usable(bank), usable(queries)
-    results: dict[str, Any] = {"train_images": len(x), "test_images": len(q), "pretraining_step": backbone.step}
+    results: dict[str, Any] = {
+        "train_images": len(x),
+        "test_images": len(q),
+        "pretraining_step": backbone.step,
+    }
     predictions = np.empty(0)
     for temperature in config.temperatures:
         for neighbours in config.neighbours:
@@ -41,14 +48,25 @@ def knn(config: ConfigDict, workdir: pathlib.Path) -> dict[str, Any]:
                 neighbours=neighbours,
                 temperature=temperature,
                 leave_one_out=config.leave_one_out,
-                mesh=extractor.mesh if jax.process_count() == 1 else None,  # else each process its own devices
+                mesh=extractor.mesh
+                if jax.process_count() == 1
+                else None,  # else each process its own devices
             )
             results[f"knn{neighbours}_tau{temperature:g}"] = accuracy(predictions, wanted)
     results["knn_accuracy"] = results[f"knn{config.neighbours[0]}_tau{config.temperatures[0]:g}"]
     report = workdir / "report"
     report.mkdir(exist_ok=True)
-    confusion_matrix(wanted, predictions, getattr(train, "class_names", None), report / "confusion.png")
-    _gallery(train, held_out, bank.values, queries.values, config.leave_one_out, report / "neighbours.png")
+    confusion_matrix(
+        wanted, predictions, getattr(train, "class_names", None), report / "confusion.png"
+    )
+    _gallery(
+        train,
+        held_out,
+        bank.values,
+        queries.values,
+        config.leave_one_out,
+        report / "neighbours.png",
+    )
     write_json(workdir / "result.json", results)
     for name, value in results.items():
         if name.startswith("knn"):
@@ -57,12 +75,19 @@ def knn(config: ConfigDict, workdir: pathlib.Path) -> dict[str, Any]:
 
 
 def _gallery(
-    train: Source, held_out: Source, bank: np.ndarray, queries: np.ndarray, leave_one_out: bool, path: pathlib.Path
+    train: Source,
+    held_out: Source,
+    bank: np.ndarray,
+    queries: np.ndarray,
+    leave_one_out: bool,
+    path: pathlib.Path,
 ) -> None:
     """Each row: a held-out image, then its nearest training images with their cosine similarity."""
     chosen = np.linspace(0, len(queries) - 1, min(ROWS, len(queries))).astype(int)
     columns = min(COLUMNS, len(bank) - int(leave_one_out))
-    similarity, position = nearest(bank, queries[chosen], columns, own=chosen if leave_one_out else None)
+    similarity, position = nearest(
+        bank, queries[chosen], columns, own=chosen if leave_one_out else None
+    )
     figure = Figure(figsize=(columns + 1, 1.15 * len(chosen)))
     axes = figure.subplots(len(chosen), columns + 1, squeeze=False)
     for axis_row, query, scores, rows in zip(axes, chosen, similarity, position, strict=True):
@@ -79,4 +104,6 @@ def _gallery(
 
 
 def _thumbnail(source: Source, index: int) -> np.ndarray:
-    return resize_center_crop(decode(source[int(index)]["image"], source.name(int(index))), SIDE, SIDE)
+    return resize_center_crop(
+        decode(source[int(index)]["image"], source.name(int(index))), SIDE, SIDE
+    )

@@ -44,10 +44,14 @@ def open_backbone(config: ConfigDict) -> Backbone:
         return load_backbone(config.checkpoint)
     settings = config.random
     like = load_backbone(settings.like) if settings.like else None
-    return random_backbone(config.seed, settings.backbone, settings.stem, settings.base_channels, like)
+    return random_backbone(
+        config.seed, settings.backbone, settings.stem, settings.base_channels, like
+    )
 
 
-def open_split(config: ConfigDict, backbone: Backbone, name: str, *, labelled: bool = True) -> Source:
+def open_split(
+    config: ConfigDict, backbone: Backbone, name: str, *, labelled: bool = True
+) -> Source:
     """The source `data.<name>`, or that of the pre-training run where the config has none.
 
     The run's own data are looked for where the run found them, unless `runtime.data_dir` says
@@ -60,17 +64,25 @@ def open_split(config: ConfigDict, backbone: Backbone, name: str, *, labelled: b
     run = backbone.config
     spec = config.data[name] or (run.data[name] if run else "")
     if not spec:
-        had = "the pre-training run had none either" if run else "there is no pre-training run that had one"
+        had = (
+            "the pre-training run had none either"
+            if run
+            else "there is no pre-training run that had one"
+        )
         raise ConfigError(f"data.{name} is empty, and {had}: give --config.data.{name}")
     data = run.data if run else ConfigDict({"shapes_size": 32, "shapes_count": 10_000})
     runtime = config.runtime
     if run and not config.data[name] and not runtime.data_dir:
-        runtime = ConfigDict({key: run.runtime.get(key, runtime[key]) for key in ("data_dir", "data_cache")})
+        runtime = ConfigDict(
+            {key: run.runtime.get(key, runtime[key]) for key in ("data_dir", "data_cache")}
+        )
     labels = config.data.labels
     if labels == "auto" and not config.data[name] and data.get("labels") == "folders":
         labels = "folders"  # the run's own data, whose classes it was told of
     own = config.data if config.data[name] else data
-    settings = {key: own.get(key, default) for key, default in SOURCE_SETTINGS.items()} | {"labels": labels}
+    settings = {key: own.get(key, default) for key, default in SOURCE_SETTINGS.items()} | {
+        "labels": labels
+    }
     settings |= {"shapes_size": data.shapes_size, "shapes_count": data.shapes_count}
     source = open_source(ConfigDict({"runtime": runtime, "data": settings}), spec)
     if labelled and source.num_classes is None:
@@ -89,7 +101,11 @@ def listed(source: Source, path: str) -> Source:
         DataError: the file is missing or empty, or names an example that the source does not have.
     """
     try:
-        wanted = [line.strip() for line in pathlib.Path(path).expanduser().read_text().splitlines() if line.strip()]
+        wanted = [
+            line.strip()
+            for line in pathlib.Path(path).expanduser().read_text().splitlines()
+            if line.strip()
+        ]
     except OSError as error:
         raise DataError(f"data.list={path}: {error.strerror or error}") from None
     except UnicodeDecodeError:
@@ -105,7 +121,9 @@ def listed(source: Source, path: str) -> Source:
                 shared.add(key)
     unclear = next((name for name in wanted if name in shared), None)
     if unclear is not None:
-        raise DataError(f"data.list={path}: several examples are called {unclear}; list them by folder and file name")
+        raise DataError(
+            f"data.list={path}: several examples are called {unclear}; list them by folder and file name"
+        )
     missing = [name for name in wanted if name not in place]
     if missing:
         raise DataError(
@@ -135,7 +153,9 @@ def check_classes(train: Source, held_out: Source) -> None:
     names = [list(source.class_names or []) for source in (train, held_out)]
     if all(names) and names[0] != names[1]:
         odd = sorted(set(names[0]) ^ set(names[1]))[:3]
-        raise DataError(f"training and held-out classes have other names, such as {', '.join(map(str, odd))}")
+        raise DataError(
+            f"training and held-out classes have other names, such as {', '.join(map(str, odd))}"
+        )
 
 
 class Extractor:
@@ -150,12 +170,18 @@ class Extractor:
     """
 
     def __init__(self, config: ConfigDict, backbone: Backbone, folder: pathlib.Path | None = None):
-        self.config, self.backbone, self.folder = with_size(config, backbone.config), backbone, folder
+        self.config, self.backbone, self.folder = (
+            with_size(config, backbone.config),
+            backbone,
+            folder,
+        )
         self._fresh = config.checkpoint == RANDOM
         self.mesh: Mesh = make_mesh(make_devices(config))
         rows, self._whole = NamedSharding(self.mesh, P("data")), NamedSharding(self.mesh, P())
         features = functools.partial(backbone.features, grid=config.grid)
-        self._forward = jax.jit(features, in_shardings=(self._whole, rows), out_shardings=self._whole)
+        self._forward = jax.jit(
+            features, in_shardings=(self._whole, rows), out_shardings=self._whole
+        )
         self.batch_size = -(-config.runtime.batch_size // self.mesh.size) * self.mesh.size
 
     def __call__(self, source: Source, what: str) -> Features:
@@ -166,7 +192,9 @@ class Extractor:
             self._fresh = False
         store = None
         if self.folder:
-            of = {name: value for name, value in self.config.to_dict().items() if name in _FEATURES_OF}
+            of = {
+                name: value for name, value in self.config.to_dict().items() if name in _FEATURES_OF
+            }
             about = of | {"step": self.backbone.step, "images": len(source)}
             store = StoredFeatures(self.folder / what.replace(" ", "_"), about)
         parts = store.load() if store else []
@@ -174,9 +202,13 @@ class Extractor:
         done = sum(len(part.values) for part in parts)
         clock, values = StepTimer(1, len(source)), []
         clock.start(done)
-        batches = images.device_batches(self.mesh, self.batch_size, self.config.runtime.threads, done)
+        batches = images.device_batches(
+            self.mesh, self.batch_size, self.config.runtime.threads, done
+        )
         for number, (batch, count) in enumerate(batches, 1):
-            values.append(np.asarray(self._forward(self.backbone.variables, batch), np.float32)[:count])
+            values.append(
+                np.asarray(self._forward(self.backbone.variables, batch), np.float32)[:count]
+            )
             done += count
             if number % PART_BATCHES == 0 or done == len(source):
                 labels, known = images.facts(slice(done - sum(map(len, values)), done))
@@ -199,15 +231,23 @@ class Extractor:
 
         With mean 0 and variance 1 it would be handicapped.
         """
-        chosen = dataclasses.replace(images, indices=spread(len(images.indices), CALIBRATION_IMAGES))
+        chosen = dataclasses.replace(
+            images, indices=spread(len(images.indices), CALIBRATION_IMAGES)
+        )
         sums: Any = None
         weight = 0
         network = self.backbone.network
-        for batch, count in chosen.batches(min(64, len(chosen.indices)), self.config.runtime.threads):
+        for batch, count in chosen.batches(
+            min(64, len(chosen.indices)), self.config.runtime.threads
+        ):
             pixels = jnp.asarray(batch[:count], jnp.float32) / 255
             mode = NormMode(CLEAN, groups=1)
             _, sown = network.apply(
-                self.backbone.variables, pixels, mode, method=type(network).features, mutable=["moments"]
+                self.backbone.variables,
+                pixels,
+                mode,
+                method=type(network).features,
+                mutable=["moments"],
             )
             scaled = jax.tree.map(lambda m, n=count: m[0] * n, sown["moments"], is_leaf=_is_sown)
             sums = scaled if sums is None else jax.tree.map(jnp.add, sums, scaled)

@@ -30,7 +30,9 @@ class LabelledBatches:
     def __init__(self, config: ConfigDict, source: Source, mesh: Mesh, bn_group_size: int):
         batch = config.batch_size
         if batch > len(source):
-            raise ConfigError(f"batch_size={batch} is more than the {len(source)} images: use a smaller one")
+            raise ConfigError(
+                f"batch_size={batch} is more than the {len(source)} images: use a smaller one"
+            )
         self.config, self.source, self.mesh = config, source, mesh
         self.layout = Layout(batch, 1, mesh.size, bn_group_size=bn_group_size, cutmix_block=0)
         try:

@@ -55,7 +55,11 @@ def adamax_probe(
     """
     batch = min(batch_size, len(train))
     steps = len(train) // batch
-    features, targets, queries = jnp.asarray(train, jnp.float32), jnp.asarray(labels), jnp.asarray(test, jnp.float32)
+    features, targets, queries = (
+        jnp.asarray(train, jnp.float32),
+        jnp.asarray(labels),
+        jnp.asarray(test, jnp.float32),
+    )
     schedules = [optim.epoch_steps(rate, milestones, decay, steps) for rate in learning_rates]
     weights = {"kernel": jnp.zeros((train.shape[1], classes)), "bias": jnp.zeros(classes)}
 
@@ -64,7 +68,9 @@ def adamax_probe(
         return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits, targets[rows]))
 
     @functools.partial(jax.jit, static_argnums=0)
-    def epoch(number: int, weights: Any, state: Any, order: jax.Array) -> tuple[Any, Any, jax.Array]:
+    def epoch(
+        number: int, weights: Any, state: Any, order: jax.Array
+    ) -> tuple[Any, Any, jax.Array]:
         optimizer = optax.adamax(schedules[number])
 
         def step(carry: tuple, rows: jax.Array) -> tuple[tuple, None]:
@@ -73,7 +79,11 @@ def adamax_probe(
             return (optax.apply_updates(weights, updates), state), None
 
         (weights, state), _ = jax.lax.scan(step, (weights, state), order)
-        return weights, state, jnp.argmax(queries @ weights["kernel"] + weights["bias"][None], axis=1)
+        return (
+            weights,
+            state,
+            jnp.argmax(queries @ weights["kernel"] + weights["bias"][None], axis=1),
+        )
 
     classifiers = [(weights, optax.adamax(schedule).init(weights)) for schedule in schedules]
     rng, predictions = np.random.default_rng(seed), []
@@ -114,14 +124,18 @@ def linear_features(config: ConfigDict, workdir: pathlib.Path) -> dict[str, Any]
         f"lr {rate:g}": [accuracy(predicted, wanted) for predicted in predictions[:, number]]
         for number, rate in enumerate(config.learning_rates)
     }
-    results: dict[str, Any] = {f"accuracy_lr{name[3:]}": values[-1] for name, values in by_epoch.items()}
+    results: dict[str, Any] = {
+        f"accuracy_lr{name[3:]}": values[-1] for name, values in by_epoch.items()
+    }
     results["accuracy"] = max(results.values())
     results |= {"train_images": len(x), "test_images": len(q), "pretraining_step": backbone.step}
     best = int(np.argmax([values[-1] for values in by_epoch.values()]))
     report = workdir / "report"
     report.mkdir(exist_ok=True)
     curves(by_epoch, "epochs of the probe", "accuracy in %", report / "curves.png")
-    confusion_matrix(wanted, predictions[-1, best], getattr(train, "class_names", None), report / "confusion.png")
+    confusion_matrix(
+        wanted, predictions[-1, best], getattr(train, "class_names", None), report / "confusion.png"
+    )
     write_json(workdir / "result.json", results)
     for name, values in by_epoch.items():
         log(f"{name:12}{values[-1]:8.2f} %")

@@ -26,7 +26,14 @@ from hexa_jax.core.errors import choose
 from hexa_jax.core.preemption import PreemptionGuard
 from hexa_jax.data.crops import Resolution
 from hexa_jax.evals.backbone import Backbone
-from hexa_jax.evals.tasks.labelled import Extractor, Features, open_backbone, open_both, top_k, usable
+from hexa_jax.evals.tasks.labelled import (
+    Extractor,
+    Features,
+    open_backbone,
+    open_both,
+    top_k,
+    usable,
+)
 from hexa_jax.evals.tasks.labelled_batches import LabelledBatches
 from hexa_jax.evals.tasks.training_loop import TrainingLoop
 from hexa_jax.parallel.mesh import ROWS
@@ -79,7 +86,9 @@ def probe_step(
     weights = state.kernel, state.bias
     gradients, losses = jax.grad(loss, has_aux=True)(weights)
 
-    def move(weight: jax.Array, buffer: jax.Array, gradient: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def move(
+        weight: jax.Array, buffer: jax.Array, gradient: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
         buffer = momentum * buffer + gradient + weight_decay * weight
         return weight - rates.reshape(-1, *[1] * (weight.ndim - 1)) * buffer, buffer
 
@@ -167,7 +176,9 @@ class _Probe:
         kernel = 0.01 * jax.random.normal(jax.random.key(self.config.seed), shape)
         kernel = jnp.broadcast_to(kernel, (rates, *shape))
         bias = jnp.zeros((rates, classes))
-        state = ProbeState(jnp.zeros([], jnp.int32), kernel, bias, jnp.zeros_like(kernel), jnp.zeros_like(bias))
+        state = ProbeState(
+            jnp.zeros([], jnp.int32), kernel, bias, jnp.zeros_like(kernel), jnp.zeros_like(bias)
+        )
         return jax.device_put(state, NamedSharding(self.mesh, P()))
 
     def _features(self, variables: Any, images: jax.Array) -> jax.Array:
@@ -178,22 +189,30 @@ class _Probe:
         o = self.config.optimizer
         schedule = probe_schedule(self.config, self.steps_per_epoch)
 
-        def step(state: ProbeState, variables: Any, batch: Batch) -> tuple[ProbeState, dict[str, jax.Array]]:
+        def step(
+            state: ProbeState, variables: Any, batch: Batch
+        ) -> tuple[ProbeState, dict[str, jax.Array]]:
             features = self._features(variables, batch.crops[0][0, :, 0])
             labels = jnp.where(batch.valid[0], batch.label[0], -1)
             rates = jnp.asarray(o.learning_rates, jnp.float32) * schedule(state.step)
-            state, losses = probe_step(state, features, labels, rates, momentum=o.momentum, weight_decay=o.weight_decay)
+            state, losses = probe_step(
+                state, features, labels, rates, momentum=o.momentum, weight_decay=o.weight_decay
+            )
             return state, {"loss": losses[0]}
 
         rows, whole = NamedSharding(self.mesh, ROWS), NamedSharding(self.mesh, P())
-        return jax.jit(step, in_shardings=(whole, whole, rows), out_shardings=whole, donate_argnums=0)
+        return jax.jit(
+            step, in_shardings=(whole, whole, rows), out_shardings=whole, donate_argnums=0
+        )
 
     def _accuracy(self, state: ProbeState, held_out: Features) -> dict[str, float]:
         """Top-1 and top-5 of the first learning rate in per cent, and top-1 of each."""
         features, labels = usable(held_out)
         results: dict[str, float] = {}
         kernels, biases = np.asarray(state.kernel), np.asarray(state.bias)
-        for rate, kernel, bias in zip(self.config.optimizer.learning_rates, kernels, biases, strict=True):
+        for rate, kernel, bias in zip(
+            self.config.optimizer.learning_rates, kernels, biases, strict=True
+        ):
             found = top_k(features @ kernel + bias, labels)
             accuracies = {f"top1_lr{rate:g}": found["top1"]} | ({} if results else found)
             results |= accuracies

@@ -37,14 +37,17 @@ class Readout(NamedTuple):
     classes: np.ndarray
 
     def targets(self, labels: np.ndarray) -> np.ndarray:
-        """Return targets int32 [Q] of labels [Q]; -1 for a class that the read-out does not know."""
+        """Return targets int32 [Q] of labels [Q]; -1 for a class unknown to the read-out."""
         place = np.minimum(np.searchsorted(self.classes, labels), len(self.classes) - 1)
         return np.where(self.classes[place] == labels, place, -1).astype(np.int32)
 
 
 def linear_readout(classifier: LinearClassifier, dtype: Any = jnp.float32) -> Readout:
     """A fitted linear classifier and its cross-entropy; `dtype` is that of the features."""
-    arrays = {name: jnp.asarray(getattr(classifier, name), dtype) for name in ("mean", "scale", "kernel", "bias")}
+    arrays = {
+        name: jnp.asarray(getattr(classifier, name), dtype)
+        for name in ("mean", "scale", "kernel", "bias")
+    }
 
     def losses(arrays: Any, features: jax.Array, targets: jax.Array) -> jax.Array:
         x = (features - arrays["mean"][None]) / arrays["scale"][None]
@@ -76,7 +79,9 @@ def knn_readout(
         mesh: as in `knn_predict`.
     """
     classes, rows = np.unique(labels, return_inverse=True)
-    predict = functools.partial(knn_predict, bank, labels, neighbours=neighbours, temperature=temperature, mesh=mesh)
+    predict = functools.partial(
+        knn_predict, bank, labels, neighbours=neighbours, temperature=temperature, mesh=mesh
+    )
 
     def losses(arrays: Any, features: jax.Array, targets: jax.Array) -> jax.Array:
         def of_vote(voters: int) -> jax.Array:

@@ -70,7 +70,11 @@ def robustness(config: ConfigDict, workdir: pathlib.Path) -> dict[str, Any]:
     report.mkdir(exist_ok=True)
     against_strength(_panels(config, found), "accuracy in %", report / "robustness.png")
     if config.corruptions:
-        image_grid(_gallery(config, judge.images.image(0)), ["clean", *STRENGTHS], report / "corruptions.png")
+        image_grid(
+            _gallery(config, judge.images.image(0)),
+            ["clean", *STRENGTHS],
+            report / "corruptions.png",
+        )
     write_json(workdir / "result.json", results)
     text = _markdown(config, found, judge.test_images)
     if processes.is_main_process():
@@ -135,7 +139,10 @@ def attacked(
 
 
 def judge_predictions(
-    predictions: dict[str, np.ndarray], labels: np.ndarray, epsilons: tuple[float, ...], corruptions: tuple[str, ...]
+    predictions: dict[str, np.ndarray],
+    labels: np.ndarray,
+    epsilons: tuple[float, ...],
+    corruptions: tuple[str, ...],
 ) -> dict[str, float]:
     """Accuracies in per cent of one read-out.
 
@@ -160,7 +167,9 @@ def judge_predictions(
         right &= predictions[f"linf{epsilon:g}"] == labels
         found[f"linf{epsilon:g}"] = 100 * float(np.mean(right))
     for name in corruptions:
-        by_strength = {f"{name}_{s}": accuracy(predictions[f"{name}_{s}"], labels) for s in STRENGTHS}
+        by_strength = {
+            f"{name}_{s}": accuracy(predictions[f"{name}_{s}"], labels) for s in STRENGTHS
+        }
         found |= by_strength | {name: float(np.mean(list(by_strength.values())))}
     if corruptions:
         found["corruption"] = float(np.mean([found[name] for name in corruptions]))
@@ -177,16 +186,28 @@ class _Judge:
     """
 
     def __init__(
-        self, config: ConfigDict, backbone: Backbone, train: Source, test: Source, folder: pathlib.Path, name: str
+        self,
+        config: ConfigDict,
+        backbone: Backbone,
+        train: Source,
+        test: Source,
+        folder: pathlib.Path,
+        name: str,
     ):
         self.config, self.folder, self.name = config, folder, name
         folder.mkdir(exist_ok=True)
         extractor = Extractor(config, backbone, folder / "features")
         bank, labels = usable(extractor(train, "training features"))
         if len(np.unique(labels)) < 2:
-            raise DataError("the training images are of fewer than two classes: there is nothing to tell apart")
+            raise DataError(
+                "the training images are of fewer than two classes: there is nothing to tell apart"
+            )
         backbone = extractor.backbone  # a random one has its statistics by now
-        self.step, self.images, self.batch_size = backbone.step, extractor.images(test), extractor.batch_size
+        self.step, self.images, self.batch_size = (
+            backbone.step,
+            extractor.images(test),
+            extractor.batch_size,
+        )
         self.train_images, self.test_images = len(bank), 0
         mesh = extractor.mesh
         self._rows, self._whole = NamedSharding(mesh, P("data")), NamedSharding(mesh, P())
@@ -199,27 +220,43 @@ class _Judge:
                 labels,
                 neighbours=config.neighbours,
                 temperature=config.temperature,
-                mesh=mesh if jax.process_count() == 1 else None,  # else each process its own devices
+                mesh=mesh
+                if jax.process_count() == 1
+                else None,  # else each process its own devices
             ),
-            "linear": linear_readout(fit_linear(bank, labels, regularization=config.regularization)),
+            "linear": linear_readout(
+                fit_linear(bank, labels, regularization=config.regularization)
+            ),
         }
-        self._arrays = {name: jax.device_put(readout.arrays, self._whole) for name, readout in self._readouts.items()}
+        self._arrays = {
+            name: jax.device_put(readout.arrays, self._whole)
+            for name, readout in self._readouts.items()
+        }
 
-        def losses(readout: Readout, variables: Any, arrays: Any, targets: jax.Array, pixels: jax.Array) -> jax.Array:
+        def losses(
+            readout: Readout, variables: Any, arrays: Any, targets: jax.Array, pixels: jax.Array
+        ) -> jax.Array:
             return readout.losses(arrays, features(variables, pixels), targets)
 
-        self._losses = {name: jax.jit(functools.partial(losses, r)) for name, r in self._readouts.items()}
+        self._losses = {
+            name: jax.jit(functools.partial(losses, r)) for name, r in self._readouts.items()
+        }
 
     def accuracies(self) -> dict[str, float]:
         """In per cent, by read-out and condition: "knn_clean" and so on."""
         parts, total = [], len(self.images.indices)
         clock = StepTimer(1, total)
         for first in range(0, total, self.batch_size):
-            batch = _Batch(self.images, np.arange(first, min(first + self.batch_size, total)), self.config)
+            batch = _Batch(
+                self.images, np.arange(first, min(first + self.batch_size, total)), self.config
+            )
             about = [self.step, total, len(batch.positions), self.train_images]
             finished = Finished(self.folder / f"test_images_{first:06d}.json", about)
             labels = np.array(finished.get("labels", batch.labels))
-            part = {name: finished.get(name, compute) for name, compute in self._conditions(batch, labels)}
+            part = {
+                name: finished.get(name, compute)
+                for name, compute in self._conditions(batch, labels)
+            }
             parts.append((labels, part))
             done = first + len(batch.positions)
             log(f"{self.name}: {done} of {total} test images  ETA {clock.read(done)[1]}")
@@ -235,17 +272,25 @@ class _Judge:
                 for name in parts[0][1]
             }
             judged = judge_predictions(
-                predictions, labels[known], tuple(self.config.attack.epsilons), tuple(self.config.corruptions)
+                predictions,
+                labels[known],
+                tuple(self.config.attack.epsilons),
+                tuple(self.config.corruptions),
             )
             found |= {f"{readout}_{name}": value for name, value in judged.items()}
         return found
 
-    def _conditions(self, batch: "_Batch", labels: np.ndarray) -> Iterator[tuple[str, Callable[[], Predictions]]]:
+    def _conditions(
+        self, batch: "_Batch", labels: np.ndarray
+    ) -> Iterator[tuple[str, Callable[[], Predictions]]]:
         """Name of each condition, and a function that gives the read-outs' classes under it."""
         yield "clean", lambda: self._predictions(batch, self._place(batch.pixels))
         for corruption in self.config.corruptions:
             for strength in STRENGTHS:
-                yield f"{corruption}_{strength}", functools.partial(self._corrupted, batch, corruption, strength)
+                yield (
+                    f"{corruption}_{strength}",
+                    functools.partial(self._corrupted, batch, corruption, strength),
+                )
         for epsilon in self.config.attack.epsilons:
             yield f"linf{epsilon:g}", functools.partial(self._under_attack, batch, labels, epsilon)
 
@@ -254,11 +299,15 @@ class _Judge:
 
     def _under_attack(self, batch: "_Batch", labels: np.ndarray, epsilon: float) -> Predictions:
         return {
-            name: self._predictions(batch, self._attacked(name, batch, labels, epsilon), only=name)[name]
+            name: self._predictions(batch, self._attacked(name, batch, labels, epsilon), only=name)[
+                name
+            ]
             for name in self._readouts
         }
 
-    def _attacked(self, name: str, batch: "_Batch", labels: np.ndarray, epsilon: float) -> jax.Array:
+    def _attacked(
+        self, name: str, batch: "_Batch", labels: np.ndarray, epsilon: float
+    ) -> jax.Array:
         attack, pixels = self.config.attack, self._place(batch.pixels)
         targets = np.full(len(pixels), -1, np.int32)
         targets[: len(labels)] = self._readouts[name].targets(labels)
@@ -287,7 +336,9 @@ class _Judge:
         """Return the classes of a batch, whose images fill the first rows of `pixels`."""
         features = np.asarray(self._features(self._variables, pixels))[: len(batch.positions)]
         return {
-            name: readout.predict(features).tolist() for name, readout in self._readouts.items() if only in ("", name)
+            name: readout.predict(features).tolist()
+            for name, readout in self._readouts.items()
+            if only in ("", name)
         }
 
 
@@ -312,8 +363,15 @@ class _Batch:
         """uint8 [n, H, W, 3]; noise is a function of seed, corruption, strength and image."""
 
         def one(row: int) -> np.ndarray:
-            entropy = self.config.seed, zlib.crc32(name.encode()), strength, int(self.positions[row])
-            return corrupt(self.pixels[row], name, strength, np.random.default_rng(entropy), self.config.family)
+            entropy = (
+                self.config.seed,
+                zlib.crc32(name.encode()),
+                strength,
+                int(self.positions[row]),
+            )
+            return corrupt(
+                self.pixels[row], name, strength, np.random.default_rng(entropy), self.config.family
+            )
 
         return np.stack(self._map(one, range(len(self.positions))))
 
@@ -329,9 +387,17 @@ def _panels(config: ConfigDict, found: dict[str, dict[str, float]]) -> dict[str,
     for network, values in found.items():
         for key, title in READOUTS.items():
             name = f"{title}, {network}"
-            attacks[name] = [values[f"{key}_clean"], *(values[f"{key}_linf{epsilon:g}"] for epsilon in epsilons)]
-            by_strength = [[values[f"{key}_{c}_{s}"] for c in config.corruptions] for s in STRENGTHS]
-            corruptions[name] = [values[f"{key}_clean"], *(float(np.mean(row)) for row in by_strength if row)]
+            attacks[name] = [
+                values[f"{key}_clean"],
+                *(values[f"{key}_linf{epsilon:g}"] for epsilon in epsilons),
+            ]
+            by_strength = [
+                [values[f"{key}_{c}_{s}"] for c in config.corruptions] for s in STRENGTHS
+            ]
+            corruptions[name] = [
+                values[f"{key}_clean"],
+                *(float(np.mean(row)) for row in by_strength if row),
+            ]
     panels: dict[str, Any] = {}
     if epsilons:
         panels["attack: epsilon in grey levels of 255"] = ([0, *epsilons], attacks)
@@ -344,7 +410,10 @@ def _gallery(config: ConfigDict, image: np.ndarray) -> dict[str, list[np.ndarray
     return {
         name.replace("_", " "): [
             image,
-            *(corrupt(image, name, strength, np.random.default_rng(strength), config.family) for strength in STRENGTHS),
+            *(
+                corrupt(image, name, strength, np.random.default_rng(strength), config.family)
+                for strength in STRENGTHS
+            ),
         ]
         for name in config.corruptions
     }

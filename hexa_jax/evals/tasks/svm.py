@@ -47,7 +47,13 @@ def unit_rows(features: np.ndarray) -> np.ndarray:
 
 def _svm(cost: float) -> LinearSVC:
     return LinearSVC(
-        C=cost, class_weight={1: 2, -1: 1}, intercept_scaling=1.0, tol=1e-4, dual=True, max_iter=2000, random_state=0
+        C=cost,
+        class_weight={1: 2, -1: 1},
+        intercept_scaling=1.0,
+        tol=1e-4,
+        dual=True,
+        max_iter=2000,
+        random_state=0,
     )
 
 
@@ -61,7 +67,12 @@ def _fit(features: np.ndarray, signs: np.ndarray, cost: float) -> LinearSVC | No
 
 
 def class_ap(
-    train: np.ndarray, train_labels: np.ndarray, test: np.ndarray, test_labels: np.ndarray, cost: float, protocol: str
+    train: np.ndarray,
+    train_labels: np.ndarray,
+    test: np.ndarray,
+    test_labels: np.ndarray,
+    cost: float,
+    protocol: str,
 ) -> float:
     """AP of one class.
 
@@ -93,13 +104,17 @@ def choose_cost(features: np.ndarray, labels: np.ndarray, costs: Sequence[float]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)
         scores = [
-            np.mean(cross_val_score(_svm(cost), features, signs, cv=folds, scoring="average_precision"))
+            np.mean(
+                cross_val_score(_svm(cost), features, signs, cv=folds, scoring="average_precision")
+            )
             for cost in costs
         ]
     return costs[int(np.argmax(scores))]
 
 
-def low_shot_rows(matrix: np.ndarray, k: int, protocol: str, rng: np.random.Generator) -> list[np.ndarray]:
+def low_shot_rows(
+    matrix: np.ndarray, k: int, protocol: str, rng: np.random.Generator
+) -> list[np.ndarray]:
     """Training rows of each class for k positives.
 
     pcl: the same rows for every class, the union over classes of k random positives, with all their
@@ -129,7 +144,9 @@ def low_shot_rows(matrix: np.ndarray, k: int, protocol: str, rng: np.random.Gene
 
 def _check(config: ConfigDict) -> None:
     if config.protocol not in PROTOCOLS:
-        raise ConfigError(f"config.protocol={config.protocol!r} is not known: use one of {', '.join(PROTOCOLS)}")
+        raise ConfigError(
+            f"config.protocol={config.protocol!r} is not known: use one of {', '.join(PROTOCOLS)}"
+        )
     if not config.costs:
         raise ConfigError("config.costs is empty")
     if not config.data.source or not config.data.eval_source:
@@ -144,16 +161,24 @@ class _Data:
     def __init__(self, config: ConfigDict, workdir: pathlib.Path):
         backbone = open_backbone(config)
         where = config.runtime.data_dir or None, config.runtime.data_cache
-        train, test = (open_voc(spec, *where) for spec in (config.data.source, config.data.eval_source))
+        train, test = (
+            open_voc(spec, *where) for spec in (config.data.source, config.data.eval_source)
+        )
         if train.class_names != test.class_names:
-            raise DataError("training and held-out images have other classes: are they of the same data set?")
+            raise DataError(
+                "training and held-out images have other classes: are they of the same data set?"
+            )
         extractor = Extractor(config, backbone, workdir / "features")
-        both = [extractor(source, what) for source, what in ((train, "training features"), (test, "held-out features"))]
+        both = [
+            extractor(source, what)
+            for source, what in ((train, "training features"), (test, "held-out features"))
+        ]
         self.names = train.class_names
         self.step = backbone.step
         self.train, self.test = (unit_rows(features.values[features.known]) for features in both)
         self.labels, self.wanted = (
-            source.matrix[features.known] for source, features in zip((train, test), both, strict=True)
+            source.matrix[features.known]
+            for source, features in zip((train, test), both, strict=True)
         )
 
 
@@ -170,7 +195,9 @@ def svm(config: ConfigDict, workdir: pathlib.Path) -> dict[str, Any]:
         costs = tuple(config.costs)
         if config.protocol == "goyal":
             costs = (choose_cost(data.train, labels, tuple(sorted({*costs, *POWERS}))),)
-        ap = [class_ap(data.train, labels, data.test, wanted, cost, config.protocol) for cost in costs]
+        ap = [
+            class_ap(data.train, labels, data.test, wanted, cost, config.protocol) for cost in costs
+        ]
         return {"costs": costs, "ap": ap}
 
     for number, name in enumerate(data.names):
@@ -178,16 +205,27 @@ def svm(config: ConfigDict, workdir: pathlib.Path) -> dict[str, Any]:
         table[name] = found["ap"]
         if config.protocol == "goyal":
             chosen[f"cost_{name}"] = found["costs"][0]
-        log(f"{name:14}AP {100 * np.nanmax([*table[name], 0]):6.2f} %   ETA {clock.read(number + 1)[1]}")
+        log(
+            f"{name:14}AP {100 * np.nanmax([*table[name], 0]):6.2f} %   ETA {clock.read(number + 1)[1]}"
+        )
     ap = np.array(list(table.values()))  # [C, costs]
     means = np.nanmean(ap, axis=0)
     best = int(np.argmax(means))
-    results: dict[str, Any] = {"map": 100 * float(means[best]), "pretraining_step": data.step, **chosen}
+    results: dict[str, Any] = {
+        "map": 100 * float(means[best]),
+        "pretraining_step": data.step,
+        **chosen,
+    }
     results |= {
-        f"ap_{name}": 100 * float(value) for name, value in zip(data.names, ap[:, best], strict=True) if value == value
+        f"ap_{name}": 100 * float(value)
+        for name, value in zip(data.names, ap[:, best], strict=True)
+        if value == value
     }
     if config.protocol == "pcl":
-        results |= {f"map_cost{cost:g}": 100 * float(mean) for cost, mean in zip(config.costs, means, strict=True)}
+        results |= {
+            f"map_cost{cost:g}": 100 * float(mean)
+            for cost, mean in zip(config.costs, means, strict=True)
+        }
     write_json(workdir / "result.json", results)
     log(f"mAP {results['map']:.2f} %")
     return results
@@ -199,14 +237,19 @@ def lowshot(config: ConfigDict, workdir: pathlib.Path) -> dict[str, Any]:
     if not config.shots or config.draws < 1:
         raise ConfigError("config.shots must not be empty, and config.draws positive")
     data = _Data(config, workdir)
-    costs = tuple(config.costs) if config.protocol == "pcl" else tuple(sorted({*config.costs, *POWERS}))
+    costs = (
+        tuple(config.costs) if config.protocol == "pcl" else tuple(sorted({*config.costs, *POWERS}))
+    )
     results: dict[str, Any] = {"pretraining_step": data.step}
     means, deviations = [], []
     clock = StepTimer(1, len(config.shots))
     finished = Finished(workdir / "shots.json", data.step)
 
     def draws(k: int) -> list[list[float]]:
-        return [[_low_shot_map(data, config, k, draw, cost) for cost in costs] for draw in range(config.draws)]
+        return [
+            [_low_shot_map(data, config, k, draw, cost) for cost in costs]
+            for draw in range(config.draws)
+        ]
 
     for done, k in enumerate(config.shots, 1):
         table = np.array(finished.get(f"k{k}", functools.partial(draws, k)))
@@ -238,7 +281,12 @@ def _low_shot_map(data: _Data, config: ConfigDict, k: int, draw: int, cost: floa
     rows = low_shot_rows(data.labels, k, config.protocol, np.random.default_rng(entropy))
     aps = [
         class_ap(
-            data.train[chosen], data.labels[chosen, number], data.test, data.wanted[:, number], cost, config.protocol
+            data.train[chosen],
+            data.labels[chosen, number],
+            data.test,
+            data.wanted[:, number],
+            cost,
+            config.protocol,
         )
         for number, chosen in enumerate(rows)
     ]

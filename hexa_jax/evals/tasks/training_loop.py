@@ -61,8 +61,12 @@ class TrainingLoop:
         finally:
             checkpoints.close()
 
-    def _run(self, state: Any, stop: PreemptionGuard, checkpoints: Checkpoints) -> tuple[Any, list[Results]]:
-        like = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), state)
+    def _run(
+        self, state: Any, stop: PreemptionGuard, checkpoints: Checkpoints
+    ) -> tuple[Any, list[Results]]:
+        like = jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), state
+        )
         history: list[Results] = []
         if (restored := checkpoints.restore_latest(like)) is not None:
             _, state, metadata = restored
@@ -93,7 +97,9 @@ class TrainingLoop:
                     checkpoints.save(step, state, {"history": history})
                 if stopping and step < self.total:
                     checkpoints.wait()
-                    raise Terminated(f"SIGTERM: saved step {step} in {self.folder}; the same command resumes it")
+                    raise Terminated(
+                        f"SIGTERM: saved step {step} in {self.folder}; the same command resumes it"
+                    )
         finally:
             metrics.close()
         return state, history
@@ -111,7 +117,9 @@ class TrainingLoop:
         if state is not None and not _all_finite(self.sound(state)):
             raise Diverged(f"the parameters are no longer finite after step {step}; {self.advice}")
 
-    def _log(self, step: int, scalars: dict[str, jax.Array], metrics: Metrics, clock: StepTimer) -> None:
+    def _log(
+        self, step: int, scalars: dict[str, jax.Array], metrics: Metrics, clock: StepTimer
+    ) -> None:
         self._check(step, scalars)
         values = {name: float(value) for name, value in scalars.items()}
         speed, left = clock.read(step)

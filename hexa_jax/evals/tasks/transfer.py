@@ -88,7 +88,9 @@ class Readout(NamedTuple):
 def readouts(config: ConfigDict) -> list[Readout]:
     """In the order of the table: all labels, shares, few images."""
     every = [Readout("linear", "all labels", percent=100.0)]
-    every += [Readout(f"{p:g}pct", f"{p:g} % of the labels", percent=float(p)) for p in config.percents]
+    every += [
+        Readout(f"{p:g}pct", f"{p:g} % of the labels", percent=float(p)) for p in config.percents
+    ]
     return every + [Readout(f"k{k}", f"{k} per class", shots=k) for k in config.shots]
 
 
@@ -140,8 +142,14 @@ def transfer(config: ConfigDict, workdir: pathlib.Path) -> dict[str, Any]:
         found[name] = {}
         for target, pair in zip(targets, sources, strict=True):
             judge = _Judge(_of(settings, target), judged, *pair, workdir / name / target.name)
-            counts |= {f"{target.name}_train_images": len(judge.train), f"{target.name}_test_images": len(judge.test)}
-            found[name] |= {f"{target.name}_{key}": value for key, value in judge.accuracies(name, target.name).items()}
+            counts |= {
+                f"{target.name}_train_images": len(judge.train),
+                f"{target.name}_test_images": len(judge.test),
+            }
+            found[name] |= {
+                f"{target.name}_{key}": value
+                for key, value in judge.accuracies(name, target.name).items()
+            }
     results = {"pretraining_step": backbone.step, **counts, **suffixed(found)}
     report = workdir / "report"
     report.mkdir(exist_ok=True)
@@ -157,7 +165,9 @@ def transfer(config: ConfigDict, workdir: pathlib.Path) -> dict[str, Any]:
 
 def _check(config: ConfigDict) -> None:
     if config.data.list:
-        raise ConfigError("data.list names images of one data set, config.targets several: give folders of their own")
+        raise ConfigError(
+            "data.list names images of one data set, config.targets several: give folders of their own"
+        )
     if config.draws < 1 or config.iterations < 1 or config.regularization <= 0:
         raise ConfigError("draws, iterations and regularization must be positive")
     if min(config.shots, default=1) < 1:
@@ -191,7 +201,14 @@ class _Judge:
         test: float [Q, F].
     """
 
-    def __init__(self, config: ConfigDict, backbone: Backbone, train: Source, test: Source, folder: pathlib.Path):
+    def __init__(
+        self,
+        config: ConfigDict,
+        backbone: Backbone,
+        train: Source,
+        test: Source,
+        folder: pathlib.Path,
+    ):
         self.config, self.folder, self.step = config, folder, backbone.step
         folder.mkdir(parents=True, exist_ok=True)
         extractor = Extractor(config, backbone, folder / "features")
@@ -199,18 +216,24 @@ class _Judge:
         self.train, self.labels = usable(extractor(train, f"{name} training features"))
         self.test, self.wanted = usable(extractor(test, f"{name} test features"))
         if len(np.unique(self.labels)) < 2 or not len(self.wanted):
-            raise DataError(f"{name}: training images of two classes and one test image are needed at least")
+            raise DataError(
+                f"{name}: training images of two classes and one test image are needed at least"
+            )
 
     def accuracies(self, network: str, target: str) -> dict[str, float]:
         """In per cent: `linear`, and mean and standard deviation over the draws of the others."""
         found: dict[str, float] = {}
-        finished = Finished(self.folder / "readouts.json", [self.step, len(self.train), len(self.test)])
+        finished = Finished(
+            self.folder / "readouts.json", [self.step, len(self.train), len(self.test)]
+        )
         every = readouts(self.config)
         clock = StepTimer(1, len(every))
         for done, readout in enumerate(every, 1):
             draws = self.config.draws if readout.drawn else 1
             values = [
-                finished.get(f"{readout.key} draw {draw}", functools.partial(self._accuracy, readout, draw))
+                finished.get(
+                    f"{readout.key} draw {draw}", functools.partial(self._accuracy, readout, draw)
+                )
                 for draw in range(draws)
             ]
             found[readout.key] = float(np.mean(values))
@@ -219,7 +242,9 @@ class _Judge:
                 found[f"{readout.key}_std"] = float(np.std(values, ddof=1)) if draws > 1 else 0.0
                 text = f" ± {found[f'{readout.key}_std']:.2f}"
             left = clock.read(done)[1]
-            log(f"{network}, {target}, {readout.title}: {found[readout.key]:.2f}{text} %   ETA {left}")
+            log(
+                f"{network}, {target}, {readout.title}: {found[readout.key]:.2f}{text} %   ETA {left}"
+            )
         return found
 
     def _accuracy(self, readout: Readout, draw: int) -> float:
@@ -236,7 +261,9 @@ class _Judge:
         return accuracy(classifier.predict(self.test), self.wanted)
 
 
-def _picture(config: ConfigDict, found: dict[str, dict[str, float]], target: Target, path: pathlib.Path) -> None:
+def _picture(
+    config: ConfigDict, found: dict[str, dict[str, float]], target: Target, path: pathlib.Path
+) -> None:
     if not config.shots:
         return
     shots = sorted(config.shots)
@@ -251,18 +278,29 @@ def _picture(config: ConfigDict, found: dict[str, dict[str, float]], target: Tar
 
 
 def _markdown(
-    config: ConfigDict, found: dict[str, dict[str, float]], targets: list[Target], counts: dict[str, int]
+    config: ConfigDict,
+    found: dict[str, dict[str, float]],
+    targets: list[Target],
+    counts: dict[str, int],
 ) -> str:
-    titles = " | ".join(f"{network} weights" if network == "random" else network for network in found)
+    titles = " | ".join(
+        f"{network} weights" if network == "random" else network for network in found
+    )
     lines = [f"| accuracy (%) | read-out | {titles} |", "|---" * (2 + len(found)) + "|"]
     for target in targets:
         for readout in readouts(config):
             cells = []
             for values in found.values():
                 key = f"{target.name}_{readout.key}"
-                cells.append(f"{values[key]:.1f}" + (f" ± {values[f'{key}_std']:.1f}" if readout.drawn else ""))
+                cells.append(
+                    f"{values[key]:.1f}"
+                    + (f" ± {values[f'{key}_std']:.1f}" if readout.drawn else "")
+                )
             lines.append(f"| {target.name} | {readout.title} | {' | '.join(cells)} |")
-    sizes = (f"{t.name} {counts[f'{t.name}_train_images']} and {counts[f'{t.name}_test_images']}" for t in targets)
+    sizes = (
+        f"{t.name} {counts[f'{t.name}_train_images']} and {counts[f'{t.name}_test_images']}"
+        for t in targets
+    )
     lines += ["", f"Training and test images: {', '.join(sizes)}."]
     lines.append(f"±: the standard deviation over {config.draws} draws of the labelled images.")
     return "\n".join(lines) + "\n"
