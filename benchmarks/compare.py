@@ -16,18 +16,18 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
-from hexa_jax.cli.command import parse_command
-from hexa_jax.core.errors import ConfigError
-from hexa_jax.training.factory import make_method, make_network, make_resolutions, make_scheme
-from hexa_jax.views import HardView
-from hexa_jax.views.base import LABEL
-from hexa_jax.views.cutmix import CutMix
 from ml_collections import ConfigDict
 
 from benchmarks.hardware import add_rows, peak_of, surroundings
 from benchmarks.ours import VARIANTS, num_examples
 from benchmarks.peers.case import Case
 from benchmarks.turns import ROOT, Refusal, Worker, WorkerError, alternate, one_after_the_other, ratio
+from hexa_jax.cli.command import parse_command
+from hexa_jax.core.errors import ConfigError
+from hexa_jax.training.factory import make_method, make_network, make_resolutions, make_scheme
+from hexa_jax.views import HardView
+from hexa_jax.views.base import LABEL
+from hexa_jax.views.cutmix import CutMix
 
 # Config file below configs/, and settings.
 CASES: dict[str, tuple[str, dict[str, Any]]] = {

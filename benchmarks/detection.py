@@ -22,6 +22,10 @@ import jax
 import jax.numpy as jnp
 import jaxlib
 import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from ml_collections import ConfigDict
+
 from hexa_jax.cli.command import parse_command
 from hexa_jax.core.errors import ConfigError, choose
 from hexa_jax.detection.batches import DetectionBatch
@@ -32,9 +36,6 @@ from hexa_jax.evals.backbone import IMAGENET_MEAN, IMAGENET_STD
 from hexa_jax.models.resnet import make_resnet
 from hexa_jax.parallel.mesh import make_mesh
 from hexa_jax.training.factory import PRECISIONS, make_devices
-from jax.sharding import Mesh, NamedSharding
-from jax.sharding import PartitionSpec as P
-from ml_collections import ConfigDict
 
 CLASSES = 20
 OBJECTS = 8  # boxes of an image

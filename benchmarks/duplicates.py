@@ -12,6 +12,7 @@ import json
 
 import cv2
 import numpy as np
+
 from hexa_jax.data.decode import decode
 from hexa_jax.data.sources import make_source
 from hexa_jax.data.subset import Subset, spread

@@ -23,9 +23,10 @@ from typing import Any
 
 import cv2
 import numpy as np
+from PIL import Image, ImageEnhance, ImageFilter
+
 from hexa_jax.data.crops import Resolution
 from hexa_jax.data.decode import crop_generator, decode, random_resized_crop
-from PIL import Image, ImageEnhance, ImageFilter
 
 HEIGHT, WIDTH, KILOBYTES = 375, 500, 110
 RESOLUTIONS = {

@@ -22,9 +22,9 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__)))) 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from hexa_jax.kmeans import spherical_kmeans
 
 from benchmarks.hardware import add_rows, surroundings
+from hexa_jax.kmeans import spherical_kmeans
 
 
 def mixture(points: int, dim: int, bumps: int) -> np.ndarray:

@@ -21,12 +21,12 @@ import flax.linen
 import jax
 import jax.numpy as jnp
 import numpy as np
-from hexa_jax.models.norm import CLEAN, BatchNorm, NormMode
-from hexa_jax.models.pooling import max_pool
-from hexa_jax.models.resnet import StemConv, make_conv
 
 from benchmarks.hardware import add_rows, surroundings
 from benchmarks.turns import PAUSE
+from hexa_jax.models.norm import CLEAN, BatchNorm, NormMode
+from hexa_jax.models.pooling import max_pool
+from hexa_jax.models.resnet import StemConv, make_conv
 
 CONVS = (  # side, channels in and out, size, stride
     (16, 16, 16, 3, 1), (16, 16, 32, 3, 2), (8, 32, 32, 3, 1), (4, 64, 64, 3, 1), (2, 128, 128, 3, 1),

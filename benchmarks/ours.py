@@ -7,15 +7,15 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from ml_collections import ConfigDict
+
+from benchmarks.flops import product_flops
+from benchmarks.turns import Refusal, serve
 from hexa_jax.cli.command import parse_command
 from hexa_jax.core.batch import Batch
 from hexa_jax.core.errors import ConfigError
 from hexa_jax.training.factory import make_trainer
 from hexa_jax.training.step import Trainer
-from ml_collections import ConfigDict
-
-from benchmarks.flops import product_flops
-from benchmarks.turns import Refusal, serve
 
 
 def _weights(adversarial: float, cutmix: float, **attack: Any) -> dict[str, Any]:

@@ -22,13 +22,13 @@ from typing import Any
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))  # the repository need not be installed
 
 import jax
-from hexa_jax.cli.command import parse_command
-from hexa_jax.core.errors import ConfigError
 
 from benchmarks.compare import VIEWS, compare
 from benchmarks.hardware import add_rows, surroundings
 from benchmarks.ours import VARIANTS, Augmentation, Variant
 from benchmarks.peers.modes import COMPILE_MODES
+from hexa_jax.cli.command import parse_command
+from hexa_jax.core.errors import ConfigError
 
 
 def alone(options: argparse.Namespace, settings: list[str], argv: list[str]) -> int:

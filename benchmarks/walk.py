@@ -14,8 +14,9 @@ import sys
 from types import CodeType, FrameType
 from typing import Any
 
-import hexa_jax
 import jax
+
+import hexa_jax
 from hexa_jax.cli.command import parse_command
 from hexa_jax.training.factory import make_trainer
 

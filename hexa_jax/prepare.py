@@ -1,15 +1,18 @@
-"""Writes a data set as ArrayRecord, which training reads at random without TensorFlow.
+"""Write a data set as ArrayRecord, which training reads at random without TensorFlow.
 
-python -m hexa_jax.prepare imagenet2012 --manual_dir=DIR [--data_dir=DIR]      any data set of tfds, by its name
+python -m hexa_jax.prepare imagenet2012 --manual_dir=DIR [--data_dir=DIR]
+    any data set of tfds, by its name
 python -m hexa_jax.prepare folder:DIR --name=NAME [--data_dir=DIR] [--labels=auto]
-                                                                               a folder of images,
-                                                                               one sub-folder per
-                                                                               class or none
+    a folder of images, one sub-folder per class or none
 
---data_dir    where it goes; by default TFDS_DATA_DIR, or ~/tensorflow_datasets. Copied to a bucket, it is read from there
---manual_dir  where you put the archives that tfds may not download (ImageNet: ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar)
---name        of the new data set: lower case, digits and underscores; --config.data.source=tfds:NAME reads it
---labels      whether sub-folders are classes: auto (yes, unless their names are dates or images lie beside them), folders or none
+--data_dir    where it goes; by default TFDS_DATA_DIR, or ~/tensorflow_datasets. Copied to a bucket,
+              it is read from there
+--manual_dir  where you put the archives that tfds may not download (ImageNet:
+              ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar)
+--name        of the new data set: lower case, digits and underscores; --config.data.source=tfds:NAME
+              reads it
+--labels      whether sub-folders are classes: auto (yes, unless their names are dates or images lie
+              beside them), folders or none
 
 Images keep their bytes: nothing is decoded. A data set that is there is left alone; one that was
 interrupted is begun anew. This needs TensorFlow (pip install -e '.[prepare]' in the clone of

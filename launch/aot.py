@@ -31,9 +31,11 @@ from typing import Any
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # alarms about slow compilation, a paragraph each
 os.environ |= {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
 
-import hexa_jax
 import jax
 import jax.numpy as jnp
+from jax.experimental import topologies
+
+import hexa_jax
 from hexa_jax.cli.command import parse_command
 from hexa_jax.core.errors import ConfigError
 from hexa_jax.parallel.mesh import make_mesh
@@ -41,8 +43,6 @@ from hexa_jax.storage.workdir import write_json
 from hexa_jax.training import memory
 from hexa_jax.training.factory import make_trainer
 from hexa_jax.training.step import Trainer
-from jax.experimental import topologies
-
 from launch import lowering
 from launch.gpu_topology import Gpu, TopologyError, gpu_devices, plugin_version, read_gpus
 from launch.program import CHIPS, Chip, describe, describe_on_gpu, microbatches_that_fit, too_large

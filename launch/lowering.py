@@ -6,6 +6,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from ml_collections import ConfigDict
+
 from hexa_jax.core.errors import choose
 from hexa_jax.detection.batches import DetectionBatch
 from hexa_jax.detection.canvases import Canvases
@@ -17,9 +21,6 @@ from hexa_jax.methods.base import Method
 from hexa_jax.models.resnet import make_resnet
 from hexa_jax.training.factory import PRECISIONS
 from hexa_jax.training.step import Trainer
-from jax.sharding import Mesh, NamedSharding
-from jax.sharding import PartitionSpec as P
-from ml_collections import ConfigDict
 
 Lowerings = dict[str, Callable[[], Any]]
 PRETRAINING = ("train", "augment", "init", "refresh", "features")

@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from hexa_jax.training.memory import needed
-
 from launch import kernels
 from launch.gpu_topology import Gpu
 from launch.hlo import BYTES, parse

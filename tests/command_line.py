@@ -17,6 +17,7 @@ import types
 
 import cv2
 import numpy as np
+
 from hexa_jax.checkpoint.checkpointer import MANIFEST, Checkpoints
 
 REPOSITORY = pathlib.Path(__file__).resolve().parent.parent

@@ -68,7 +68,6 @@ def samples(stage, feature_map):
 def main():
     """Compute in float64, write float32."""
     import torch  # not at the top: the test imports this file where there is no torch
-
     from torch_resnet import TorchResNet
 
     goldens = {}

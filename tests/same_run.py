@@ -1,7 +1,6 @@
 """When two runs count as the same: settings for runs in several processes, and comparisons of what they leave."""
 
 import numpy as np
-
 from command_line import STEPS, TIMED, environment, final_state, lines
 
 # Two views besides the clean one, two resolutions for DeepCluster; groups and blocks that fit a quarter of the batch.

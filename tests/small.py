@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+
 from configs import common
 from hexa_jax.data.pipeline import BadImages, HostSteps, device_batches, host_iterator
 from hexa_jax.data.shapes import ShapesSource

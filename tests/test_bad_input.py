@@ -8,9 +8,6 @@ import subprocess
 
 import numpy as np
 import pytest
-from hexa_jax import main
-from hexa_jax.storage.workdir import LOCK
-
 from command_line import (
     BATCH,
     IMAGES,
@@ -22,6 +19,9 @@ from command_line import (
     lines,
     run,
 )
+
+from hexa_jax import main
+from hexa_jax.storage.workdir import LOCK
 
 
 def one_line(ended):

@@ -8,13 +8,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from ml_collections import ConfigDict
+from small import SmallRun, largest_difference, small_config
+
 from hexa_jax.core.errors import ConfigError
 from hexa_jax.evals.tasks.linear_sgd import probe_schedule
 from hexa_jax.training.factory import make_schedule, make_trainer
 from hexa_jax.views.preview import PICTURES
-from ml_collections import ConfigDict
-
-from small import SmallRun, largest_difference, small_config
 
 NAMES = sorted(path.stem for path in pathlib.Path("configs").glob("*.py") if path.stem not in ("common", "__init__"))
 IMAGENET = 1_281_167

@@ -6,12 +6,12 @@ import subprocess
 import sys
 
 import pytest
+from command_line import REPOSITORY
+from ml_collections import ConfigDict
+
 from configs.common import get_config
 from hexa_jax.data.sources import SOURCES
 from hexa_jax.storage.workdir import flatten
-from ml_collections import ConfigDict
-
-from command_line import REPOSITORY
 
 
 @pytest.fixture(scope="module")

@@ -3,9 +3,10 @@
 import jax
 import numpy as np
 import pytest
-from hexa_jax.kmeans import spherical_kmeans
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
+
+from hexa_jax.kmeans import spherical_kmeans
 
 
 def unit_rows(seed, *shape):

@@ -3,8 +3,9 @@
 import jax
 import numpy as np
 import pytest
-from hexa_jax import losses
 from jax.test_util import check_grads
+
+from hexa_jax import losses
 
 N, D, K = 5, 4, 7
 

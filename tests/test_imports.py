@@ -4,8 +4,9 @@ import ast
 import itertools
 import pathlib
 
-import hexa_jax
 import pytest
+
+import hexa_jax
 
 ROOT = pathlib.Path(hexa_jax.__file__).parent
 # A package may import packages of lower levels, and itself. The longest prefix counts.

@@ -5,9 +5,8 @@ import os
 import jupytext
 import nbformat
 import pytest
-from nbclient import NotebookClient
-
 from command_line import REPOSITORY, environment
+from nbclient import NotebookClient
 
 NAMES = ("pretrain", "use_a_backbone")
 

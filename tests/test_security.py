@@ -8,9 +8,9 @@ import zipfile
 
 import numpy as np
 import pytest
-from hexa_jax.models.weights import WeightsError, read_weights
-
 from command_line import REPOSITORY
+
+from hexa_jax.models.weights import WeightsError, read_weights
 
 FOLDERS = ("hexa_jax", "launch", "benchmarks", "configs", "notebooks")
 PROGRAMS = sorted(path for folder in FOLDERS for path in (REPOSITORY / folder).rglob("*.py"))

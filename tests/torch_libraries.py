@@ -3,7 +3,6 @@
 import functools
 
 import pytest
-
 from make_torch_goldens import draw_all
 
 REASON = "needs {0}, which .ci/run installs beside PyTorch: pip install {0}"

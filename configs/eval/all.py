@@ -15,6 +15,7 @@ was trained at, those of CIFAR the protocol's 224 pixels; resize and crop replac
 """
 
 import ml_collections
+
 from hexa_jax.configs import common
 
 GROUPS = ("imagenet", "imagenet_1pct", "imagenet_10pct", "imagenet_100pct", "cifar10", "cifar100", "voc")

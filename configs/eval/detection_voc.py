@@ -15,6 +15,7 @@ epochs); warm-up, sizes of images and the other recipe: detectron2's configs/Pas
 """
 
 import ml_collections
+
 from hexa_jax.configs import common
 from hexa_jax.configs.eval import common as evaluation
 

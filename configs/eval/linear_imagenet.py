@@ -12,6 +12,7 @@ in a long run. The data are those of the pre-training run unless data.source and
 """
 
 import ml_collections
+
 from hexa_jax.configs import common
 from hexa_jax.configs.eval import common as evaluation
 

@@ -15,6 +15,7 @@ parameters in hexa_jax/evals/corruptions.py; they change the crop that the netwo
 """
 
 import ml_collections
+
 from hexa_jax.configs import common
 from hexa_jax.configs.eval import common as evaluation
 

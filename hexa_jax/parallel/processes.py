@@ -95,10 +95,9 @@ def _complete(given: Placement, environment: Mapping[str, str]) -> Placement:
         raise DistributedError(f"--coordinator={place.coordinator!r} must be HOST:PORT")
     if place.num_processes is not None and place.num_processes < 1:
         raise DistributedError(f"--num_processes={place.num_processes} must be positive")
-    if None not in place[1:] and not 0 <= place.process_id < place.num_processes:  # type: ignore[operator]
-        raise DistributedError(
-            f"--process_id={place.process_id} must be 0 to {place.num_processes - 1}"
-        )  # type: ignore[operator]
+    number, count = place.process_id, place.num_processes
+    if number is not None and count is not None and not 0 <= number < count:
+        raise DistributedError(f"--process_id={number} must be 0 to {count - 1}")
     return place
 
 

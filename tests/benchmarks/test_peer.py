@@ -8,16 +8,16 @@ import sys
 import jax
 import jax.numpy as jnp
 import pytest
+import small  # noqa: F401  (it adds resnet6)
+from command_line import REPOSITORY, environment
+from jax.sharding import PartitionSpec as P
+
+from benchmarks import step, turns
 from benchmarks.flops import product_flops
 from benchmarks.hardware import PEAKS, add_rows, peak_of
 from benchmarks.ours import VARIANTS
 from benchmarks.turns import Refusal, Worker, WorkerError, alternate, one_after_the_other, ratio
 from hexa_jax.parallel.mesh import make_mesh
-from jax.sharding import PartitionSpec as P
-
-import small  # noqa: F401  (it adds resnet6)
-from benchmarks import step, turns
-from command_line import REPOSITORY, environment
 
 TINY = f"--config={REPOSITORY}/configs/tiny.py"
 

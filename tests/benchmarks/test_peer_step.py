@@ -10,14 +10,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from small import small_config
+
 from benchmarks.compare import case_of, in_common
 from benchmarks.flops import product_flops
 from benchmarks.ours import VARIANTS, num_examples
 from hexa_jax.methods.deepcluster import DeepClusterState
 from hexa_jax.models import resnet
 from hexa_jax.training.factory import make_trainer
-
-from small import small_config
 
 torch = pytest.importorskip("torch", reason="compares with PyTorch")
 

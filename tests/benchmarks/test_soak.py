@@ -5,9 +5,9 @@ import subprocess
 import sys
 
 import pytest
+from command_line import environment
 
 from benchmarks import soak
-from command_line import environment
 
 ROOT = soak.ROOT
 

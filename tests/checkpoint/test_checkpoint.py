@@ -22,10 +22,11 @@ import numpy as np
 import optax
 import pytest
 import tensorstore
-from hexa_jax.checkpoint import checkpointer, lost_references
-from hexa_jax.checkpoint.checkpointer import MANIFEST, CheckpointError, Checkpoints
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
+
+from hexa_jax.checkpoint import checkpointer, lost_references
+from hexa_jax.checkpoint.checkpointer import MANIFEST, CheckpointError, Checkpoints
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 

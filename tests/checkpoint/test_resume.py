@@ -8,9 +8,6 @@ import signal
 import jax
 import numpy as np
 import pytest
-from hexa_jax import main
-from hexa_jax.checkpoint.checkpointer import MANIFEST, Checkpoints
-
 from command_line import (
     EPOCHS,
     STEPS,
@@ -26,6 +23,9 @@ from command_line import (
 )
 from same_run import check_same_run
 from small import SmallRun, largest_difference, small_config
+
+from hexa_jax import main
+from hexa_jax.checkpoint.checkpointer import MANIFEST, Checkpoints
 
 
 @pytest.fixture(scope="module", autouse=True)

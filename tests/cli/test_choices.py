@@ -3,6 +3,7 @@
 import math
 
 import pytest
+
 from hexa_jax.cli.choices import DataFacts, DeviceFacts, Wishes, choose, choose_recipe, estimate
 from hexa_jax.cli.command import parse_command
 from hexa_jax.core.recipes import recipe_file

@@ -7,6 +7,9 @@ import shutil
 
 import jax
 import pytest
+from command_line import image_folder
+from small import small_config
+
 from hexa_jax import main
 from hexa_jax.cli import app, doctor, evaluate, export, pretrain
 from hexa_jax.cli.command import parse_command
@@ -18,9 +21,6 @@ from hexa_jax.data.sources import make_source
 from hexa_jax.storage.workdir import flatten
 from hexa_jax.training.factory import make_trainer, open_training_source
 from hexa_jax.training.online_probe import make_probe
-
-from command_line import image_folder
-from small import small_config
 
 
 def run_words(monkeypatch, *argv):

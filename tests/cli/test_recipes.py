@@ -4,13 +4,13 @@ import os
 import pathlib
 
 import pytest
+from command_line import REPOSITORY
+
 from hexa_jax import main
 from hexa_jax.cli import recipes as command
 from hexa_jax.cli.command import parse_command
 from hexa_jax.core.errors import ConfigError
 from hexa_jax.core.recipes import recipe_file, recipe_names, summary
-
-from command_line import REPOSITORY
 
 
 def parsed(*words):

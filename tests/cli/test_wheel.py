@@ -11,9 +11,8 @@ import zipfile
 import cv2
 import numpy as np
 import pytest
-from PIL import Image
-
 from command_line import REPOSITORY, image_folder
+from PIL import Image
 
 PARTS = ("hexa_jax", "configs", "pyproject.toml", "requirements.txt", "README.md", "LICENSE")
 GOOD = 40  # images that can be read

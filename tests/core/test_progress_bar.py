@@ -4,6 +4,7 @@ import io
 import logging
 
 import pytest
+
 from hexa_jax.core import console
 from hexa_jax.core.progress_bar import CLEAR, WIDTH, ProgressBar, draw
 

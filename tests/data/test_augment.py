@@ -8,8 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hexa_jax.data.augment import DRAWS, JITTER, Photometric, augment
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from hexa_jax.data.augment import DRAWS, JITTER, Photometric, augment
 
 OFF = Photometric(0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0)
 SWAV = Photometric(brightness=0.8, contrast=0.8, saturation=0.8, hue=0.2)

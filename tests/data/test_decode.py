@@ -14,9 +14,10 @@ import zlib
 import cv2
 import numpy as np
 import pytest
+from PIL import Image, ImageOps
+
 from hexa_jax.data import decode as module
 from hexa_jax.data.decode import BadImage, crop_generator, decode, random_resized_crop, resize, resize_center_crop
-from PIL import Image, ImageOps
 
 GOLDEN_DRAWS = [0.6646594969509324, 0.48206518490776007, 0.9935102247335821]
 

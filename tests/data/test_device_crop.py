@@ -6,9 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hexa_jax.data.device_crop import random_box, random_resized_crop
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from PIL import Image
+
+from hexa_jax.data.device_crop import random_box, random_resized_crop
 
 run = jax.jit(random_resized_crop, static_argnames=("size", "scale", "ratio", "flip", "vertical_flip", "quarter_turns"))
 

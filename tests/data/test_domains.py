@@ -4,6 +4,9 @@ import json
 
 import numpy as np
 import pytest
+from command_line import REPOSITORY
+from small import small_config
+
 from configs import common
 from hexa_jax.cli.command import parse_command
 from hexa_jax.core.errors import ConfigError
@@ -16,9 +19,6 @@ from hexa_jax.evals.backbone import _config_of_run
 from hexa_jax.storage.workdir import ADDED, NORMALIZATION, WorkdirError, flatten, open_workdir
 from hexa_jax.training.factory import make_photometric, make_resolutions, make_trainer
 from hexa_jax.training.normalization import settle_normalization
-
-from command_line import REPOSITORY
-from small import small_config
 
 
 def command(*words, recipe="hexa_dcluster"):

@@ -5,12 +5,12 @@ import sys
 
 import numpy as np
 import pytest
+from command_line import evaluation_words, result
+from official_archives import encoded, prepare, write_cifar, write_official_tars
+
 from hexa_jax import main
 from hexa_jax.data.decode import decode
 from hexa_jax.data.sources import make_source
-
-from command_line import evaluation_words, result
-from official_archives import encoded, prepare, write_cifar, write_official_tars
 
 ROWS = 8  # a file
 SMALL = {

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+
 from hexa_jax.core.batch import Batch
 from hexa_jax.data import decode
 from hexa_jax.data.augment import Photometric

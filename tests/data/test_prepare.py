@@ -6,12 +6,12 @@ import subprocess
 import sys
 
 import pytest
+from command_line import REPOSITORY, environment, image_folder
+from official_archives import encoded, write_official_tars
+
 from hexa_jax import prepare as preparing
 from hexa_jax.data.source import DataError
 from hexa_jax.data.sources import make_source
-
-from command_line import REPOSITORY, environment, image_folder
-from official_archives import encoded, write_official_tars
 
 
 def prepare(*words, timeout=300):

@@ -5,8 +5,9 @@ import pickle
 import cv2
 import numpy as np
 import pytest
-from hexa_jax.data.shapes import CLASS_NAMES, ShapesSource, _distance, make_shapes
 from sklearn.neighbors import KNeighborsClassifier
+
+from hexa_jax.data.shapes import CLASS_NAMES, ShapesSource, _distance, make_shapes
 
 GOLDEN_MEANS = [[129.79, 204.01, 227.53], [231.53, 128.87, 189.16], [164.07, 230.25, 124.46]]
 

@@ -12,6 +12,8 @@ import warnings
 import cv2
 import numpy as np
 import pytest
+from PIL import Image
+
 from configs import common
 from hexa_jax.cli.words import source_of
 from hexa_jax.data.decode import BadImage, decode
@@ -31,7 +33,6 @@ from hexa_jax.data.sources import (
     tar,
 )
 from hexa_jax.training.factory import open_training_source
-from PIL import Image
 
 
 def write_image(path, value: int = 100) -> None:

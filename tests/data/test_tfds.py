@@ -6,10 +6,10 @@ import tarfile
 
 import numpy as np
 import pytest
-from hexa_jax.data.sources import DataError, make_source
+from official_archives import encoded, prepare, run_python, write_official_tars
 from PIL import Image
 
-from official_archives import encoded, prepare, run_python, write_official_tars
+from hexa_jax.data.sources import DataError, make_source
 
 # The first images of the official validation set, and their official synsets; the archive holds them in another order.
 VALIDATION = {"00000001": "n01751748", "00000002": "n09193705", "00000003": "n02105855"}

@@ -10,6 +10,7 @@ import tarfile
 import cv2
 import numpy as np
 import pytest
+
 from hexa_jax.data.decode import BadImage, decode
 from hexa_jax.data.sources import DataError
 from hexa_jax.data.voc import ABSENT, CLASSES, DIFFICULT, PRESENT, open_voc

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from detection_weights import draw_images
+
 from hexa_jax.detection import targets
 from hexa_jax.detection.detector import Detector
 from hexa_jax.detection.names import detector_from_torchvision, detector_to_torchvision

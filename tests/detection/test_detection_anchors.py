@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from detection_reference import base_anchors as base_loop
 from detection_reference import grid_anchors as grid_loop
+
 from hexa_jax.detection.anchors import base_anchors, grid_anchors, pyramid_anchors
 
 SIZES = (32, 64, 128, 256, 512)

@@ -12,6 +12,9 @@ import cv2
 import jax
 import numpy as np
 import pytest
+from command_line import REPOSITORY, environment, free_port
+from test_detection_data import annotation, extracted, thing, write_voc
+
 from configs.eval import detection_voc
 from hexa_jax.core.errors import ConfigError
 from hexa_jax.data.source import DataError
@@ -29,9 +32,6 @@ from hexa_jax.detection.metrics import Truth
 from hexa_jax.detection.plans import EvaluationPlan, TrainingPlan
 from hexa_jax.parallel import processes
 from hexa_jax.parallel.mesh import make_mesh
-from test_detection_data import annotation, extracted, thing, write_voc
-
-from command_line import REPOSITORY, environment, free_port
 
 PAIRS = ((64, 96), (96, 128))
 SIDES, LIMIT = (48, 64, 80), 120

@@ -6,9 +6,9 @@ import types
 import jax
 import jax.numpy as jnp
 import pytest
+from command_line import REPOSITORY
 
 from benchmarks import detection
-from command_line import REPOSITORY
 
 SMALL = {
     "random.backbone": "resnet10", "random.base_channels": 8, "model.dim": 16, "model.hidden": 32,

@@ -11,6 +11,7 @@ from detection_reference import decode as decode_loop
 from detection_reference import encode as encode_loop
 from detection_reference import iou as iou_loop
 from detection_reference import nms as nms_loop
+
 from hexa_jax.detection.boxes import area, clip, decode, encode, iou, nms
 
 UNIT, HEAD = (1.0, 1.0, 1.0, 1.0), (10.0, 10.0, 5.0, 5.0)

@@ -11,6 +11,7 @@ import tarfile
 import cv2
 import numpy as np
 import pytest
+
 from hexa_jax.data.decode import BadImage
 from hexa_jax.data.source import DataError
 from hexa_jax.data.voc import CLASSES

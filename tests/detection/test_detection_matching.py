@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from detection_reference import match as match_loop
+
 from hexa_jax.detection.matching import match, sample
 
 HIGH, LOW = 0.7, 0.3

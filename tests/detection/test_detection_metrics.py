@@ -4,6 +4,7 @@ import math
 
 import numpy as np
 import pytest
+
 from hexa_jax.detection.metrics import Detections, Truth, coco_metrics, voc_metrics
 
 NAMES = ["ant", "bee", "cow"]

@@ -10,6 +10,7 @@ from detection_reference import level as level_of
 from detection_reference import pyramid_roi_align as pyramid_loop
 from detection_reference import roi_align as roi_align_loop
 from detection_reference import roi_align_weights
+
 from hexa_jax.detection.roi_align import assign_levels, pyramid_roi_align, roi_align
 
 SCALE = 0.25

@@ -10,6 +10,12 @@ import cv2
 import jax
 import numpy as np
 import pytest
+from command_line import evaluation_words, final_state, lines, result
+from safetensors import safe_open
+from safetensors.numpy import load_file, save_file
+from small import small_config
+from test_detection_data import annotation, thing
+
 from hexa_jax import export, main
 from hexa_jax.checkpoint.checkpointer import MANIFEST, Checkpoints
 from hexa_jax.detection import task
@@ -17,12 +23,6 @@ from hexa_jax.evals.tasks import training_loop
 from hexa_jax.models.heads import Network
 from hexa_jax.models.norm import EVALUATION
 from hexa_jax.models.resnet import make_resnet
-from safetensors import safe_open
-from safetensors.numpy import load_file, save_file
-from test_detection_data import annotation, thing
-
-from command_line import evaluation_words, final_state, lines, result
-from small import small_config
 
 CLASSES = ("blue", "green", "red")  # the channel that a rectangle has most of
 TRAIN, TEST, BATCH, EPOCHS = 12, 5, 4, 3

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from detection_weights import draw_images
+
 from hexa_jax.detection.detector import Detector
 from hexa_jax.detection.names import detector_from_torchvision
 from hexa_jax.detection.rcnn import FasterRCNN as RCNN

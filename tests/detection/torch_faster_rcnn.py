@@ -25,7 +25,6 @@ from torch_boxes import (
     roi_align,
     sides,
 )
-
 from torch_resnet import TorchResNet
 
 RATIOS = (0.5, 1.0, 2.0)

@@ -6,8 +6,9 @@ import io
 import numpy as np
 import pytest
 import scipy.ndimage
-from hexa_jax.evals.corruptions import CORRUPTIONS, FAMILIES, STRENGTHS, corrupt, disc, parameters
 from PIL import Image
+
+from hexa_jax.evals.corruptions import CORRUPTIONS, FAMILIES, STRENGTHS, corrupt, disc, parameters
 
 EVERY = [(family, strength) for family in FAMILIES for strength in STRENGTHS]
 SIDE = {"imagenet": 44, "cifar": 32}

@@ -2,9 +2,12 @@
 
 import json
 
-import hexa_jax
 import numpy as np
 import pytest
+from command_line import check_refused, evaluation_words, finished, image_folder, result
+from sklearn.neighbors import KNeighborsClassifier
+
+import hexa_jax
 from configs import common
 from configs.eval import all as tables_config
 from configs.eval import common as evaluation
@@ -18,9 +21,6 @@ from hexa_jax.evals.tasks import labelled
 from hexa_jax.evals.tasks.labelled import Extractor
 from hexa_jax.evals.tasks.transfer import readouts
 from hexa_jax.experiments.evaluation_tables import ROWS, entry_of_row, tables
-from sklearn.neighbors import KNeighborsClassifier
-
-from command_line import check_refused, evaluation_words, finished, image_folder, result
 
 DATA = {"data.source": "shapes:train", "data.eval_source": "shapes:test", "data.limit": 60}
 PIXELS = {"data.resize": 8, "data.crop": 8, "runtime.num_devices": 1, "runtime.batch_size": 32}

@@ -9,6 +9,10 @@ import tempfile
 
 import numpy as np
 import pytest
+from command_line import check_refused, evaluation_words, final_state, image_folder, lines, result
+from ml_collections import ConfigDict
+from sklearn.linear_model import LogisticRegression
+
 from configs.eval import common, finetune_cifar
 from hexa_jax import main
 from hexa_jax.checkpoint.checkpointer import MANIFEST
@@ -20,10 +24,6 @@ from hexa_jax.evals.backbone import Backbone
 from hexa_jax.evals.tasks import finetune, training_loop
 from hexa_jax.evals.tasks.labelled import Features, check_classes, listed, open_both, open_split, top_k, usable
 from hexa_jax.evals.tasks.linear_features import adamax_probe
-from ml_collections import ConfigDict
-from sklearn.linear_model import LogisticRegression
-
-from command_line import check_refused, evaluation_words, final_state, image_folder, lines, result
 
 # ---- The Adamax probe --------------------------------------------------------------------------------------------------
 

@@ -5,6 +5,7 @@ import math
 
 import numpy as np
 import pytest
+
 from hexa_jax.evals import health
 
 RNG = np.random.default_rng(0)

@@ -3,6 +3,8 @@
 import json
 
 import pytest
+from command_line import REPOSITORY, evaluation_words, finished, result
+
 from configs import common
 from configs.eval import common as evaluation
 from hexa_jax import export, main
@@ -11,8 +13,6 @@ from hexa_jax.core.errors import ConfigError
 from hexa_jax.evals.backbone import random_backbone
 from hexa_jax.evals.image_size import trained_size
 from hexa_jax.evals.tasks.image_size import with_size
-
-from command_line import REPOSITORY, evaluation_words, finished, result
 
 
 def run_config(crop_size=(224,), resize=256, crop=224):

@@ -6,6 +6,8 @@ import logging
 import jax
 import numpy as np
 import pytest
+from sklearn.neighbors import KNeighborsClassifier
+
 from hexa_jax.data.decode import resize_center_crop
 from hexa_jax.data.sources import ArraySource
 from hexa_jax.evals import knn
@@ -15,7 +17,6 @@ from hexa_jax.models.heads import Network, ProjectionHead
 from hexa_jax.models.norm import CLEAN, EVALUATION, stats_collection
 from hexa_jax.models.resnet import ResNet
 from hexa_jax.parallel.mesh import make_mesh
-from sklearn.neighbors import KNeighborsClassifier
 
 
 def blobs(num, classes=5, dim=6, seed=0):

@@ -2,10 +2,11 @@
 
 import numpy as np
 import pytest
-from hexa_jax.evals.knn import accuracy
-from hexa_jax.evals.linear import linear_probe
 from scipy.optimize import minimize
 from scipy.special import logsumexp
+
+from hexa_jax.evals.knn import accuracy
+from hexa_jax.evals.linear import linear_probe
 
 
 def clusters(num, seed=0, spread=0.15, classes=4, dim=6):

@@ -7,10 +7,10 @@ import shutil
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from command_line import check_refused, evaluation_words, finished, result
+
 from hexa_jax import main
 from hexa_jax.evals.tasks.linear_sgd import ProbeState, probe_step
-
-from command_line import check_refused, evaluation_words, finished, result
 
 
 def test_step_is_plain_sgd_for_each_learning_rate(x64):

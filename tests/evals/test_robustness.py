@@ -7,6 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from command_line import check_refused, evaluation_words, finished, image_folder, result
+from command_line import run as run_process
+
 from hexa_jax import main
 from hexa_jax.evals.corruptions import CORRUPTIONS, STRENGTHS
 from hexa_jax.evals.knn import knn_predict, vote_logits
@@ -14,9 +17,6 @@ from hexa_jax.evals.linear import fit_linear
 from hexa_jax.evals.tasks import robustness
 from hexa_jax.evals.tasks.readouts import knn_readout, linear_readout
 from hexa_jax.evals.tasks.robustness import attacked, judge_predictions
-
-from command_line import check_refused, evaluation_words, finished, image_folder, result
-from command_line import run as run_process
 
 
 def random_images(count, seed=0, low=0.2, high=0.8):

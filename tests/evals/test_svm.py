@@ -7,16 +7,17 @@ from itertools import combinations
 
 import numpy as np
 import pytest
-from hexa_jax.core.errors import ConfigError
-from hexa_jax.data.voc import ABSENT, DIFFICULT, PRESENT
-from hexa_jax.evals.average_precision import average_precision
-from hexa_jax.evals.tasks import svm as module
-from hexa_jax.evals.tasks.svm import POWERS, choose_cost, class_ap, low_shot_rows, unit_rows
 from ml_collections import ConfigDict
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.metrics import average_precision_score
 from sklearn.model_selection import StratifiedKFold
 from sklearn.svm import LinearSVC
+
+from hexa_jax.core.errors import ConfigError
+from hexa_jax.data.voc import ABSENT, DIFFICULT, PRESENT
+from hexa_jax.evals.average_precision import average_precision
+from hexa_jax.evals.tasks import svm as module
+from hexa_jax.evals.tasks.svm import POWERS, choose_cost, class_ap, low_shot_rows, unit_rows
 
 PROTOCOLS = ("pcl", "goyal")
 

@@ -9,14 +9,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from command_line import lines
+from ml_collections import ConfigDict
+
 from configs.eval import knn as any_evaluation
 from hexa_jax import main
 from hexa_jax.checkpoint.checkpointer import Checkpoints
 from hexa_jax.core.preemption import Diverged, PreemptionGuard, Terminated
 from hexa_jax.evals.tasks.training_loop import TrainingLoop
-from ml_collections import ConfigDict
-
-from command_line import lines
 
 TOTAL, STEPS_PER_EPOCH = 8, 3  # two epochs, and two steps of a third
 

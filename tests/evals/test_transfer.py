@@ -6,6 +6,11 @@ import json
 import cv2
 import numpy as np
 import pytest
+from command_line import check_refused, evaluation_words, finished, image_folder, result
+from command_line import run as run_process
+from sklearn.linear_model import LogisticRegression
+from sklearn.preprocessing import StandardScaler
+
 from configs.eval import transfer as protocol
 from hexa_jax import main
 from hexa_jax.core.errors import ConfigError
@@ -13,11 +18,6 @@ from hexa_jax.evals.linear import fit_linear
 from hexa_jax.evals.stored_features import StoredFeatures, join
 from hexa_jax.evals.tasks import transfer
 from hexa_jax.evals.tasks.transfer import Readout, Target, draw_rows, parse_targets
-from sklearn.linear_model import LogisticRegression
-from sklearn.preprocessing import StandardScaler
-
-from command_line import check_refused, evaluation_words, finished, image_folder, result
-from command_line import run as run_process
 
 LABELS = np.random.default_rng(0).permutation(np.repeat([0, 1, 4], [40, 25, 3]))
 

@@ -8,6 +8,8 @@ import sys
 import numpy as np
 import pytest
 import scipy.stats
+from command_line import REPOSITORY, environment, finished, image_folder
+
 from configs import common as pretraining
 from configs.eval import common as evaluation
 from hexa_jax.cli.command import parse_command
@@ -16,8 +18,6 @@ from hexa_jax.experiments.presets import GRIDS, METHODS, PRESETS
 from hexa_jax.experiments.sweep import SHARED_RUNTIME, Cell, Entry, Outcome, Stage, run_grid
 from hexa_jax.methods import METHODS as METHOD_CLASSES
 from hexa_jax.training.factory import make_schedule
-
-from command_line import REPOSITORY, environment, finished, image_folder
 
 SMALL = ("--config.data.shapes_count=64", "--config.linear.at_end=False", "--config.knn.every_epochs=0")
 

@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+
 from configs import tiny
 from hexa_jax.experiments import health_ranking
 from hexa_jax.experiments.health_ranking import main, rank

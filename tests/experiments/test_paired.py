@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 import scipy.stats
+
 from hexa_jax.experiments.paired import Adjusted, Comparison, compare, holm, verdict
 
 RNG = np.random.default_rng(0)

@@ -5,16 +5,16 @@ import json
 import jax
 import numpy as np
 import pytest
+from command_line import REPOSITORY
+from ml_collections import ConfigDict
+from official_archives import encoded, prepare, write_cifar, write_official_tars
+
 from hexa_jax.cli.command import parse_command
 from hexa_jax.core.errors import ConfigError
 from hexa_jax.evals.backbone import Backbone
 from hexa_jax.evals.tasks.labelled import open_both
 from hexa_jax.experiments.presets import GRIDS, PRESETS
 from hexa_jax.training.factory import make_trainer, open_source, open_training_source
-from ml_collections import ConfigDict
-
-from command_line import REPOSITORY
-from official_archives import encoded, prepare, write_cifar, write_official_tars
 
 SYNSETS = ("n01440764", "n02102040")  # of ImageNet and of Imagenette
 PUBLISHED = {"imagenet": 1_281_167, "imagenette": 9_469, "cifar10": 50_000, "tiny": 128}  # images to train on

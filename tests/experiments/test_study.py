@@ -11,6 +11,8 @@ import time
 import jax
 import numpy as np
 import pytest
+from command_line import environment
+
 from hexa_jax.cli.command import parse_command
 from hexa_jax.experiments import study_command, sweep
 from hexa_jax.experiments.__main__ import main
@@ -18,8 +20,6 @@ from hexa_jax.experiments.study import PARTS, PRESETS, SEEDS, STAGES, Base, Stud
 from hexa_jax.experiments.study_page import page
 from hexa_jax.experiments.sweep import GridError
 from hexa_jax.training.factory import make_trainer
-
-from command_line import environment
 
 WHOLE = [Study(part, "cifar10") for part in PARTS]
 

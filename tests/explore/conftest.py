@@ -1,6 +1,7 @@
 """What the tests of looking at collections share: a tiny network and a browser."""
 
 import pytest
+
 from hexa_jax.evals.backbone import random_backbone
 from hexa_jax.export import export
 

@@ -2,13 +2,14 @@
 
 import numpy as np
 import pytest
+from textures import texture
+
 from hexa_jax.data.decode import BadImage
 from hexa_jax.explore.duplicates import SHOWN, find_pairs, signature
 from hexa_jax.explore.embedding import Embedded
 from hexa_jax.explore.page import page_data, render_page
 from hexa_jax.explore.structure import find_clusters, find_neighbors
 from hexa_jax.explore.thumbnails import make_atlases, make_thumbnail
-from textures import texture
 
 IMAGES, SIDE = 60, 32
 HOSTILE = "<img src=x onerror=\"document.title='boom'\"> & #50%.png"

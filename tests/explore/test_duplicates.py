@@ -2,8 +2,9 @@
 
 import cv2
 import numpy as np
-from hexa_jax.explore.duplicates import GRID, THRESHOLD, find_pairs, groups_of, signature
 from textures import reencoded, resized, texture
+
+from hexa_jax.explore.duplicates import GRID, THRESHOLD, find_pairs, groups_of, signature
 
 
 def copies(image):

@@ -5,6 +5,8 @@ import pathlib
 
 import numpy as np
 import pytest
+from command_line import image_folder
+
 from hexa_jax import load
 from hexa_jax.cli import embed as command
 from hexa_jax.data.decode import BadImage, decode, resize_center_crop
@@ -13,8 +15,6 @@ from hexa_jax.explore.embedding import Embedded
 from hexa_jax.explore.images import ImageReader
 from hexa_jax.explore.structure import find_clusters, find_neighbors, outlier_scores
 from hexa_jax.explore.tables import write_table
-
-from command_line import image_folder
 
 SIZE, IMAGES, NEIGHBORS = 16, 30, 4
 

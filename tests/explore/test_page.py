@@ -9,13 +9,14 @@ import sys
 import cv2
 import numpy as np
 import pytest
+from textures import reencoded, resized, texture
+
 from hexa_jax.cli import explore as command
 from hexa_jax.core.errors import ConfigError
 from hexa_jax.evals.knn import nearest
 from hexa_jax.explore import maps
 from hexa_jax.explore.page import render_page
 from hexa_jax.explore.thumbnails import ATLAS_SIDE, make_atlases, make_thumbnail, thumbnail_side
-from textures import reencoded, resized, texture
 
 SIZE, IMAGES = 16, 30
 HOSTILE = "</script><img src=x onerror='boom()'>.png".replace("/", "\u2215")

@@ -7,13 +7,13 @@ import sys
 
 import numpy as np
 import pytest
+from command_line import SMALL
+from PIL import Image
+
 from hexa_jax import main
 from hexa_jax.cli.command import parse_command
 from hexa_jax.core.errors import ConfigError
 from hexa_jax.data.source import DataError
-from PIL import Image
-
-from command_line import SMALL
 
 ROOT = pathlib.Path(main.__file__).parent.parent
 LIMIT = 3 << 30  # bytes of address space beyond what importing takes

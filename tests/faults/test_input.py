@@ -10,10 +10,10 @@ import time
 
 import numpy as np
 import pytest
+from command_line import arguments, environment, final_state, finish, finished, image_folder, run_until, start
+
 from hexa_jax.data.decode import BadImage, decode
 from hexa_jax.data.sources import DataError, make_source
-
-from command_line import arguments, environment, final_state, finish, finished, image_folder, run_until, start
 
 
 @pytest.fixture(scope="module")

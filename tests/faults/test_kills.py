@@ -4,7 +4,6 @@ import time
 
 import numpy as np
 import pytest
-
 from command_line import arguments, final_state, finish, lines, run_until, start
 
 KILLS, STEPS = 20, 240

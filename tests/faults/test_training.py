@@ -20,14 +20,14 @@ import types
 import jax
 import numpy as np
 import pytest
+from command_line import arguments, final_state, lines
+
 from hexa_jax import main
 from hexa_jax.checkpoint import checkpointer
 from hexa_jax.checkpoint.checkpointer import Checkpoints
 from hexa_jax.data.shapes import ShapesSource
 from hexa_jax.training import loop
 from hexa_jax.training.step import Trainer
-
-from command_line import arguments, final_state, lines
 
 STEPS, EVERY = 16, 2
 SETTINGS = {

@@ -9,15 +9,15 @@ import types
 
 import jax
 import pytest
+from command_line import REPOSITORY
+from small import small_config
+
 from hexa_jax.cli.command import parse_command
 from hexa_jax.parallel.mesh import make_mesh
 from hexa_jax.training.factory import make_trainer
+from launch import aot, gpu_topology, lowering, tables
 from launch.gpu_topology import TopologyError, gpu_devices, read_gpus, target_config
 from launch.kernels import Kernel, Peaks, summary
-
-from command_line import REPOSITORY
-from launch import aot, gpu_topology, lowering, tables
-from small import small_config
 
 H100 = read_gpus()["h100"]
 

@@ -3,6 +3,7 @@
 import pathlib
 
 import pytest
+
 from launch.hlo import parse
 from launch.kernels import Peaks, collectives_of, kernels_of, summary, warnings_of
 

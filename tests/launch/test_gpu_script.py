@@ -7,7 +7,6 @@ import subprocess
 import sys
 
 import pytest
-
 from command_line import REPOSITORY, environment
 
 MORE = "reference claim"

@@ -5,7 +5,6 @@ import shlex
 import subprocess
 
 import pytest
-
 from command_line import REPOSITORY
 
 LAUNCH = REPOSITORY / "launch"

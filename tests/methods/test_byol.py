@@ -5,14 +5,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from small import SmallRun, largest_difference, small_config
+
 from hexa_jax.core.batch import Batch
 from hexa_jax.core.errors import ConfigError
 from hexa_jax.methods.base import Encode, Spec
 from hexa_jax.methods.byol import BYOL
 from hexa_jax.models.norm import CLEAN, NormMode
 from hexa_jax.training.factory import make_trainer
-
-from small import SmallRun, largest_difference, small_config
 
 N, D = 6, 5
 SPEC = Spec(batch_size=N, steps_per_epoch=5, num_examples=30, embedding_dim=D, total_steps=10)

@@ -6,14 +6,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
+
 from hexa_jax import losses
 from hexa_jax.core.batch import Batch
 from hexa_jax.methods.base import Spec, Targets
 from hexa_jax.methods.rotation import Rotation
 from hexa_jax.methods.simclr import Candidates, SimCLR
 from hexa_jax.methods.swav import SwAV, SwAVState
-from jax.sharding import AxisType
-from jax.sharding import PartitionSpec as P
 
 B, D, K, A = 8, 4, 5, 2  # rows of a step, embedding, prototypes, crops that get a code
 ROWS = P(None, "data")

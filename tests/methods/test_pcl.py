@@ -4,6 +4,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
+from small import SmallRun, largest_difference, small_config
+
 from configs import pcl_v2
 from hexa_jax import kmeans
 from hexa_jax.checkpoint.checkpointer import Checkpoints
@@ -14,10 +18,6 @@ from hexa_jax.methods.base import Encode, Spec
 from hexa_jax.methods.moco import MoCo
 from hexa_jax.methods.pcl import PCL, PCLDictionary, PCLLabels, concentration
 from hexa_jax.training.factory import make_trainer
-from jax.sharding import AxisType
-from jax.sharding import PartitionSpec as P
-
-from small import SmallRun, largest_difference, small_config
 
 B, T, D, Q = 8, 3, 4, 16  # rows of a step, steps of an epoch, embedding, queue
 CLUSTERS = (3, 5)

@@ -3,14 +3,14 @@
 import jax
 import numpy as np
 import pytest
+from small import SmallRun, small_config
+
 from hexa_jax.core.batch import Batch
 from hexa_jax.core.errors import ConfigError
 from hexa_jax.methods.base import Spec
 from hexa_jax.methods.supervised import Supervised
 from hexa_jax.training.factory import make_trainer
 from hexa_jax.training.input import TrainingData
-
-from small import SmallRun, small_config
 
 N, V, D, C = 6, 2, 5, 4
 LABELS = np.array([0, 3, 2, -1, 1, 3], np.int32)

@@ -9,6 +9,10 @@ import jax.export
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from command_line import environment
+from make_torch_goldens import draw_all
+from torch_libraries import features_of, library
+
 from hexa_jax import export
 from hexa_jax.evals.backbone import Backbone, load_backbone
 from hexa_jax.models import resnet
@@ -16,10 +20,6 @@ from hexa_jax.models.heads import Network
 from hexa_jax.models.norm import EVALUATION
 from hexa_jax.models.resnet import make_resnet
 from hexa_jax.models.weights import from_torchvision, to_torchvision
-
-from command_line import environment
-from make_torch_goldens import draw_all
-from torch_libraries import features_of, library
 
 TOLERANCE = 1e-4
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)

@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec as P
+
 from hexa_jax.models import pooling, resnet
 from hexa_jax.models.heads import Network, ProjectionHead
 from hexa_jax.models.norm import (
@@ -22,7 +24,6 @@ from hexa_jax.models.norm import (
 from hexa_jax.models.pooling import max_pool
 from hexa_jax.models.resnet import Block, ResNet, make_resnet
 from hexa_jax.parallel.mesh import Layout, make_mesh
-from jax.sharding import PartitionSpec as P
 
 EVERYTHING = ["moments", "clean_batch_stats", "adversarial_batch_stats"]
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)

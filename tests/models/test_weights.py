@@ -10,6 +10,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from make_torch_goldens import GOLDENS, NETWORKS, SIDES, draw_all, images, samples
+from safetensors import safe_open
+from safetensors.numpy import load_file, save_file
+from small import small_config
+
 from hexa_jax import export
 from hexa_jax.checkpoint.checkpointer import CheckpointError, Checkpoints
 from hexa_jax.evals.backbone import IMAGENET_MEAN, IMAGENET_STD, load_backbone
@@ -25,11 +30,6 @@ from hexa_jax.models.weights import (
     read_weights,
     to_torchvision,
 )
-from safetensors import safe_open
-from safetensors.numpy import load_file, save_file
-
-from make_torch_goldens import GOLDENS, NETWORKS, SIDES, draw_all, images, samples
-from small import small_config
 
 TORCH = "needs PyTorch, which the project does not install: pip install torch==2.13.0"
 TOLERANCE = 1e-4  # of the largest value

@@ -1,6 +1,7 @@
 """Accelerators that the machine has and JAX does not use: found without JAX, told in one line with the remedy."""
 
 import pytest
+
 from hexa_jax.parallel.hardware import Accelerator, find_accelerator, unused_accelerator
 
 GPU, TPU = Accelerator("NVIDIA GPU", "cuda13"), Accelerator("TPU", "tpu")

@@ -6,11 +6,11 @@ import signal
 import time
 
 import pytest
-from hexa_jax.parallel import processes
-from hexa_jax.parallel.processes import DistributedError, Placement
-
 from command_line import arguments, final_state, finish, free_port, lines, run, run_until, start
 from same_run import KINDS, assert_same, devices, what_was_learned
+
+from hexa_jax.parallel import processes
+from hexa_jax.parallel.processes import DistributedError, Placement
 
 
 def start_pair(words):

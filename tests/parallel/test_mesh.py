@@ -6,6 +6,7 @@ import re
 import jax
 import numpy as np
 import pytest
+
 from hexa_jax.models.norm import ADVERSARIAL, CLEAN
 from hexa_jax.parallel.mesh import Layout, local_rows, make_mesh, shard_batch
 

@@ -4,7 +4,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-
 from small import SmallRun, largest_difference, small_config
 
 METHODS = ("moco", "simclr", "deepcluster", "swav", "byol", "supervised")

@@ -8,6 +8,7 @@ import subprocess
 
 import numpy as np
 import pytest
+
 from configs import quickstart
 from hexa_jax.cli import app
 from hexa_jax.data.decode import BadImage

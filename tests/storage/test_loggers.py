@@ -8,6 +8,7 @@ import pathlib
 import sqlite3
 
 import pytest
+
 from hexa_jax.storage import loggers
 from hexa_jax.storage.loggers import LoggerError, Loggers, check_loggers
 

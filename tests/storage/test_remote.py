@@ -12,16 +12,6 @@ import time
 
 import numpy as np
 import pytest
-from hexa_jax import export, main
-from hexa_jax import prepare as preparing
-from hexa_jax.checkpoint.checkpointer import MANIFEST, CheckpointError, Checkpoints
-from hexa_jax.core.preemption import Terminated
-from hexa_jax.data.sources import DataError, make_source
-from hexa_jax.evals.backbone import load_backbone
-from hexa_jax.storage import gcs, workdir_sync
-from hexa_jax.storage.gcs import RemoteError
-from hexa_jax.storage.workdir_sync import OWNER, Mirror
-
 from bucket import FORBIDDEN, NAME, Cloud
 from command_line import (
     REPOSITORY,
@@ -38,6 +28,16 @@ from command_line import (
 )
 from official_archives import prepare, run_python, write_cifar
 from same_run import KINDS, assert_same, check_same_run, devices, what_was_learned
+
+from hexa_jax import export, main
+from hexa_jax import prepare as preparing
+from hexa_jax.checkpoint.checkpointer import MANIFEST, CheckpointError, Checkpoints
+from hexa_jax.core.preemption import Terminated
+from hexa_jax.data.sources import DataError, make_source
+from hexa_jax.evals.backbone import load_backbone
+from hexa_jax.storage import gcs, workdir_sync
+from hexa_jax.storage.gcs import RemoteError
+from hexa_jax.storage.workdir_sync import OWNER, Mirror
 
 # The command line, with a short memory for owners that died.
 MAIN = """

@@ -7,10 +7,11 @@ import pathlib
 import subprocess
 import sys
 
-import configs.common
 import jax.numpy as jnp
 import numpy as np
 import pytest
+
+import configs.common
 from hexa_jax.storage import workdir
 from hexa_jax.storage.loggers import LoggerError
 from hexa_jax.storage.workdir import Metrics, WorkdirError, abandon, closest, flatten, held, open_workdir, write_json

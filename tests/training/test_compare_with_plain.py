@@ -3,13 +3,13 @@
 import json
 
 import pytest
+from small import small_config
+
 from hexa_jax.core.errors import ConfigError
 from hexa_jax.core.preemption import Terminated
 from hexa_jax.report.page import table
 from hexa_jax.storage.workdir import flatten
 from hexa_jax.training import loop
-
-from small import small_config
 
 STEPS = 6  # of each of the two runs: 3 epochs of 2
 

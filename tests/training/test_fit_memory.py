@@ -5,14 +5,14 @@ import dataclasses
 import jax
 import numpy as np
 import pytest
+from small import small_config
+
 from hexa_jax.core.errors import ConfigError
 from hexa_jax.parallel.mesh import Layout
 from hexa_jax.training import fit_memory, memory
 from hexa_jax.training.factory import make_trainer, open_training_source
 from hexa_jax.training.fit_memory import compile_to_fit, same_results
 from hexa_jax.training.memory import Need
-
-from small import small_config
 
 GROUPED = {"batch_size": 32, "bn_group_size": 4, "cutmix_block": 4, "runtime.microbatches": 0}
 

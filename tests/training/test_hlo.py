@@ -7,10 +7,10 @@ import sys
 
 import jax
 import pytest
+from small import small_config
+
 from hexa_jax.training.factory import make_trainer
 from launch.program import CHIPS, collectives, estimated_cycles, microbatches_that_fit, too_large
-
-from small import small_config
 
 
 def compiled(trainer):

@@ -12,6 +12,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from command_line import REPOSITORY
+from make_torch_goldens import images
+from safetensors.numpy import load_file, save_file
+from small import SmallRun, largest_difference, small_config
+from torch_libraries import features_of, library, with_drawn_weights
+
 from hexa_jax import export, main
 from hexa_jax.evals.backbone import IMAGENET_MEAN, IMAGENET_STD, Backbone, load_backbone
 from hexa_jax.methods import METHODS
@@ -33,12 +39,6 @@ from hexa_jax.storage.workdir import INIT_RECORD as RECORD
 from hexa_jax.training.factory import make_trainer
 from hexa_jax.training.initial_weights import described, read_initial_weights
 from hexa_jax.training.loop import pretrain
-from safetensors.numpy import load_file, save_file
-
-from command_line import REPOSITORY
-from make_torch_goldens import images
-from small import SmallRun, largest_difference, small_config
-from torch_libraries import features_of, library, with_drawn_weights
 
 TOLERANCE = 1e-4  # of the largest value
 SIDE = 64

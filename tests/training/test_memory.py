@@ -10,6 +10,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from command_line import REPOSITORY, arguments, environment, finished
+from small import small_config
+
 from configs.eval import knn as knn_config
 from hexa_jax import main
 from hexa_jax.data.shapes import ShapesSource
@@ -24,9 +27,6 @@ from hexa_jax.training.memory import (
     microbatches_that_fit,
     needed,
 )
-
-from command_line import REPOSITORY, arguments, environment, finished
-from small import small_config
 
 # A step whose temporaries are large beside everything else that a process holds, told and measured.
 MEASURED = """

@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hexa_jax.training.factory import make_scheme
-
 from small import SmallRun, largest_difference, small_config
+
+from hexa_jax.training.factory import make_scheme
 
 
 @pytest.fixture(scope="module")

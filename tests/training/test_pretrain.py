@@ -3,9 +3,9 @@
 import logging
 
 import pytest
-from hexa_jax.training import loop
-
 from small import small_config
+
+from hexa_jax.training import loop
 
 
 @pytest.fixture

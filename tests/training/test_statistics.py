@@ -6,15 +6,15 @@ import itertools
 import jax
 import numpy as np
 import pytest
+from command_line import final_state, lines
+from small import SmallRun, largest_difference, small_config
+
 from configs import cifar10_moco_v2, imagenette_swav, moco_v2
 from hexa_jax.core.preemption import PreemptionGuard, Terminated
 from hexa_jax.storage.workdir import open_workdir
 from hexa_jax.training.input import TrainingData
 from hexa_jax.training.load_run import load_run
 from hexa_jax.training.loop import pretrain
-
-from command_line import final_state, lines
-from small import SmallRun, largest_difference, small_config
 
 
 def mean_moments(steps, state, batches, count):

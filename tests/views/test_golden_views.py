@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+
 from hexa_jax.views import adversarial
 from hexa_jax.views import cutmix as cutmix_views
 

@@ -17,6 +17,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from command_line import environment, lines
+from small import SmallRun, largest_difference, small_config
+
 from configs import common
 from hexa_jax.core.errors import ConfigError
 from hexa_jax.methods.simclr import Candidates, SimCLR
@@ -28,9 +31,6 @@ from hexa_jax.views.hard_crop import HardCrop
 from hexa_jax.views.mixup import Mixup
 from hexa_jax.views.noise import Noise
 from hexa_jax.views.scheme import Scheme
-
-from command_line import environment, lines
-from small import SmallRun, largest_difference, small_config
 
 REPOSITORY = pathlib.Path(__file__).resolve().parents[2]
 GREY = 1 / 255
