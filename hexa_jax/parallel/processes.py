@@ -95,9 +95,9 @@ def _complete(given: Placement, environment: Mapping[str, str]) -> Placement:
         raise DistributedError(f"--coordinator={place.coordinator!r} must be HOST:PORT")
     if place.num_processes is not None and place.num_processes < 1:
         raise DistributedError(f"--num_processes={place.num_processes} must be positive")
-    number, count = place.process_id, place.num_processes
-    if number is not None and count is not None and not 0 <= number < count:
-        raise DistributedError(f"--process_id={number} must be 0 to {count - 1}")
+    own, total = place.process_id, place.num_processes
+    if own is not None and total is not None and not 0 <= own < total:
+        raise DistributedError(f"--process_id={own} must be 0 to {total - 1}")
     return place
 
 
