@@ -251,8 +251,9 @@ def _kernel(program: Program, computation: Computation, one: Instruction, times:
 
 
 def _inner(program: Program, one: Instruction) -> Computation | None:
-    """The computation that a fusion fuses."""
-    return program.computations[one.called[0]] if one.opcode == "fusion" and one.called else None
+    """The computation that a fusion fuses, or one that is started and waited for later."""
+    is_fusion = one.opcode in ("fusion", "fusion-start")
+    return program.computations[one.called[0]] if is_fusion and one.called else None
 
 
 def _kind(program: Program, computation: Computation, one: Instruction) -> str:
@@ -403,7 +404,11 @@ def _precision(computation: Computation, one: Instruction) -> str:
 
 def _others(computation: Computation, one: Instruction) -> float:
     """FLOPs of an instruction that is no product: one an element of the result, or of what is reduced."""
-    if one.opcode in _PLAIN or one.opcode in ("fusion", "custom-call") or one.opcode.startswith(_COLLECTIVES):
+    if (
+        one.opcode in _PLAIN
+        or one.opcode in ("fusion", "fusion-start", "custom-call")
+        or one.opcode.startswith(_COLLECTIVES)
+    ):
         return 0.0
     if one.opcode == "reduce":
         half = len(one.operands) // 2

@@ -133,9 +133,13 @@ def test_slices_and_updates_in_place():
     body = """  %p = f32[100,16]{1,0} parameter(0)
   %i = s32[] parameter(1)
   %a = f32[1,16]{1,0} fusion(%p, %i), kind=kLoop, calls=%fused_slice
-  ROOT %b = f32[100,16]{1,0} fusion(%p, %a, %i), kind=kLoop, calls=%fused_update
+  %b = f32[100,16]{1,0} fusion(%p, %a, %i), kind=kLoop, calls=%fused_update
+  %s = ((f32[100,16]{1,0}, s32[]), f32[1,16]{1,0}, u32[]) fusion-start(%p, %i), kind=kLoop, calls=%fused_slice
+  ROOT %d = f32[1,16]{1,0} fusion-done(%s)
 """
-    (one, two), _ = entry(body, text)
+    (one, two, asynchronous), _ = entry(body, text)
+    assert (asynchronous.kind, asynchronous.read, asynchronous.written) == (one.kind, one.read, one.written)
+    assert (asynchronous.others, asynchronous.times) == (16.0, 1)
     assert (one.kind, one.read, one.written) == ("gather or update", 64 + 4, 64)
     assert (two.kind, two.read, two.written) == ("gather or update", 64 + 4, 64)
 
