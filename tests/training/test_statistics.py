@@ -10,6 +10,7 @@ from command_line import final_state, lines
 from small import SmallRun, largest_difference, small_config
 
 from configs import cifar10_moco_v2, imagenette_swav, moco_v2
+from hexa_jax.checkpoint.checkpointer import Checkpoints
 from hexa_jax.core.preemption import PreemptionGuard, Terminated
 from hexa_jax.storage.workdir import open_workdir
 from hexa_jax.training.input import TrainingData
@@ -48,14 +49,16 @@ def run_config(wanted):
     return config
 
 
-def stop_at(monkeypatch, call):
-    """Let the run be asked to stop at the n-th time that it looks, and from then on."""
+def stop_at(monkeypatch, call, killed):
+    """Let the run be asked to stop at the n-th time that it looks and from then on, or be killed there."""
 
     class Stop(PreemptionGuard):
         calls = 0
 
         def reached(self):
             self.calls += 1
+            if killed and self.calls >= call:
+                raise KeyboardInterrupt
             return self.calls >= call
 
     monkeypatch.setattr("hexa_jax.training.loop.PreemptionGuard", Stop)
@@ -89,14 +92,15 @@ def test_what_a_run_leaves(wanted, finished):
 
 def test_a_stop_while_statistics_are_estimated_loses_nothing(finished, tmp_path, monkeypatch):
     """A run looks after 2 batches of a random network, a step, 2 batches, a step; one that goes on after 2 batches, 2 steps."""
-    config, messages = run_config("reestimated"), []
+    config = run_config("reestimated")
     workdir = open_workdir(str(tmp_path / "run"), config)
-    for call in (4, 1, 5):  # each time in the first batch of an estimate
-        stop_at(monkeypatch, call)
-        with pytest.raises(Terminated) as stopped:
+    # Each time in the first batch of an estimate.
+    for call, killed, step in ((4, False, 2), (1, False, 2), (5, True, 4), (1, False, 4)):
+        stop_at(monkeypatch, call, killed)
+        with pytest.raises(KeyboardInterrupt if killed else Terminated) as stopped:
             pretrain(config, workdir)
-        messages.append(str(stopped.value).partition(" in ")[0])
-    assert messages == [f"SIGTERM: saved step {step}" for step in (2, 2, 4)]
+        assert killed or str(stopped.value).startswith(f"SIGTERM: saved step {step} in ")
+        assert Checkpoints(workdir / "checkpoints").steps()[-1] == step
     assert not (workdir / "result.json").exists()
     monkeypatch.undo()
     pretrain(config, workdir)
