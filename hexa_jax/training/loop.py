@@ -64,7 +64,6 @@ def pretrain(config: ConfigDict, workdir: pathlib.Path) -> dict[str, Any]:
         ConfigError: there are no hard views to compare with the plain run.
     """
     source = open_training_source(config)
-    settle_normalization(config, workdir, source)
     if not config.get("compare_with_plain"):
         return _pretrain(config, workdir, source)
     plain = plain_config(config)
@@ -106,6 +105,7 @@ def _pretrain(
     with_report: bool = True,
 ) -> dict[str, Any]:
     trainer = make_trainer(config, len(source), num_classes=source.num_classes)
+    trainer = settle_normalization(config, workdir, source, trainer)
     if processes.is_main_process() and (unused := accelerator_warning()):
         logging.warning(unused)
     with jax.set_mesh(trainer.mesh):

@@ -65,7 +65,7 @@ def test_the_data_are_those_of_the_images(page, folder):
     assert data["labels"]["names"] == ["even", "odd"] and data["folders"] is None
     of = [data["names"][i].startswith("odd") for i in range(IMAGES)]
     assert data["labels"]["of"] == [int(odd) for odd in of]
-    assert data["unreadable"] == [[str(folder / "odd" / "corrupt.jpg"), "JPEG without image data"]]
+    assert data["unreadable"] == [[str(folder / "odd" / "corrupt.jpg"), "truncated or corrupt JPEG: no marker found"]]
     assert sum(np.bincount(data["clusters"])) == IMAGES and max(data["clusters"]) <= 3
     assert [m["title"] for m in data["maps"]] == ["PCA"] and len(data["maps"][0]["x"]) == IMAGES
     assert np.shape(data["neighbors"]) == np.shape(data["similarity"]) == (IMAGES, 5)
