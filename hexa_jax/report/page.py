@@ -12,7 +12,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from hexa_jax.data.source import Source
-from hexa_jax.report import sections
+from hexa_jax.report import picture_sections, sections
 from hexa_jax.report.record import read_record
 from hexa_jax.report.style import document
 from hexa_jax.views.preview import ViewPreview
@@ -97,10 +97,10 @@ def write_report(workdir: pathlib.Path, config: ConfigDict, run: Pictured) -> pa
             sections.health(record),
             sections.scores(record),
             sections.curves([record]),
-            sections.hard_examples(record, run.views) if run.views is not None else None,
-            sections.clusters(record, run),
-            sections.image_map(run.sample),
-            sections.neighbors(run),
+            picture_sections.hard_examples(record, run.views) if run.views is not None else None,
+            picture_sections.clusters(record, run),
+            picture_sections.image_map(run.sample),
+            picture_sections.neighbors(run),
             sections.data(record),
             sections.settings(record),
             sections.next_steps(record),
