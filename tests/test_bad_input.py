@@ -226,7 +226,11 @@ def test_data(mistake, tmp_path):
             "config.views.attack_norm='aux' is not known: use one of adversarial, clean",
         ),
         ("moco", {"views.steps": 0}, "config.views: an attack needs at least one step"),
-        ("moco", {"runtime.loggers": "('tensorbord',)"}, "config.runtime.loggers: 'tensorbord' is not known: use some of"),
+        (
+            "moco",
+            {"runtime.loggers": "('tensorbord',)"},
+            "config.runtime.loggers: 'tensorbord' is not known: use some of",
+        ),
         ("moco", {"runtime.num_devices": 9}, "runtime.num_devices=9, but there are 8"),
         ("moco", {"runtime.num_devices": 3}, "batch_size=16 is not divisible by 3 devices x 1 microbatches: use "),
         ("moco", {"runtime.microbatches": 3}, "batch_size=16 is not divisible by 1 devices x 3 microbatches: use "),
@@ -335,7 +339,10 @@ def test_checkpoint_of_another_model(kind, overrides, used, mistake):
     line = mistake(arguments(kind, used, **overrides))
     assert " is of another architecture or method: " in line and str(used / "checkpoints") in line
     after = contents(used)
-    assert json.loads(after.pop(used / "config.json")) and after == before
+    assert json.loads(after.pop(used / "config.json"))
+    # The command is the one that was last tried, as the config is.
+    assert after.pop(used / "command.json") != before.pop(used / "command.json")
+    assert after == before
 
 
 def test_workdir_of_another_program(mistake, tmp_path):

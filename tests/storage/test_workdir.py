@@ -257,7 +257,9 @@ def test_resume_drops_what_will_be_done_again(tmp_path, caplog):
 
 
 def test_unknown_logger(tmp_path):
-    with pytest.raises(LoggerError, match=r"runtime\.loggers: 'tensorbord' is not known: use some of tensorboard, wandb"):
+    with pytest.raises(
+        LoggerError, match=r"runtime\.loggers: 'tensorbord' is not known: use some of tensorboard, wandb"
+    ):
         Metrics(tmp_path, ("tensorbord",), 0)
 
 
