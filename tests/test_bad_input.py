@@ -339,7 +339,10 @@ def test_checkpoint_of_another_model(kind, overrides, used, mistake):
     line = mistake(arguments(kind, used, **overrides))
     assert " is of another architecture or method: " in line and str(used / "checkpoints") in line
     after = contents(used)
-    assert json.loads(after.pop(used / "config.json")) and after == before
+    assert json.loads(after.pop(used / "config.json"))
+    # The command is the one that was last tried, as the config is.
+    assert after.pop(used / "command.json") != before.pop(used / "command.json")
+    assert after == before
 
 
 def test_workdir_of_another_program(mistake, tmp_path):

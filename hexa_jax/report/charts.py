@@ -1,4 +1,4 @@
-"""Line charts and dot plots as inline SVG, with colors from the page's style.
+"""Line charts and dot plots as inline SVG: no script needed, sharp at any size, colors from the page's style.
 
 Lines differ in color, in dashes and in the letter or word at their end, so that color alone never
 carries the meaning.
@@ -18,7 +18,7 @@ MARKED = 16  # points of a line up to which each is marked
 
 
 class Line(NamedTuple):
-    """One line of a chart: label, points by x, and a style for color and dashes."""
+    """One line of a chart: a label and (x, y) points in order of x; `style` picks color and dashes."""
 
     label: str
     points: Sequence[tuple[float, float]]
@@ -73,14 +73,10 @@ def line_chart(
         parts.append(
             f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>'
         )
-        parts.append(
-            f'<text class="tick" x="{LEFT - 6}" y="{y + 3.5:.1f}" text-anchor="end">{short(tick)}</text>'
-        )
+        parts.append(_text("tick", LEFT - 6, y + 3.5, "end", short(tick)))
     for tick in ticks(x_low, x_high):
         x = x_of(tick)
-        parts.append(
-            f'<text class="tick" x="{x:.1f}" y="{HEIGHT - BOTTOM + 15}" text-anchor="middle">{short(tick)}</text>'
-        )
+        parts.append(_text("tick", x, HEIGHT - BOTTOM + 15, "middle", short(tick)))
     parts.append(
         f'<text class="tick" x="{WIDTH - RIGHT}" y="{HEIGHT - 4}" text-anchor="end">epoch</text>'
     )
@@ -149,7 +145,7 @@ def dot_plot(
     levels: Sequence[Level] = (),
     unit: str = "",
 ) -> str:
-    """Return an SVG with a row per dot, intervals as bars, over all of x_range."""
+    """Return an SVG with one row per dot, intervals as bars, on an axis that shows all of x_range."""
     if not dots:
         return ""
     row, label_width, width = 27, 108, 350
@@ -172,9 +168,8 @@ def dot_plot(
     for place, dot in enumerate(dots):
         y = TOP + row * (place + 0.5)
         kind = "strong" if dot.strong else "plain"
-        parts.append(
-            f'<text class="label {kind}" x="{label_width - 10}" y="{y + 4:.1f}" text-anchor="end">{html.escape(dot.label)}</text>'
-        )
+        name = html.escape(fitting(dot.label))
+        parts.append(_text(f"label {kind}", label_width - 8, y + 4, "end", name))
         if dot.low is not None and dot.high is not None:
             parts.append(
                 f'<line class="interval {kind}" x1="{x_of(dot.low):.1f}" x2="{x_of(dot.high):.1f}" y1="{y:.1f}" y2="{y:.1f}"/>'
@@ -191,6 +186,12 @@ def dot_plot(
         f'<svg class="dots" viewBox="0 0 {width} {height}" role="img" '
         f'aria-label="{html.escape(f"{title}: {spoken}", quote=True)}">{"".join(parts)}</svg>'
     )
+
+
+def fitting(label: str, length: int = 17) -> str:
+    """Return a label with its middle left out where it is too long: names of runs differ at their ends."""
+    half = (length - 1) // 2
+    return label if len(label) <= length else f"{label[:half]}…{label[-half:]}"
 
 
 def spark(points: Sequence[tuple[float, float]]) -> str:
@@ -268,6 +269,11 @@ def _scale(low: float, high: float, start: float, end: float):
     """A function from [low, high] to [start, end]; what is outside stays at the ends."""
     size = (high - low) or 1.0
     return lambda value: start + (end - start) * min(max((value - low) / size, 0.0), 1.0)
+
+
+def _text(kind: str, x: float, y: float, anchor: str, words: str) -> str:
+    """A text of an SVG; `words` is escaped HTML."""
+    return f'<text class="{kind}" x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{words}</text>'
 
 
 def _polyline(line: Line, x_of, y_of) -> str:

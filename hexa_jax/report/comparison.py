@@ -1,4 +1,4 @@
-"""Several runs on one page: differing settings, results, curves over each other."""
+"""Several runs on one page: what differs in their settings, their results, and their curves over each other."""
 
 import os
 import pathlib
@@ -68,37 +68,30 @@ def _titles(records: Sequence[RunRecord]) -> list[str]:
 
 
 def _runs(records: Sequence[RunRecord], titles: Sequence[str]) -> Section:
-    """A row per run: verdict, progress, the main numbers."""
-    rows = []
+    """A verdict in words for each run, and a row with its main numbers."""
+    cards, rows = "", []
     for record, title in zip(records, titles, strict=True):
         found = words.verdict(record)
         rank, agreement = record.last("rankme"), record.last("neighbor_agreement")
         seconds = sum(record.facts.get("seconds_by_start", {}).values())
+        cards += (
+            f'<article><div class="top"><h3>{escape(title)}</h3>{sections.pill(found.status)}</div>'
+            f"<p>{escape(found.words)}</p></article>"
+        )
         rows.append(
             (
                 escape(title),
-                sections.pill(found.status),
                 escape(record.config["method"]),
                 escape(", ".join(sections.hard_views(record.config)) or "none"),
                 f"{record.epoch:.3g} of {record.epochs}",
                 "–" if rank is None else f"{rank:.1f}",
                 "–" if agreement is None else f"{100 * agreement:.0f} %",
                 sections.duration(seconds) if seconds else "–",
-                escape(found.words),
             )
         )
-    head = [
-        "run",
-        "status",
-        "method",
-        "hard views",
-        "epoch",
-        "effective rank",
-        "neighbors agree",
-        "time",
-        "in words",
-    ]
-    return section("runs", "Runs", "", rows_table("Runs", head, rows))
+    head = ["run", "method", "hard views", "epoch", "effective rank", "neighbors agree", "time"]
+    body = f'<div class="health">{cards}</div>{rows_table("Main numbers", head, rows)}'
+    return section("runs", "Runs", "", body)
 
 
 def _differences(records: Sequence[RunRecord], titles: Sequence[str]) -> Section | None:

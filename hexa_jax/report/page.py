@@ -13,7 +13,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from hexa_jax.data.source import Source
-from hexa_jax.report import sections
+from hexa_jax.report import picture_sections, sections
 from hexa_jax.report.record import RunRecord, read_record
 from hexa_jax.report.style import document
 from hexa_jax.storage.workdir import PLAIN
@@ -91,9 +91,7 @@ class Pictured(NamedTuple):
 
 
 def write_report(workdir: pathlib.Path, config: ConfigDict, run: Pictured) -> pathlib.Path:
-    """Write `report/index.html` of a workdir, in one step.
-
-    A browser sees the old page or the new one.
+    """Write `report/index.html` of a workdir, in one step: a browser sees the old page or the new one.
 
     Args:
         workdir: of the run; its files are read, see `hexa_jax.report.record`.
@@ -112,10 +110,10 @@ def write_report(workdir: pathlib.Path, config: ConfigDict, run: Pictured) -> pa
             sections.health(record),
             sections.scores(record),
             sections.curves(*_with_plain(record)),
-            sections.hard_examples(record, run.views) if run.views is not None else None,
-            sections.clusters(record, run),
-            sections.image_map(run.sample),
-            sections.neighbors(run),
+            picture_sections.hard_examples(record, run.views) if run.views is not None else None,
+            picture_sections.clusters(record, run),
+            picture_sections.image_map(run.sample),
+            picture_sections.neighbors(run),
             sections.data(record),
             sections.settings(record),
             sections.next_steps(record),

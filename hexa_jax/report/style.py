@@ -78,6 +78,7 @@ th{font-weight:600}
 tr.strong td,tr.strong th{font-weight:700}
 code,pre{font-family:ui-monospace,"SF Mono",Menlo,Consolas,"Liberation Mono",monospace;font-size:.85rem}
 code{overflow-wrap:anywhere}
+th code{white-space:nowrap}
 pre{background:var(--page);border:1px solid var(--line);border-radius:6px;padding:10px 12px;margin:8px 0;
 white-space:pre-wrap;overflow-wrap:anywhere}
 img{display:block;max-width:100%;height:auto;border-radius:4px;background:var(--note-bg)}

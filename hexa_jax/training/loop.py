@@ -229,8 +229,13 @@ class _Run:
                 if pending:
                     self._report(*pending)  # also the check that what is saved is finite
                 pending = None
-                # Those of the last checkpoint wait until it is saved: a kill on the way loses no step.
-                if best and self.step < self.total and self.metadata.get("reestimated") != self.step:
+                # Those of the last checkpoint wait until it is saved: a kill on the way loses no
+                # step.
+                if (
+                    best
+                    and self.step < self.total
+                    and self.metadata.get("reestimated") != self.step
+                ):
                     self._settle_statistics()
                 self._save(last=stopping or self.step == self.total)
             if stopping and self.step < self.total:

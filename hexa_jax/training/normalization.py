@@ -13,7 +13,9 @@ from hexa_jax.storage.workdir import NORMALIZATION, apply_normalization, write_j
 from hexa_jax.training.step import Trainer
 
 
-def settle_normalization(config: ConfigDict, workdir: pathlib.Path, source: Source, trainer: Trainer) -> Trainer:
+def settle_normalization(
+    config: ConfigDict, workdir: pathlib.Path, source: Source, trainer: Trainer
+) -> Trainer:
     """Set `config.data.pixel_mean` and `pixel_std`, where they are measured, in the config and the network.
 
     The first start of a run measures, and writes what it found into the workdir: into a file of its
@@ -52,7 +54,9 @@ def settle_normalization(config: ConfigDict, workdir: pathlib.Path, source: Sour
         log(f"pixels of {images} images: mean {shown[0]}, standard deviation {shown[1]}")
     write_json(workdir / "config.json", config.to_dict())
     network = trainer.objective.network.clone(pixel_mean=mean, pixel_std=std)
-    return dataclasses.replace(trainer, objective=dataclasses.replace(trainer.objective, network=network))
+    return dataclasses.replace(
+        trainer, objective=dataclasses.replace(trainer.objective, network=network)
+    )
 
 
 def _of_main(found: PixelStatistics) -> PixelStatistics:

@@ -16,6 +16,7 @@ from hexa_jax.report import charts, images, words
 from hexa_jax.report.__main__ import main
 from hexa_jax.report.page import Pictured, SampleImages, write_report
 from hexa_jax.report.record import read_record, write_facts
+from hexa_jax.report.style import CSS
 from hexa_jax.views.preview import ViewPreview
 
 RNG = np.random.default_rng(0)
@@ -256,6 +257,32 @@ def test_a_chart_survives_constant_and_infinite_values():
     assert charts.line_chart("x", [charts.Line("y", [(0, 3.0)])])
 
 
+def luminance(color):
+    """Of #rgb or #rrggbb, as WCAG defines it."""
+    digits = color[1:] if len(color) == 7 else "".join(2 * digit for digit in color[1:])
+    channels = [int(digits[place : place + 2], 16) / 255 for place in (0, 2, 4)]
+    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+@pytest.mark.parametrize("mode", [0, 1])
+def test_text_and_lines_stand_out_in_light_and_dark(mode):
+    block = re.findall(r":root\{(.*?)\}", CSS, re.S)[mode]
+    colors = dict(re.findall(r"--([a-z0-9-]+):(#[0-9a-f]+)", block))
+    pairs = [(name, ground) for name in ("ink", "soft", "accent") for ground in ("card", "page")]
+    pairs += [(status, f"{status}-bg") for status in ("good", "watch", "problem", "note")]
+    pairs += [(status, "card") for status in ("good", "watch", "problem", "note")]
+    pairs += [(f"s{number}", "card") for number in range(8)]
+    for front, ground in pairs:
+        low, high = sorted(luminance(colors[name]) for name in (front, ground))
+        assert (high + 0.05) / (low + 0.05) >= 4.5, (front, ground)
+
+
+def test_long_names_keep_both_ends():
+    assert charts.fitting("hexa") == "hexa"
+    assert charts.fitting("a-very-long-name-seed0") == "a-very-l…me-seed0"
+
+
 def test_similar_images_are_neighbors_on_the_map():
     colors = np.repeat(np.eye(3, dtype=np.uint8) * 255, 8, axis=0)
     pictures = np.broadcast_to(colors[:, None, None], (24, 4, 4, 3)).astype(np.uint8)
@@ -334,7 +361,13 @@ tip:(d.querySelector('.tip')||{{}}).textContent||'',images:d.images.length}})}};
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here: apt-get install chromium")
 @pytest.mark.parametrize("width", [390, 1280])
-def test_in_a_browser_nothing_is_wider_than_the_window(page, tmp_path, width):
+@pytest.mark.parametrize("which", ["one run", "two runs"])
+def test_in_a_browser_nothing_is_wider_than_the_window(page, run, tmp_path, width, which):
+    if which == "two runs":
+        write_run(tmp_path / "another run with a longer name", finished=False, **{"views.epsilon": 4.0})
+        both = [str(run), str(tmp_path / "another run with a longer name")]
+        assert main([*both, f"--output={tmp_path / 'page.html'}"]) == 0
+        page = (tmp_path / "page.html").read_text()
     probe = tmp_path / "probe.html"
     source = json.dumps(page).replace("</", "<\\/")
     probe.write_text(PROBE.format(width=width, page=source))
@@ -343,5 +376,5 @@ def test_in_a_browser_nothing_is_wider_than_the_window(page, tmp_path, width):
     dom = subprocess.run(words_, capture_output=True, text=True, timeout=120).stdout
     found = json.loads(html.unescape(re.search(r"<title>(.*?)</title>", dom)[1]))
     assert found["scroll"] <= width and found["wide"] == []
-    assert found["tip"].startswith("epoch ") and "loss:" in found["tip"]
-    assert found["images"] > 70
+    assert found["tip"].startswith("epoch ") and ": " in found["tip"]
+    assert (found["images"] > 70) == (which == "one run")
