@@ -59,7 +59,13 @@ DOMAIN = {
     "data.aspect_ratio": "(0.5, 2.0)",
     "data.normalization": "measured",
 }
-DEEPCLUSTER = {**SMALL, **DOMAIN, "deepcluster.num_clusters": 8, "runtime.keep_best": "neighbor_agreement"}
+DEEPCLUSTER = {
+    **SMALL,
+    **DOMAIN,
+    "compare_with_plain": False,
+    "deepcluster.num_clusters": 8,
+    "runtime.keep_best": "neighbor_agreement",
+}
 MOCO = {**SMALL, "moco.queue_size": 32, "views.cutmix.weight": 1.0}
 FILES = {"deepcluster": "quickstart.py", "moco": "hexa_moco.py"}
 TIMED = ("images_per_second", "input_wait")  # metrics that are of no two runs the same

@@ -68,6 +68,7 @@ def test_deepcluster_on_shapes_leaves_everything_that_a_run_should():
         "knn_accuracy",
         "random_knn_accuracy",
         "pixels_knn_accuracy",
+        "nmi",
     }  # no linear probe without held-out examples
     assert result(workdir)["step"] == STEPS
     assert all(0 <= value <= 100 for name, value in result(workdir).items() if "accuracy" in name)
