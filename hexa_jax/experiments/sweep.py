@@ -28,7 +28,7 @@ SHARED_RUNTIME = frozenset(
         "data_dir",
         "data_cache",
         "log_every",
-        "writer",
+        "loggers",
     )
 )
 

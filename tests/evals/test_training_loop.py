@@ -49,7 +49,7 @@ def make(folder, evaluated, step=add, silent=(), log_every=2):
         return {} if epoch in silent else {"sum": float(state.value)}
 
     return TrainingLoop(
-        config=ConfigDict({"batch_size": 4, "runtime": {"writer": "tensorboardX", "log_every": log_every}}),
+        config=ConfigDict({"batch_size": 4, "runtime": {"loggers": (), "log_every": log_every}}),
         folder=folder,
         total=TOTAL,
         steps_per_epoch=STEPS_PER_EPOCH,
