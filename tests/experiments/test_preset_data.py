@@ -61,7 +61,8 @@ def test_every_stage_finds_both_of_its_splits(preset, experiment, miniatures, tm
     seen = set()
     for train, *probes in {entry.cell.name: entry.cell.stages for entry in entries}.values():
         config = parsed(*train.command(tmp_path, [f"--config.runtime.data_dir={miniatures}"])[3:])
-        assert make_trainer(config, PUBLISHED[preset], jax.devices()[:1]).spec.steps_per_epoch
+        trainer = make_trainer(config, PUBLISHED[preset], jax.devices()[:1], num_classes=10)
+        assert trainer.spec.steps_per_epoch
         key = (config.data.source, config.data.eval_source, *(probe.config for probe in probes))
         if key in seen:
             continue

@@ -157,7 +157,7 @@ def _scan(path: str) -> ShardIndex:
                 f"tar:{path} is compressed, without random access: unpack it once with gunzip"
             )
     try:
-        with tarfile.open(path, "r:") as archive:
+        with tarfile.open(path, mode="r:") as archive:
             for member in archive:
                 folder, base = os.path.split(member.name)
                 if not member.isreg() or member.issparse() or base.startswith("."):
