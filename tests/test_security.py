@@ -40,7 +40,7 @@ def wrong_calls(source: str) -> list[str]:
         argument, value = ONLY_WITH.get(name, (None, None))
         if name in NEVER or name.endswith((".extractall", ".extract")):
             wrong.append(name)
-        elif argument and constants.get(argument) is not value:
+        elif argument and constants.get(argument) != value:
             wrong.append(f"{name} without {argument}={value}")
         elif constants.get("shell", False) is not False:
             wrong.append(f"{name} with a shell")
