@@ -127,7 +127,7 @@ def test_a_slow_source_changes_nothing_but_is_told(run, undisturbed, tmp_path, m
     ended = run(tmp_path, **{"runtime.threads": 1, "runtime.prefetch": 1})
     assert ended.code == 0 and not ended.stderr
     check_same(tmp_path, undisturbed)
-    waits = [line["input_wait"] for line in lines(tmp_path)]
+    waits = [line["input_wait"] for line in lines(tmp_path) if "input_wait" in line]
     assert all(0 <= share <= 1 for share in waits) and max(waits) > 0.5, waits
     told = [line for line in ended.stdout.splitlines() if "waited for input" in line]
     assert f"waited for input {max(waits):.0%} of the time" in "\n".join(told)
@@ -217,7 +217,7 @@ def test_a_clock_that_jumps_changes_nothing(run, undisturbed, tmp_path, monkeypa
     assert ended.code == 0 and not ended.stderr and "resuming at step 9 from" in ended.stdout
     check_same(tmp_path, undisturbed)
     assert Checkpoints(tmp_path / "checkpoints").steps() == [STEPS - EVERY, STEPS]
-    speeds = [line["images_per_second"] for line in lines(tmp_path)]
+    speeds = [line["images_per_second"] for line in lines(tmp_path) if "loss" in line]
     assert all(0.1 < speed < 1e6 for speed in speeds), speeds
     left = re.findall(r"ETA (\d+):\d\d:\d\d", stopped.stdout + ended.stdout)
     assert len(left) == STEPS and set(left) == {"0"}, left
