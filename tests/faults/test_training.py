@@ -109,7 +109,9 @@ def check_same(workdir, undisturbed):
     assert step == wanted_step == STEPS and state.keys() == wanted.keys()
     for name, leaf in wanted.items():
         np.testing.assert_array_equal(state[name], leaf, err_msg=name)
-    losses = [[(line["step"], line["loss"]) for line in lines(folder) if "loss" in line] for folder in (workdir, undisturbed)]
+    losses = [
+        [(line["step"], line["loss"]) for line in lines(folder) if "loss" in line] for folder in (workdir, undisturbed)
+    ]
     assert losses[0] == losses[1] and [step for step, _ in losses[0]] == list(range(1, STEPS + 1))
 
 
