@@ -42,7 +42,7 @@ class Source:
 
 def write_run(folder, gain=8.0, finished=True, **settings):
     """The files of a run whose accuracy grows by `gain` points an epoch."""
-    config = quickstart.get_config()
+    config = quickstart.get_config("epochs=6")
     config.update_from_flattened_dict(settings)
     (folder / "report").mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(config.to_dict()))
