@@ -1,6 +1,10 @@
 """Self-supervised pre-training of image backbones with hard examples (HEXA), in JAX."""
 
+import os
 from typing import Any
+
+# Before anything imports epath, which would ask TensorFlow for gs:// wherever that is installed.
+os.environ["EPATH_USE_TF"] = "false"
 
 __version__ = "0.1.0"
 

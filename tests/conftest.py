@@ -6,6 +6,7 @@ import pathlib
 import shutil
 import tempfile
 
+os.environ["EPATH_USE_TF"] = "false"  # before anything imports epath: see hexa_jax/storage/gcs.py
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 # The same HLO with quicker code generation: compile time is most of this suite.
