@@ -177,7 +177,7 @@ def test_mistakes_are_one_line_and_leave_nothing(cloud, tmp_path, capsys, monkey
     assert "s3://there/run: only local paths and gs:// buckets" in said(capsys, tiny, "--workdir=s3://there/run")
     wrong = {
         "tfds:cifar10 is not prepared in gs://nobucket/data": ["runtime.data_dir=gs://nobucket/data", "data.source=tfds:cifar10"],
-        "pack a folder": [f"data.source=folder:gs://{NAME}/photos"],
+        "pack them": [f"data.source=folder:gs://{NAME}/photos"],
         f"gs://{NAME}/no.npz cannot be read: no such": [f"data.source=arrays:gs://{NAME}/no.npz"],
         "needs a config.runtime.data_cache": [f"data.source=arrays:gs://{NAME}/no.npz", "runtime.data_cache="],
     }  # fmt: skip
