@@ -59,7 +59,9 @@ class Browser:
             async with self._session.get(f"http://127.0.0.1:{port}/json/list") as answer:
                 tabs = await answer.json()
             tab = next(tab for tab in tabs if tab["type"] == "page")
-            self._socket = await self._session.ws_connect(tab["webSocketDebuggerUrl"], max_msg_size=0)
+            self._socket = await self._session.ws_connect(
+                tab["webSocketDebuggerUrl"], max_msg_size=0
+            )
 
         self._loop.run_until_complete(connect())
         for domain in ("Page", "Runtime", "Network", "Log"):
@@ -93,7 +95,9 @@ class Browser:
 
     def evaluate(self, expression):
         """Value of a JavaScript expression, promises awaited."""
-        result = self.call("Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True)
+        result = self.call(
+            "Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True
+        )
         assert "exceptionDetails" not in result, result["exceptionDetails"]
         return result["result"].get("value")
 
@@ -130,7 +134,9 @@ class Browser:
                   button="left", clickCount=1)  # fmt: skip
         for step in range(1, steps + 1):
             x, y = (a + (b - a) * step / steps for a, b in zip(start, end, strict=True))
-            self.call("Input.dispatchMouseEvent", type="mouseMoved", x=x, y=y, button="left", buttons=1)
+            self.call(
+                "Input.dispatchMouseEvent", type="mouseMoved", x=x, y=y, button="left", buttons=1
+            )
         self.call("Input.dispatchMouseEvent", type="mouseReleased", x=end[0], y=end[1],
                   button="left", clickCount=1)  # fmt: skip
 
@@ -143,7 +149,9 @@ class Browser:
         codes = {"Enter": 13, "ArrowLeft": 37, "ArrowRight": 39, "Tab": 9, "Escape": 27}
         more = {"text": text} if text else {}
         code = codes.get(key, ord(key[0]))
-        self.call("Input.dispatchKeyEvent", type="keyDown", key=key, windowsVirtualKeyCode=code, **more)
+        self.call(
+            "Input.dispatchKeyEvent", type="keyDown", key=key, windowsVirtualKeyCode=code, **more
+        )
         self.call("Input.dispatchKeyEvent", type="keyUp", key=key, windowsVirtualKeyCode=code)
 
     def write(self, text):
@@ -170,7 +178,9 @@ class Browser:
         """Addresses that the page asked for, without data: and blob: ones."""
         self.evaluate("1")
         urls = [
-            event["params"]["request"]["url"] for event in self.events if event["method"] == "Network.requestWillBeSent"
+            event["params"]["request"]["url"]
+            for event in self.events
+            if event["method"] == "Network.requestWillBeSent"
         ]
         return [url for url in urls if not url.startswith(("data:", "blob:"))]
 

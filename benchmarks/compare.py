@@ -1,8 +1,9 @@
 """Cases that `benchmarks/step.py --peer` times beside PyTorch, and how: process by process, turn by turn, one row a variant.
 
-Both sides do the same work: the same network, precision, crops (uint8, on the device), forward and backward passes, queue or bank,
-and SGD. Left out on both sides: photometric augmentation (unless --augment, which then is work of ours alone), and what reading
-and cutting images costs the host. Ours computes a few scalars for the log besides.
+Both sides do the same work: the same network, precision, crops (uint8, on the device), forward and
+backward passes, queue or bank, and SGD. Left out on both sides: photometric augmentation (unless
+--augment, which then is work of ours alone), and what reading and cutting images costs the host.
+Ours computes a few scalars for the log besides.
 """
 
 import argparse
@@ -21,7 +22,15 @@ from ml_collections import ConfigDict
 from benchmarks.hardware import add_rows, peak_of, surroundings
 from benchmarks.ours import VARIANTS, num_examples
 from benchmarks.peers.case import Case
-from benchmarks.turns import ROOT, Refusal, Worker, WorkerError, alternate, one_after_the_other, ratio
+from benchmarks.turns import (
+    ROOT,
+    Refusal,
+    Worker,
+    WorkerError,
+    alternate,
+    one_after_the_other,
+    ratio,
+)
 from hexa_jax.cli.command import parse_command
 from hexa_jax.core.errors import ConfigError
 from hexa_jax.training.factory import make_method, make_network, make_resolutions, make_scheme
@@ -33,7 +42,10 @@ from hexa_jax.views.cutmix import CutMix
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "moco_resnet50": ("hexa_moco.py", {}),
     "moco_resnet18": ("cifar10_hexa_moco.py", {"precision": "bfloat16"}),
-    "moco_quickstart": ("quickstart.py", {"method": "moco", "moco.queue_size": 4096, "model.head_batch_norm": False}),
+    "moco_quickstart": (
+        "quickstart.py",
+        {"method": "moco", "moco.queue_size": 4096, "model.head_batch_norm": False},
+    ),
     "deepcluster_8crop": ("hexa_dcluster_8crop.py", {"batch_size": 256}),
     "deepcluster_quickstart": ("quickstart.py", {}),
     "tiny_moco": ("tiny.py:method=moco", {}),
@@ -53,13 +65,18 @@ VIEWS = {
     "main": "adversarial, main, shared",
     "cutmix": "adversarial (auxiliary) + cut-mixed",
 }
-NO_AUGMENTATION = {f"augment.{name}_probability": (0.0,) for name in ("jitter", "gray", "blur", "solarize")}
+NO_AUGMENTATION = {
+    f"augment.{name}_probability": (0.0,) for name in ("jitter", "gray", "blur", "solarize")
+}
 
 
 def settings_of(name: str) -> list[str]:
     """The command-line settings of a named case."""
     file, overrides = CASES[name]
-    return [f"--config={ROOT / 'configs' / file}", *(f"--config.{key}={value}" for key, value in overrides.items())]
+    return [
+        f"--config={ROOT / 'configs' / file}",
+        *(f"--config.{key}={value}" for key, value in overrides.items()),
+    ]
 
 
 def in_common(config: ConfigDict, augment: bool) -> dict[str, Any]:
@@ -89,10 +106,14 @@ def case_of(config: ConfigDict, views: dict[str, Any]) -> Case:
     if config.method not in ("moco", "deepcluster"):
         raise ConfigError(f"config.method={config.method!r} has no peer: use moco or deepcluster")
     if config.precision not in ("bfloat16", "float32"):
-        raise ConfigError(f"config.precision={config.precision!r} has no peer: use bfloat16 or float32")
+        raise ConfigError(
+            f"config.precision={config.precision!r} has no peer: use bfloat16 or float32"
+        )
     settings = config.views
     known = {"adversarial", "cutmix"}
-    if unknown := [view.name for view in scheme.views if view.name not in known or view != plain_view(view)]:
+    if unknown := [
+        view.name for view in scheme.views if view.name not in known or view != plain_view(view)
+    ]:
         raise ConfigError(
             f"the peer knows adversarial and cut-mixed views added from the first step on, not {unknown[0]}"
         )
@@ -147,7 +168,9 @@ def case_of(config: ConfigDict, views: dict[str, Any]) -> Case:
 def torch_version(python: str) -> str | None:
     """Version of PyTorch in an interpreter; None where it has none."""
     try:
-        found = subprocess.run([python, "-c", "import torch; print(torch.__version__)"], capture_output=True, text=True)
+        found = subprocess.run(
+            [python, "-c", "import torch; print(torch.__version__)"], capture_output=True, text=True
+        )
     except OSError as error:
         raise ConfigError(f"--peer-python={python} cannot be started: {error.strerror}") from None
     return found.stdout.strip() if found.returncode == 0 else None
@@ -166,13 +189,21 @@ def compare(options: argparse.Namespace, settings: list[str], argv: list[str]) -
     plan = [_planned(options, name, chosen, settings, argv) for name in names or [""]]
     version = torch_version(options.peer_python)
     if version is None:
-        print(f"step: {options.peer_python} has no PyTorch (pip install torch): ours runs alone", file=sys.stderr)
+        print(
+            f"step: {options.peer_python} has no PyTorch (pip install torch): ours runs alone",
+            file=sys.stderr,
+        )
     around, failures = surroundings(argv), 0 if version else 1
     for name, config, arguments, cases in plan:
         _print_head(name or arguments[0].partition("=")[2], config)
         for variant, case in cases.items():
             views = VARIANTS[VIEWS[variant]]
-            row: dict[str, Any] = {"benchmark": "step", "case": name, "variant": VIEWS[variant], **around}
+            row: dict[str, Any] = {
+                "benchmark": "step",
+                "case": name,
+                "variant": VIEWS[variant],
+                **around,
+            }
             row["augmentation"] = "ours alone" if options.augment else "left out on both sides"
             row["step"] = dataclasses.asdict(case)
             try:
@@ -198,20 +229,33 @@ class Planned(NamedTuple):
 
 
 def _planned(
-    options: argparse.Namespace, name: str, variants: list[str], settings: list[str], argv: list[str]
+    options: argparse.Namespace,
+    name: str,
+    variants: list[str],
+    settings: list[str],
+    argv: list[str],
 ) -> Planned:
     # This process must not ask jax for its devices: it would hold memory that the workers need.
     arguments = [*settings_of(name), *settings] if name else settings
-    changes = in_common(parse_command([argv[0], *arguments, "--workdir=unused"]).config, options.augment)
+    changes = in_common(
+        parse_command([argv[0], *arguments, "--workdir=unused"]).config, options.augment
+    )
     arguments = arguments + [f"--config.{key}={value}" for key, value in changes.items()]
     config = parse_command([argv[0], *arguments, "--workdir=unused"]).config
     return Planned(
-        name, config, arguments, {variant: case_of(config, VARIANTS[VIEWS[variant]]) for variant in variants}
+        name,
+        config,
+        arguments,
+        {variant: case_of(config, VARIANTS[VIEWS[variant]]) for variant in variants},
     )
 
 
 def _measure(
-    options: argparse.Namespace, arguments: list[str], views: dict[str, Any], case: Case, with_peer: bool
+    options: argparse.Namespace,
+    arguments: list[str],
+    views: dict[str, Any],
+    case: Case,
+    with_peer: bool,
 ) -> dict[str, Any]:
     """Both sides' numbers of one variant. A side that cannot start beside the other gets the device for itself."""
     ours = {"arguments": arguments, "views": views}
@@ -219,7 +263,9 @@ def _measure(
 
     def start_ours() -> Worker:
         nonlocal platform
-        worker = Worker("hexa_jax", [sys.executable, "-m", "benchmarks.ours", json.dumps(ours)], options.timeout)
+        worker = Worker(
+            "hexa_jax", [sys.executable, "-m", "benchmarks.ours", json.dumps(ours)], options.timeout
+        )
         platform = "cpu" if worker.facts["platform"] == "cpu" else "cuda"
         return worker
 
@@ -234,7 +280,9 @@ def _measure(
         starters: dict[str, Callable[[], Worker]] = {"ours": start_ours}
         if with_peer:
             starters["torch"] = lambda: start_torch(mode)
-        return (alternate if together else one_after_the_other)(starters, options.repeats, options.turn_seconds)
+        return (alternate if together else one_after_the_other)(
+            starters, options.repeats, options.turn_seconds
+        )
 
     plans = [(True, options.compile), (False, options.compile), (False, "off")]
     if not with_peer:
@@ -249,7 +297,9 @@ def _measure(
             if number + 1 == len(plans):
                 raise
             notes.append(str(error))
-            following = "one after the other" + (", without torch.compile" if plans[number + 1][1] == "off" else "")
+            following = "one after the other" + (
+                ", without torch.compile" if plans[number + 1][1] == "off" else ""
+            )
             print(f"step: {error}; once more, {following}", file=sys.stderr)
     return _row(found, case, together, notes)
 
@@ -270,22 +320,34 @@ def _row(found: dict[str, Any], case: Case, together: bool, notes: list[str]) ->
     }
     for side, seconds in found["seconds"].items():
         median = statistics.median(seconds)
-        numbers = {"seconds": median, "all_seconds": seconds, "images_per_second": case.batch_size / median}
+        numbers = {
+            "seconds": median,
+            "all_seconds": seconds,
+            "images_per_second": case.batch_size / median,
+        }
         numbers["flops_per_second"] = facts["flops"] / median
-        numbers["share_of_peak"] = facts["flops"] / median / getattr(peak, case.precision) if peak else None
+        numbers["share_of_peak"] = (
+            facts["flops"] / median / getattr(peak, case.precision) if peak else None
+        )
         row[side] = numbers | found["facts"][side]
     if facts["compiler_bytes"]:
         row["ours"]["bytes_per_second"] = facts["compiler_bytes"] / row["ours"]["seconds"]
-        row["ours"]["share_of_bandwidth"] = row["ours"]["bytes_per_second"] / peak.bandwidth if peak else None
+        row["ours"]["share_of_bandwidth"] = (
+            row["ours"]["bytes_per_second"] / peak.bandwidth if peak else None
+        )
     if "torch" in row:
-        row["ratio"], row["ratio_low"], row["ratio_high"] = ratio(found["seconds"]["ours"], found["seconds"]["torch"])
+        row["ratio"], row["ratio_low"], row["ratio_high"] = ratio(
+            found["seconds"]["ours"], found["seconds"]["torch"]
+        )
     losses = [loss for side in found["facts"].values() for loss in side["losses"].values()]
     row["not_finite"] = not all(map(math.isfinite, losses))
     return row
 
 
 def _print_head(title: str, config: ConfigDict) -> None:
-    size = " + ".join(f"{n} x {s}" for n, s in zip(config.data.num_crops, config.data.crop_size, strict=True))
+    size = " + ".join(
+        f"{n} x {s}" for n, s in zip(config.data.num_crops, config.data.crop_size, strict=True)
+    )
     print(
         f"\n{title}: {config.method}, {config.model.backbone}, crops {size}, B = {config.batch_size}, {config.precision}"
     )
@@ -297,7 +359,10 @@ def _print_head(title: str, config: ConfigDict) -> None:
 
 def _line(row: dict[str, Any]) -> str:
     ours, peer = row["ours"], row.get("torch")
-    percent = lambda side: f"{100 * side['share_of_peak']:.1f}" if side and side["share_of_peak"] else "-"  # noqa: E731
+
+    def percent(side: dict[str, Any] | None) -> str:
+        return f"{100 * side['share_of_peak']:.1f}" if side and side["share_of_peak"] else "-"
+
     cells = f"{row['variant']:38}{ours['images_per_second']:10.0f}"
     if peer:
         spread = f"{row['ratio_low']:.2f}-{row['ratio_high']:.2f}"

@@ -3,8 +3,9 @@
 python benchmarks/detection.py --config=configs/eval/detection_voc.py [--images=1,2,4] [--repeats=5] [--rows=FILE]
                                [--config.key=value ...]
 
-Images are noise of the largest lying canvas, ready on the device; weights are random (config.random). Cases take turns: quote the
-ratios. Peak memory is what the compiled program asks for, and what the device says where it says anything.
+Images are noise of the largest lying canvas, ready on the device; weights are random
+(config.random). Cases take turns: quote the ratios. Peak memory is what the compiled program asks
+for, and what the device says where it says anything.
 """
 
 import argparse
@@ -31,7 +32,14 @@ from hexa_jax.core.errors import ConfigError, choose
 from hexa_jax.detection.batches import DetectionBatch
 from hexa_jax.detection.canvases import Canvases
 from hexa_jax.detection.task import make_base_optimizer, make_model
-from hexa_jax.detection.training import STATS, DetectorState, Frozen, make_detect, make_optimizer, make_step
+from hexa_jax.detection.training import (
+    STATS,
+    DetectorState,
+    Frozen,
+    make_detect,
+    make_optimizer,
+    make_step,
+)
 from hexa_jax.evals.backbone import IMAGENET_MEAN, IMAGENET_STD
 from hexa_jax.models.resnet import make_resnet
 from hexa_jax.parallel.mesh import make_mesh
@@ -44,10 +52,14 @@ OBJECTS = 8  # boxes of an image
 def noise(mesh: Mesh, config: ConfigDict, count: int) -> DetectionBatch:
     """`count` images with some boxes."""
     data = config.data
-    height, width = Canvases(data.canvases, data.short_sides, data.long_limit).shapes(portrait=False)[-1]
+    height, width = Canvases(data.canvases, data.short_sides, data.long_limit).shapes(
+        portrait=False
+    )[-1]
     rng = np.random.default_rng(0)
     corners = np.sort(rng.uniform(0, 1, (count, data.max_boxes, 2, 2)), axis=2) * [width, height]
-    labels = np.where(np.arange(data.max_boxes) < OBJECTS, rng.integers(0, CLASSES, (count, data.max_boxes)), -1)
+    labels = np.where(
+        np.arange(data.max_boxes) < OBJECTS, rng.integers(0, CLASSES, (count, data.max_boxes)), -1
+    )
     batch = DetectionBatch(
         images=rng.integers(0, 256, (count, height, width, 3), np.uint8),
         sizes=np.full((count, 2), (height, width), np.int32),
@@ -114,7 +126,9 @@ class Case:
 
 def main(argv: list[str]) -> int:
     """Measure and print; returns the exit code."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--images", default="1,2", help="images a device, comma-separated")
     parser.add_argument("--repeats", type=int, default=5, help="timed turns of each case")
     parser.add_argument("--rows", type=pathlib.Path, help="JSON-lines file to append the rows to")
@@ -146,17 +160,27 @@ def main(argv: list[str]) -> int:
         "jaxlib": jaxlib.__version__,
         "python": platform.python_version(),
     }
-    about |= {"date": datetime.date.today().isoformat(), "command": " ".join(argv), "device_peak_bytes": peak}
+    about |= {
+        "date": datetime.date.today().isoformat(),
+        "command": " ".join(argv),
+        "device_peak_bytes": peak,
+    }
     print(
         f"{about['device']}, jax {about['jax']}, {config.random.backbone}, {config.precision}, median of {options.repeats} turns"
     )
-    print(f"{'case':12}{'images a device':>16}{'images/s':>10}{'GFLOP/image':>13}{'program GiB':>13}{'compile s':>11}")
+    print(
+        f"{'case':12}{'images a device':>16}{'images/s':>10}{'GFLOP/image':>13}{'program GiB':>13}{'compile s':>11}"
+    )
     for (kind, count), case in cases.items():
         speed = case.images / statistics.median(case.seconds)
         numbers = f"{speed:10.2f}{case.flops / 1e9:13.1f}{case.program_bytes / 2**30:13.2f}{case.compile_seconds:11.1f}"
         print(f"{kind:12}{count:16d}{numbers}")
         row = about | {"case": kind, "images_per_device": count, "images_per_second": speed}
-        row |= {"program_bytes": case.program_bytes, "flops_per_image": case.flops, "seconds": case.seconds}
+        row |= {
+            "program_bytes": case.program_bytes,
+            "flops_per_image": case.flops,
+            "seconds": case.seconds,
+        }
         if options.rows:
             with options.rows.open("a") as file:
                 file.write(json.dumps(row) + "\n")

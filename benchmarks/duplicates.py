@@ -73,9 +73,15 @@ def main() -> None:
     signatures = np.stack([signature(image) for image in images])
     pairs, correlation = find_pairs(signatures, min(THRESHOLDS))
     pairs_at = {str(threshold): int(np.sum(correlation >= threshold)) for threshold in THRESHOLDS}
-    print(json.dumps({"images": len(images), "grid": options.grid, "pairs_at": pairs_at}), flush=True)
+    print(
+        json.dumps({"images": len(images), "grid": options.grid, "pairs_at": pairs_at}), flush=True
+    )
     for pair, value in list(zip(pairs, correlation, strict=True))[:3]:
-        print(json.dumps({"pair": [source.name(int(i)) for i in pair], "correlation": round(float(value), 4)}))
+        print(
+            json.dumps(
+                {"pair": [source.name(int(i)) for i in pair], "correlation": round(float(value), 4)}
+            )
+        )
     chosen = spread(len(images), options.copies)
     for name, edit in EDITS.items():
         found = np.array([signature(edit(images[i])) @ signatures[i] for i in chosen])

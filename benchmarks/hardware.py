@@ -15,11 +15,13 @@ class Peak(NamedTuple):
     """Public figures of one accelerator: dense FLOP/s by precision, and bytes/s of its memory."""
 
     bfloat16: float
-    float32: float  # with TensorFloat-32 products, which both XLA and cuDNN use for float32 convolutions
+    # with TensorFloat-32 products, which both XLA and cuDNN use for float32 convolutions
+    float32: float
     bandwidth: float
 
 
-# NVIDIA's data sheets, figures without sparsity. The first name that a device's own begins with counts.
+# NVIDIA's data sheets, figures without sparsity. The first name that a device's own begins with
+# counts.
 PEAKS = {
     "NVIDIA H200 NVL": Peak(835e12, 418e12, 4.8e12),
     "NVIDIA H200": Peak(989e12, 494e12, 4.8e12),
@@ -38,7 +40,9 @@ def peak_of(device_kind: str) -> Peak | None:
     return next((peak for name, peak in PEAKS.items() if device_kind.startswith(name)), None)
 
 
-def surroundings(argv: list[str], packages: tuple[str, ...] = ("jax", "jaxlib", "flax", "optax")) -> dict[str, Any]:
+def surroundings(
+    argv: list[str], packages: tuple[str, ...] = ("jax", "jaxlib", "flax", "optax")
+) -> dict[str, Any]:
     """Host, versions, date, commit and command, for a row."""
     versions = {"python": platform.python_version()}
     for package in packages:
@@ -76,7 +80,11 @@ def _commit() -> str | None:
     folder = pathlib.Path(__file__).resolve().parent
     try:
         found = subprocess.run(
-            ["git", "describe", "--always", "--dirty"], cwd=folder, capture_output=True, text=True, check=True
+            ["git", "describe", "--always", "--dirty"],
+            cwd=folder,
+            capture_output=True,
+            text=True,
+            check=True,
         )
     except (OSError, subprocess.CalledProcessError):
         print("no commit is known here: rows will not name one", file=sys.stderr)

@@ -6,9 +6,10 @@ python benchmarks/input.py [--crops=8] [--images=64] [--repeats=5]
 --images    synthetic photographs of 500 x 375 pixels and about 110 KB, made by the benchmark
 --repeats   turns; the three pipelines take turns in one process that is bound to one core
 
-All draw the same kinds of boxes and flips. Ours and tf.data's leave the photometric work to the device; the PIL pipeline does it on
-the host, as the reference scripts do: jitter, grey, blur, and the conversion to floats. tf.data needs TensorFlow (the extra
-`prepare`), PIL needs Pillow (the extra `dev`).
+All draw the same kinds of boxes and flips. Ours and tf.data's leave the photometric work to the
+device; the PIL pipeline does it on the host, as the reference scripts do: jitter, grey, blur, and
+the conversion to floats. tf.data needs TensorFlow (the extra `prepare`), PIL needs Pillow (the
+extra `dev`).
 """
 
 import argparse
@@ -45,17 +46,23 @@ def photographs(count: int) -> list[bytes]:
         image = np.zeros((HEIGHT, WIDTH, 3), np.float32)
         for side in (4, 8, 16, 32, 64, 125, 250, 500):
             noise = rng.normal(size=(side * 3 // 4, side, 3)).astype(np.float32)
-            image += cv2.resize(noise, (WIDTH, HEIGHT), interpolation=cv2.INTER_CUBIC) * (64 / side) ** 0.4
+            image += (
+                cv2.resize(noise, (WIDTH, HEIGHT), interpolation=cv2.INTER_CUBIC)
+                * (64 / side) ** 0.4
+            )
         low, high = image.min(), image.max()
         images.append((255 * (image - low) / (high - low)).astype(np.uint8))
     for quality in range(98, 40, -1):
-        encoded = [cv2.imencode(".jpg", image, [cv2.IMWRITE_JPEG_QUALITY, quality])[1].tobytes() for image in images]
+        encoded = [
+            cv2.imencode(".jpg", image, [cv2.IMWRITE_JPEG_QUALITY, quality])[1].tobytes()
+            for image in images
+        ]
         if np.mean([len(data) for data in encoded]) < 1000 * KILOBYTES:
             return encoded
     raise AssertionError("no quality gives files that small")
 
 
-# ---- Ours ----------------------------------------------------------------------------------------------------------------
+# ---- Ours ----------------------------------------------------------------------------------------
 
 
 def ours(data: bytes, resolutions: tuple[Resolution, ...], index: int) -> list[np.ndarray]:
@@ -71,10 +78,12 @@ def ours(data: bytes, resolutions: tuple[Resolution, ...], index: int) -> list[n
     return out
 
 
-# ---- tf.data ---------------------------------------------------------------------------------------------------------------
+# ---- tf.data -------------------------------------------------------------------------------------
 
 
-def tf_pipeline(files: list[bytes], resolutions: tuple[Resolution, ...], antialias: bool) -> Callable[[], int]:
+def tf_pipeline(
+    files: list[bytes], resolutions: tuple[Resolution, ...], antialias: bool
+) -> Callable[[], int]:
     """A function that runs all files through tf.data once, on one thread, and returns how many there were."""
     os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
     import tensorflow as tf
@@ -94,8 +103,12 @@ def tf_pipeline(files: list[bytes], resolutions: tuple[Resolution, ...], antiali
         return tf.cast(tf.clip_by_value(tf.round(crop), 0, 255), tf.uint8)
 
     def crops(data: Any) -> Any:
-        image = tf.io.decode_jpeg(data, channels=3, dct_method="INTEGER_FAST")  # tf.data's fast choice
-        return tuple(tf.stack([cut(data, r.size, r.scale, image) for _ in range(r.count)]) for r in resolutions)
+        # tf.data's fast choice
+        image = tf.io.decode_jpeg(data, channels=3, dct_method="INTEGER_FAST")
+        return tuple(
+            tf.stack([cut(data, r.size, r.scale, image) for _ in range(r.count)])
+            for r in resolutions
+        )
 
     dataset = tf.data.Dataset.from_tensor_slices(files).map(crops, num_parallel_calls=1)
     options = tf.data.Options()
@@ -104,7 +117,7 @@ def tf_pipeline(files: list[bytes], resolutions: tuple[Resolution, ...], antiali
     return lambda: sum(1 for _ in dataset)
 
 
-# ---- PIL -------------------------------------------------------------------------------------------------------------------
+# ---- PIL -----------------------------------------------------------------------------------------
 
 
 def pil_box(rng: np.random.Generator, scale: tuple[float, float]) -> tuple[int, int, int, int]:
@@ -123,15 +136,21 @@ def pil_hue(image: Image.Image, shift: float) -> Image.Image:
     """Turns the hue by a share of the circle."""
     hue, saturation, value = image.convert("HSV").split()
     turned = (np.asarray(hue, np.int16) + int(255 * shift)) % 256
-    return Image.merge("HSV", (Image.fromarray(turned.astype(np.uint8), "L"), saturation, value)).convert("RGB")
+    return Image.merge(
+        "HSV", (Image.fromarray(turned.astype(np.uint8), "L"), saturation, value)
+    ).convert("RGB")
 
 
-def pil(data: bytes, resolutions: tuple[Resolution, ...], rng: np.random.Generator) -> list[np.ndarray]:
+def pil(
+    data: bytes, resolutions: tuple[Resolution, ...], rng: np.random.Generator
+) -> list[np.ndarray]:
     """Normalised float crops [size, size, 3] with all photometric work done, as MoCo-v2's and SwAV's scripts do it."""
     image, out = Image.open(io.BytesIO(data)).convert("RGB"), []
     for r in resolutions:
         for _ in range(r.count):
-            crop = image.resize((r.size, r.size), Image.Resampling.BILINEAR, box=pil_box(rng, r.scale))
+            crop = image.resize(
+                (r.size, r.size), Image.Resampling.BILINEAR, box=pil_box(rng, r.scale)
+            )
             if rng.random() < 0.5:
                 crop = crop.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
             if rng.random() < 0.8:
@@ -147,7 +166,7 @@ def pil(data: bytes, resolutions: tuple[Resolution, ...], rng: np.random.Generat
     return out
 
 
-# ---- Measurement -------------------------------------------------------------------------------------------------------------
+# ---- Measurement ---------------------------------------------------------------------------------
 
 
 def seconds(work: Callable[[], Any]) -> float:
@@ -159,7 +178,9 @@ def seconds(work: Callable[[], Any]) -> float:
 
 def main(argv: list[str]) -> int:
     """Measure and print; returns the exit code."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--crops", type=int, choices=sorted(RESOLUTIONS), default=8)
     parser.add_argument("--images", type=int, default=64)
     parser.add_argument("--repeats", type=int, default=5)
@@ -167,20 +188,26 @@ def main(argv: list[str]) -> int:
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
     files, resolutions = photographs(options.images), RESOLUTIONS[options.crops]
-    print(f"{len(files)} JPEGs of {WIDTH} x {HEIGHT}, mean {np.mean([len(f) for f in files]) / 1000:.0f} KB; one core")
+    print(
+        f"{len(files)} JPEGs of {WIDTH} x {HEIGHT}, mean {np.mean([len(f) for f in files]) / 1000:.0f} KB; one core"
+    )
     rng = np.random.default_rng(0)
     decoded = [decode(data, "synthetic") for data in files]
 
     def cut_only() -> None:
         for index, image in enumerate(decoded):
-            for v, size, scale in [(v, r.size, r.scale) for r in resolutions for v in range(r.count)]:
+            for v, size, scale in [
+                (v, r.size, r.scale) for r in resolutions for v in range(r.count)
+            ]:
                 random_resized_crop(image, crop_generator(0, 1, index, v), size, scale, RATIO, 0.5)
 
     turns: dict[str, Callable[[], Any]] = {
         "hexa_jax": lambda: [ours(data, resolutions, i) for i, data in enumerate(files)],
         "  of it: decoding": lambda: [decode(data, "synthetic") for data in files],
         "  of it: boxes, cutting, resizing": cut_only,
-        "PIL, photometric work on the host": lambda: [pil(data, resolutions, rng) for data in files],
+        "PIL, photometric work on the host": lambda: [
+            pil(data, resolutions, rng) for data in files
+        ],
     }
     try:
         turns["tf.data"] = tf_pipeline(files, resolutions, antialias=True)

@@ -3,9 +3,10 @@
 python benchmarks/kmeans.py [--points=200000] [--dim=128] [--clusters=1000] [--heads=1] [--iterations=10] [--repeats=3]
     [--rows=FILE.json] [--no-faiss]
 
-Both begin from the same centroids and see the same unit vectors (a mixture of as many bumps as there are clusters). faiss is left
-out where it is not installed (pip install faiss-cpu). Turns alternate: quote the ratio. A turn clusters once for each head, from
-other centroids, as DeepCluster does between epochs; the objective is the first head's.
+Both begin from the same centroids and see the same unit vectors (a mixture of as many bumps as
+there are clusters). faiss is left out where it is not installed (pip install faiss-cpu). Turns
+alternate: quote the ratio. A turn clusters once for each head, from other centroids, as DeepCluster
+does between epochs; the objective is the first head's.
 """
 
 import argparse
@@ -17,7 +18,8 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))  # the repository need not be installed
+# the repository need not be installed
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 import jax
 import jax.numpy as jnp
@@ -31,7 +33,9 @@ def mixture(points: int, dim: int, bumps: int) -> np.ndarray:
     """float32 [points, dim] unit vectors around random directions."""
     rng = np.random.default_rng(0)
     centres = rng.normal(size=(bumps, dim)).astype(np.float32)
-    x = centres[rng.integers(0, bumps, points)] + 1.2 * rng.normal(size=(points, dim)).astype(np.float32)
+    x = centres[rng.integers(0, bumps, points)] + 1.2 * rng.normal(size=(points, dim)).astype(
+        np.float32
+    )
     return x / np.linalg.norm(x, axis=1, keepdims=True)
 
 
@@ -61,8 +65,17 @@ def objective(x: np.ndarray, centroids: np.ndarray) -> float:
 
 def main(argv: list[str]) -> int:
     """Measure and print; returns the exit code."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    sizes = {"points": 200_000, "dim": 128, "clusters": 1000, "heads": 1, "iterations": 10, "repeats": 3}
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    sizes = {
+        "points": 200_000,
+        "dim": 128,
+        "clusters": 1000,
+        "heads": 1,
+        "iterations": 10,
+        "repeats": 3,
+    }
     for name, default in sizes.items():
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--no-faiss", action="store_true", help="ours alone")
@@ -76,7 +89,9 @@ def main(argv: list[str]) -> int:
     on_device = jnp.asarray(x)
     cluster = jax.jit(
         lambda x, init: (
-            spherical_kmeans(jax.random.key(0), x, options.clusters, options.iterations, init=init).centroids
+            spherical_kmeans(
+                jax.random.key(0), x, options.clusters, options.iterations, init=init
+            ).centroids
         )
     )
     sides: dict[str, Callable[[np.ndarray], np.ndarray]] = {
@@ -100,13 +115,21 @@ def main(argv: list[str]) -> int:
         f"{options.points} x {options.dim}, {options.heads} x {options.clusters} clusters, "
         f"{options.iterations} iterations, {device}"
     )
-    row: dict[str, Any] = {"benchmark": "kmeans", "device": device, **{name: getattr(options, name) for name in sizes}}
+    row: dict[str, Any] = {
+        "benchmark": "kmeans",
+        "device": device,
+        **{name: getattr(options, name) for name in sizes},
+    }
     for name, values in seconds.items():
         median, reached = statistics.median(values), objective(x, centroids[name])
         print(
             f"{name:10}{median:8.2f} s  x {median / statistics.median(seconds['hexa_jax']):.2f}  objective {reached:.5f}"
         )
-        row["ours" if name == "hexa_jax" else name] = {"seconds": median, "all_seconds": values, "objective": reached}
+        row["ours" if name == "hexa_jax" else name] = {
+            "seconds": median,
+            "all_seconds": values,
+            "objective": reached,
+        }
     add_rows(options.rows, [row | surroundings(argv)])
     return 0
 

@@ -66,7 +66,8 @@ class Variant:
     Attributes:
         compile_seconds: of the step alone.
         flops: of the whole step's products, as `product_flops` counts.
-        compiler: what the compiler says of its program: "flops" and "bytes accessed" on one device, where it says them.
+        compiler: what the compiler says of its program: "flops" and "bytes accessed" on one device,
+            where it says them.
     """
 
     def __init__(self, config: ConfigDict, views: dict[str, Any]):
@@ -86,7 +87,9 @@ class Variant:
             self.compile_seconds = time.perf_counter() - begin
             self.state, self.batch = state, batch
         self.flops = product_flops(traced.jaxpr)
-        self.compiler = {name: float(value) for name, value in (self.step.cost_analysis() or {}).items()}
+        self.compiler = {
+            name: float(value) for name, value in (self.step.cost_analysis() or {}).items()
+        }
         self.seconds: list[float] = []
         self.metrics: dict[str, jax.Array] = {}
         self.run()  # warm-up, not counted
@@ -104,7 +107,8 @@ class Variant:
 class Augmentation:
     """The part of a variant's step that turns uint8 crops into what the networks get, as a program of its own.
 
-    What it writes to memory, the step may hand on in another form: its time is about that part's, not exactly.
+    What it writes to memory, the step may hand on in another form: its time is about that part's,
+    not exactly.
     """
 
     def __init__(self, variant: Variant):
@@ -131,7 +135,9 @@ def make(order: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         variant = Variant(config, order["views"])
     except ConfigError as error:
         raise Refusal(str(error)) from None
-    losses = {name: float(value) for name, value in variant.metrics.items() if name.startswith("loss_")}
+    losses = {
+        name: float(value) for name, value in variant.metrics.items() if name.startswith("loss_")
+    }
     variant.run(2)
     device = jax.devices()[0]
     memory = (device.memory_stats() or {}) if device.platform != "cpu" else {}

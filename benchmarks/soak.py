@@ -7,10 +7,12 @@ python benchmarks/soak.py --out=DIR [--minutes=60] [--every=10] [--growth=0.05] 
 --growth    share by which the median memory may grow from the first quarter of the samples to the last
 --config    configs/tiny.py unless given, with a worker process: checkpoint, kNN and k-means after each of its short epochs
 
-Samples count from epoch WARM_UP on: every program has run by then. Exit code 1: memory grew by more than `--growth`, descriptors or
-threads by more than SLACK, something was compiled after the warm-up, or the run did not last or did not stop when told to. Of
-descriptors and threads the lowest tenth is compared: a save in flight holds ten threads, and how many samples meet one
-depends on the machine's load. Linux only: the figures are those of /proc, summed over the run and its worker processes.
+Samples count from epoch WARM_UP on: every program has run by then. Exit code 1: memory grew by more
+than `--growth`, descriptors or threads by more than SLACK, something was compiled after the
+warm-up, or the run did not last or did not stop when told to. Of descriptors and threads the lowest
+tenth is compared: a save in flight holds ten threads, and how many samples meet one depends on the
+machine's load. Linux only: the figures are those of /proc, summed over the run and its worker
+processes.
 """
 
 import argparse
@@ -28,12 +30,13 @@ WARM_UP = 3  # epochs
 PATIENCE = 600  # seconds that the run may take to save and end
 SLACK = 2  # descriptors or threads
 COUNTED = "Finished XLA compilation"  # how jax logs one, from the persistent cache or not
-# config.epochs: more than any soak reaches. ArgumentParser would take the words after it for its own.
+# config.epochs: more than any soak reaches. ArgumentParser would take the words after it for its
+# own.
 DEFAULTS = ("--config.epochs=1000000", "--config.runtime.workers=1")
 UNITS = {"memory": "MB", "descriptors": "", "threads": ""}
 
 
-# ---- Samples -----------------------------------------------------------------------------------------------------------
+# ---- Samples -------------------------------------------------------------------------------------
 
 
 def tree(root: int) -> list[int]:
@@ -42,7 +45,9 @@ def tree(root: int) -> list[int]:
     for process in found:  # grows while it is read
         try:
             for task in os.listdir(f"/proc/{process}/task"):
-                found += map(int, pathlib.Path(f"/proc/{process}/task/{task}/children").read_text().split())
+                found += map(
+                    int, pathlib.Path(f"/proc/{process}/task/{task}/children").read_text().split()
+                )
         except OSError:  # ended meanwhile
             continue
     return found
@@ -56,7 +61,11 @@ def usage(process: int) -> dict[str, float]:
         descriptors, threads = len(os.listdir(folder / "fd")), len(os.listdir(folder / "task"))
     except OSError:
         return dict.fromkeys(UNITS, 0)
-    return {"memory": pages * os.sysconf("SC_PAGE_SIZE") / 1e6, "descriptors": descriptors, "threads": threads}
+    return {
+        "memory": pages * os.sysconf("SC_PAGE_SIZE") / 1e6,
+        "descriptors": descriptors,
+        "threads": threads,
+    }
 
 
 class Progress:
@@ -71,13 +80,21 @@ class Progress:
         self.compiled += self._errors.read().count(COUNTED)
         for line in self._output.read().splitlines():
             words = line.split()
-            if words[:1] == ["epoch"] and line.endswith("%") and words[1].rstrip(":").isdigit():  # a kNN accuracy
+            # a kNN accuracy
+            if words[:1] == ["epoch"] and line.endswith("%") and words[1].rstrip(":").isdigit():
                 self.epoch = int(words[1].rstrip(":"))
 
 
-def watch(words: list[str], out: pathlib.Path, seconds: float, every: float) -> tuple[list[dict], int | None]:
+def watch(
+    words: list[str], out: pathlib.Path, seconds: float, every: float
+) -> tuple[list[dict], int | None]:
     """Samples of a run that is given `seconds`, and its exit code; None: it did not end in PATIENCE after SIGTERM."""
-    environment = {**os.environ, "JAX_LOG_COMPILES": "1", "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
+    environment = {
+        **os.environ,
+        "JAX_LOG_COMPILES": "1",
+        "PYTHONPATH": str(ROOT),
+        "PYTHONUNBUFFERED": "1",
+    }
     samples: list[dict] = []
     with (out / "output").open("w") as output, (out / "errors").open("w") as errors:
         command = [sys.executable, "-m", "hexa_jax.main", f"--workdir={out / 'run'}", *words]
@@ -89,7 +106,11 @@ def watch(words: list[str], out: pathlib.Path, seconds: float, every: float) -> 
                     totals = [usage(number) for number in tree(process.pid)]
                     progress.read()
                     sample = {name: sum(total[name] for total in totals) for name in UNITS}
-                    sample |= {"processes": len(totals), "compiled": progress.compiled, "epoch": progress.epoch}
+                    sample |= {
+                        "processes": len(totals),
+                        "compiled": progress.compiled,
+                        "epoch": progress.epoch,
+                    }
                     samples.append({"seconds": round(elapsed, 2)} | sample)
                     file.write(json.dumps(samples[-1]) + "\n")
                     time.sleep(every)
@@ -101,7 +122,7 @@ def watch(words: list[str], out: pathlib.Path, seconds: float, every: float) -> 
             process.kill()
 
 
-# ---- Judgement ---------------------------------------------------------------------------------------------------------
+# ---- Judgement -----------------------------------------------------------------------------------
 
 
 def quarters(samples: list[dict], name: str) -> tuple[float, float, float]:
@@ -111,7 +132,8 @@ def quarters(samples: list[dict], name: str) -> tuple[float, float, float]:
     hours = [sample["seconds"] / 3600 for sample in samples]
     slope = float(np.polyfit(hours, values, 1)[0])
     first, last = (
-        float(np.quantile(some, 0.5 if name == "memory" else 0.1)) for some in (values[:part], values[-part:])
+        float(np.quantile(some, 0.5 if name == "memory" else 0.1))
+        for some in (values[:part], values[-part:])
     )
     return first, last, slope
 
@@ -127,7 +149,9 @@ def judge(samples: list[dict], growth: float) -> tuple[str, list[str]]:
         table.append(f"{f'{name} {unit}':16}{first:16.1f}{last:16.1f}{slope:+12.2f}")
         allowed = first * (1 + growth) if name == "memory" else first + SLACK
         if last > allowed:
-            wrong.append(f"{name} grew from {first:.1f} to {last:.1f} {unit}; at most {allowed:.1f} were allowed")
+            wrong.append(
+                f"{name} grew from {first:.1f} to {last:.1f} {unit}; at most {allowed:.1f} were allowed"
+            )
     compiled = warm[-1]["compiled"] - warm[0]["compiled"]
     minutes = (warm[-1]["seconds"] - warm[0]["seconds"]) / 60
     table.append(
@@ -146,7 +170,12 @@ def draw(samples: list[dict], path: pathlib.Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    names = {"memory": "resident MB", "descriptors": "descriptors", "threads": "threads", "compiled": "compilations"}
+    names = {
+        "memory": "resident MB",
+        "descriptors": "descriptors",
+        "threads": "threads",
+        "compiled": "compilations",
+    }
     figure, axes = pyplot.subplots(len(names), sharex=True, figsize=(7, 8), layout="constrained")
     for axis, (name, label) in zip(axes, names.items(), strict=True):
         axis.plot([s["seconds"] / 60 for s in samples], [s[name] for s in samples], linewidth=1)
@@ -160,7 +189,9 @@ def draw(samples: list[dict], path: pathlib.Path) -> None:
 
 def main(argv: list[str]) -> int:
     """Soak, print, draw; returns the exit code."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--out", type=pathlib.Path, required=True)
     parser.add_argument("--minutes", type=float, default=60)
     parser.add_argument("--every", type=float, default=10)
@@ -175,7 +206,9 @@ def main(argv: list[str]) -> int:
     samples, code = watch(words, out, 60 * options.minutes, options.every)
     table, wrong = judge(samples, options.growth)
     if code != 143:
-        wrong.append(f"the run ended with {code} instead of 143, which is SIGTERM and saved: see {out / 'errors'}")
+        wrong.append(
+            f"the run ended with {code} instead of 143, which is SIGTERM and saved: see {out / 'errors'}"
+        )
     if samples:
         draw(samples, out / "soak.png")
     print(table)

@@ -1,8 +1,8 @@
 """Two implementations in processes of their own that take turns on one device, told by a pipe when to run.
 
-Each process holds its own copy of the device's libraries and memory: jax and PyTorch in one process disturb each other. Messages
-are lines of JSON: a worker first says facts about itself, then answers a number of steps with {"seconds": ...}; or {"error": ...}
-or {"refusal": ...} instead of either.
+Each process holds its own copy of the device's libraries and memory: jax and PyTorch in one process
+disturb each other. Messages are lines of JSON: a worker first says facts about itself, then answers
+a number of steps with {"seconds": ...}; or {"error": ...} or {"refusal": ...} instead of either.
 """
 
 import contextlib
@@ -157,7 +157,11 @@ def alternate(starters: Starters, turns: int, seconds: float) -> dict[str, Any]:
                 elapsed = worker.turn(steps) / steps
                 if turn:
                     measured[name].append(elapsed)
-        return {"seconds": measured, "facts": {n: w.facts for n, w in workers.items()}, "steps": steps}
+        return {
+            "seconds": measured,
+            "facts": {n: w.facts for n, w in workers.items()},
+            "steps": steps,
+        }
     finally:
         for worker in workers.values():
             worker.close()

@@ -2,10 +2,11 @@
 
     python benchmarks/walk.py --config=configs/hexa_moco.py [--list] [--config.key=value ...]
 
-Prints files, functions, lines (a function counts once, with its docstring; what a class or module says outside of the called
-functions does not count), and how often the reader turns to another file: a call into a file other than the caller's, each
-pair of functions once. Functions below `models/` and `data/` are the network and the augmentation, which a walk through the
-objective takes for granted; they are counted apart.
+Prints files, functions, lines (a function counts once, with its docstring; what a class or module
+says outside of the called functions does not count), and how often the reader turns to another
+file: a call into a file other than the caller's, each pair of functions once. Functions below
+`models/` and `data/` are the network and the augmentation, which a walk through the objective takes
+for granted; they are counted apart.
 """
 
 import inspect
@@ -68,7 +69,9 @@ def apart(code: CodeType) -> bool:
 def main(argv: list[str]) -> None:
     """Trace a step and print the walk."""
     listed = "--list" in argv
-    config = parse_command([word for word in argv if word != "--list"] + ["--workdir=unused"]).config
+    config = parse_command(
+        [word for word in argv if word != "--list"] + ["--workdir=unused"]
+    ).config
     trainer = make_trainer(config, 8 * config.batch_size, jax.devices()[:1])
     shapes = trainer.state_shapes(), trainer.batch_shapes(), None
     walk = Walk()
@@ -83,7 +86,9 @@ def main(argv: list[str]) -> None:
     ):
         files = {code.co_filename for code in chosen}
         turns = sum(apart(code) == apart(next(iter(chosen))) for _, code in walk.turns)
-        print(f"{name}: {len(files)} files, {len(chosen)} functions, {sum(chosen.values())} lines, {turns} turns")
+        print(
+            f"{name}: {len(files)} files, {len(chosen)} functions, {sum(chosen.values())} lines, {turns} turns"
+        )
         for code, lines in chosen.items() if listed else ():
             path = pathlib.Path(code.co_filename).relative_to(PACKAGE.parent)
             print(f"  {path}:{code.co_firstlineno} {code.co_qualname} {lines}")

@@ -2,7 +2,8 @@
 
 Command:   python -m hexa_jax.main --config=configs/cifar10_hexa_moco.py --workdir=DIR
 Arguments: epochs=200
-Hardware, data: as configs/cifar10_moco_v2.py, which is also the plain control at the same key momentum.
+Hardware, data: as configs/cifar10_moco_v2.py, which is also the plain control at the same key
+    momentum.
 Time:      not measured on an accelerator.
 Expected:  no published number; runs on parts of the data with a narrow network are in docs/results.md.
 """

@@ -1,14 +1,15 @@
 """PCL-v2 on CIFAR-10 or any set of 32-pixel images: ResNet-18, cifar stem, no blur, data on the device.
 
 Command:   python -m hexa_jax.main --config=configs/cifar10_pcl_v2.py --workdir=DIR
-           other data: --config.data.source=arrays:FILE.npz --config.data.eval_source=arrays:TEST.npz (or folder:DIR)
+           other data: --config.data.source=arrays:FILE.npz
+           --config.data.eval_source=arrays:TEST.npz (or folder:DIR)
 Arguments: epochs=200; scheme= (hard examples, as in Fig. 2: std+adv, std+cmx, ...)
 Hardware:  one accelerator. On a CPU use fewer channels and a part of the data (docs/results.md has such runs).
 Time:      not measured on an accelerator.
 Expected:  no published number.
 
-The numbers are configs/cifar10_moco_v2.py's; ours are the clusters, one for each 50, 25 and 12.5 images as on ImageNet, and
-their temperature, which is MoCo's here.
+The numbers are configs/cifar10_moco_v2.py's; ours are the clusters, one for each 50, 25 and 12.5
+images as on ImageNet, and their temperature, which is MoCo's here.
 """
 
 from hexa_jax.configs import cifar10_moco_v2, pcl_v2

@@ -1,12 +1,14 @@
 """Supervised learning on CIFAR-10 or any set of labeled 32-pixel images: ResNet-18, cifar stem, data on the device.
 
 Command:   python -m hexa_jax.main --config=configs/cifar10_supervised.py --workdir=DIR
-           other data: --config.data.source=arrays:FILE.npz --config.data.eval_source=arrays:TEST.npz (or folder:DIR)
+           other data: --config.data.source=arrays:FILE.npz
+           --config.data.eval_source=arrays:TEST.npz (or folder:DIR)
 Arguments: epochs=200; scheme= (std+adv is AdvProp, std+cmx CutMix beside the clean images, ...)
 Hardware:  one accelerator. On a CPU use fewer channels and a part of the data (docs/results.md has such runs).
 Time:      not measured on an accelerator.
 Expected:  no number; nothing measured here yet. SGD 0.1 at B = 128, x0.2 at 30, 60 and 80 % of the epochs, weight decay 5e-4, the
-           schedule of Zagoruyko and Komodakis (2016); crops from 20 % instead of shifts by up to 4 pixels are ours.
+           schedule of Zagoruyko and Komodakis (2016); crops from 20 % instead of shifts by up to 4
+           pixels are ours.
 """
 
 from hexa_jax.configs import common

@@ -1,7 +1,8 @@
 """SwAV on CIFAR-10 or any set of 32-pixel images: ResNet-18, cifar stem, no blur, data on the device.
 
 Command:   python -m hexa_jax.main --config=configs/cifar10_swav.py --workdir=DIR
-           other data: --config.data.source=arrays:FILE.npz --config.data.eval_source=arrays:TEST.npz (or folder:DIR)
+           other data: --config.data.source=arrays:FILE.npz
+           --config.data.eval_source=arrays:TEST.npz (or folder:DIR)
 Arguments: epochs=200; scheme= (hard examples, as in Fig. 2: std+adv, std+cmx, ...)
 Hardware:  one accelerator. On a CPU use fewer channels and a part of the data (docs/results.md has such runs).
 Time:      not measured on an accelerator.

@@ -6,7 +6,8 @@ Hardware:  as configs/deepcluster_v2.py with B = 4096.
 Time:      not measured at this size.
 Expected:  74.0 ImageNet linear top-1 after 200 epochs, 75.5 after 800 (the paper, Table 1).
 
-Numbers: the reference's 800-epoch script (see configs/deepcluster_v2.py); the paper gives crops, batch, epochs and alphas.
+Numbers: the reference's 800-epoch script (see configs/deepcluster_v2.py); the paper gives crops,
+    batch, epochs and alphas.
 """
 
 from hexa_jax.configs import common, deepcluster_v2

@@ -1,7 +1,8 @@
 """HEXA_MoCo, ResNet-50, ImageNet: MoCo-v2 with adversarial queries (Algorithm 1, alpha1 = 1, alpha2 = 0).
 
 Command:   python -m hexa_jax.main --config=configs/hexa_moco.py --workdir=DIR
-           (--config.views.attack_norm=clean makes the attack with the main BatchNorm: one forward and backward fewer)
+           (--config.views.attack_norm=clean makes the attack with the main BatchNorm: one forward
+           and backward fewer)
 Arguments: epochs=200 (or 800)
 Hardware:  as MoCo-v2.
 Time:      about 2.25 times MoCo-v2's with the auxiliary attack, by arithmetic (9 forward-sized passes for 4); not measured.

@@ -6,8 +6,9 @@ Arguments: epochs=200; scheme= (hard examples, as in Fig. 2: std+adv, std+cmx, .
 Hardware:  one accelerator.
 Time:      not measured.
 Expected:  below the kNN 78.6 after 200 epochs and 87.4 after 800 of lightly-ai/lightly's benchmark (May 2023): the numbers are its
-           own (B = 256, SGD 0.06, weight decay 5e-4, queue 4096, momentum 0.99, temperature 0.1), but its loss is symmetric,
-           worth 2.7 points after 200 epochs in MoCo's CIFAR-10 demo, and its head is 2048 wide. Nothing measured here yet.
+           own (B = 256, SGD 0.06, weight decay 5e-4, queue 4096, momentum 0.99, temperature 0.1),
+           but its loss is symmetric, worth 2.7 points after 200 epochs in MoCo's CIFAR-10 demo, and
+           its head is 2048 wide. Nothing measured here yet.
 """
 
 from hexa_jax.configs import common

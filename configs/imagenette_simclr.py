@@ -6,7 +6,8 @@ Arguments: epochs=200; scheme= (hard examples, as in Fig. 2: std+adv, std+cmx, .
 Hardware:  one accelerator.
 Time:      not measured.
 Expected:  kNN 83.5 after 200 epochs, 88.9 after 800 in the benchmark of lightly-ai/lightly (May 2023), whose numbers these are:
-           B = 256, SGD 0.06, weight decay 5e-4, temperature 0.5, colour strength 0.5. Nothing measured here yet.
+           B = 256, SGD 0.06, weight decay 5e-4, temperature 0.5, colour strength 0.5. Nothing
+           measured here yet.
 """
 
 from hexa_jax.configs import common

@@ -6,8 +6,8 @@ Arguments: epochs=200; scheme= (hard examples, as in Fig. 2: std+adv, std+cmx, .
 Hardware:  one accelerator.
 Time:      not measured.
 Expected:  kNN 86.1 after 200 epochs, 90.2 after 800 in the benchmark of lightly-ai/lightly (May 2023; 2x128 + 6x64 crops, other
-           optimiser). The rest is ours: configs/swav.py with a head and prototypes for a small data set. Nothing measured here
-           yet.
+           optimiser). The rest is ours: configs/swav.py with a head and prototypes for a small data
+           set. Nothing measured here yet.
 """
 
 from hexa_jax.configs import common

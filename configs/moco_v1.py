@@ -6,9 +6,9 @@ Hardware:  written for 8 accelerators of 32 images each, BatchNorm per 32; runs 
 Time:      53 hours on 8 V100 in the reference for 200 epochs (README of facebookresearch/moco); not measured here.
 Expected:  60.6 ImageNet linear top-1 after 200 epochs (the reference's README and the MoCo paper).
 
-Numbers: facebookresearch/moco main_moco.py without switches: temperature 0.07, lr 0.03 with x0.1 at epochs 120 and 160, crops
-from 20 %, grayscale 0.2, jitter of strength 0.4 in all four on every image, no blur. Ours: bfloat16; the jitter precedes the
-grayscale, which the reference draws first.
+Numbers: facebookresearch/moco main_moco.py without switches: temperature 0.07, lr 0.03 with x0.1 at
+epochs 120 and 160, crops from 20 %, grayscale 0.2, jitter of strength 0.4 in all four on every
+image, no blur. Ours: bfloat16; the jitter precedes the grayscale, which the reference draws first.
 """
 
 from hexa_jax.configs import common
@@ -16,7 +16,8 @@ from hexa_jax.configs import common
 
 def get_config(text=None):
     """The recipe."""
-    config = common.on_imagenet(common.get_config())  # the other defaults are MoCo-v2's, and the same here
+    # the other defaults are MoCo-v2's, and the same here
+    config = common.on_imagenet(common.get_config())
     config.epochs = common.arguments(text, epochs=200).epochs
     config.moco.temperature = 0.07
     config.model.head_layers = 1

@@ -6,7 +6,8 @@ Hardware:  written for 8 accelerators of 32 images each, BatchNorm per 32; runs 
 Time:      53 hours on 8 V100 in the reference for 200 epochs (README of facebookresearch/moco); not measured here.
 Expected:  67.5 +- 0.1 ImageNet linear top-1 after 200 epochs (the reference's README and the paper's Table 1), 71.1 after 800.
 
-All numbers but the precision are the reference's (facebookresearch/moco main_moco.py, with --mlp --moco-t 0.2 --aug-plus --cos).
+All numbers but the precision are the reference's (facebookresearch/moco main_moco.py, with --mlp
+--moco-t 0.2 --aug-plus --cos).
 """
 
 from hexa_jax.configs import common

@@ -2,13 +2,15 @@
 
 Command:   python -m hexa_jax.main --config=configs/photographs.py --workdir=DIR --config.data.source=folder:DIR
            `hexa pretrain DIR` fits batch, clusters, crops and epochs to the images and the machine
-Arguments: size=96 (side of the crops, in pixels); batch=64: the learning rate follows it; clusters=100; epochs=20
+Arguments: size=96 (side of the crops, in pixels); batch=64: the learning rate follows it;
+    clusters=100; epochs=20
 Hardware:  two CPU cores or more.
 Time:      `hexa pretrain DIR --dry-run` says it for the machine that it runs on.
 Expected:  nothing measured here yet; a thousand images are few to learn from without other weights to start from.
 
-Ours: a ResNet-18 of half the usual width with the augmentation of configs/deepcluster_v2.py, crops from a fifth of the image,
-and SGD as in configs/quickstart.py, whose learning rate is 0.12 for 128 images.
+Ours: a ResNet-18 of half the usual width with the augmentation of configs/deepcluster_v2.py, crops
+from a fifth of the image, and SGD as in configs/quickstart.py, whose learning rate is 0.12 for 128
+images.
 """
 
 from hexa_jax.configs import common

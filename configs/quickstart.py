@@ -6,8 +6,8 @@ Hardware:  two CPU cores.
 Time:      10 minutes and a half of processor time, the plain run included (docs/results.md).
 Expected:  kNN accuracy at least 10 points above raw pixels and above random initialisation (docs/results.md has the figures).
 
-The augmentation removes what shapes vary in besides the shape: any hue becomes any other. The attack is made with the main
-BatchNorm, so that it shares the clean pass's backward.
+The augmentation removes what shapes vary in besides the shape: any hue becomes any other. The
+attack is made with the main BatchNorm, so that it shares the clean pass's backward.
 """
 
 from hexa_jax.configs import common

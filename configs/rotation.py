@@ -7,9 +7,9 @@ Hardware:  any. A step sees 4 x 256 images, and BatchNorm groups of 32 examples 
 Time:      not measured.
 Expected:  no number of our own; the paper has none for rotation at this size.
 
-Numbers: facebookresearch/vissl, configs/config/pretrain/rotnet: SGD 0.1 for 256 images, x0.1 at epochs 30, 60, 90 and 100, weight
-decay 1e-4, crop and flip only. Ours: every image in all four orientations (as Gidaris et al. train), where VISSL draws one; weight
-decay also on BatchNorm.
+Numbers: facebookresearch/vissl, configs/config/pretrain/rotnet: SGD 0.1 for 256 images, x0.1 at
+epochs 30, 60, 90 and 100, weight decay 1e-4, crop and flip only. Ours: every image in all four
+orientations (as Gidaris et al. train), where VISSL draws one; weight decay also on BatchNorm.
 """
 
 from hexa_jax.configs import common

@@ -5,14 +5,16 @@ Arguments: epochs=100 (or 200, 400, 800); batch=512: the learning rate follows i
 Hardware:  8 V100 in the reference. BatchNorm is over the whole batch.
 Time:      not measured here.
 Expected:  67.7 ImageNet linear top-1 after 100 epochs (the paper's Table 1, the row whose predictor's learning rate decays
-           too). The reference keeps the predictor's learning rate constant, which is left out here: 68.1 after 100
-           epochs, 70.0 after 200, 70.8 after 400, 71.3 after 800 (the paper's Tables 1 and 4).
+           too). The reference keeps the predictor's learning rate constant, which is left out here:
+           68.1 after 100 epochs, 70.0 after 200, 70.8 after 400, 71.3 after 800 (the paper's Tables
+           1 and 4).
 
-Numbers: facebookresearch/simsiam and the paper: SGD 0.05 per 256 images, weight decay 1e-4 on all parameters, cosine per
-epoch without warm-up, projector of 3 layers of 2048 with BatchNorm behind each (the last without scale and bias), predictor
-2048 -> 512 -> 2048, residual branches that start at zero, MoCo-v2's augmentation. Ours: layers in front of a BatchNorm
-keep a bias, which it takes away again; BatchNorm's moments are those of both crops together; targets cost one more
-forward pass.
+Numbers: facebookresearch/simsiam and the paper: SGD 0.05 per 256 images, weight decay 1e-4 on all
+parameters, cosine per epoch without warm-up, projector of 3 layers of 2048 with BatchNorm behind
+each (the last without scale and bias), predictor 2048 -> 512 -> 2048, residual branches that start
+at zero, MoCo-v2's augmentation. Ours: layers in front of a BatchNorm keep a bias, which it takes
+away again; BatchNorm's moments are those of both crops together; targets cost one more forward
+pass.
 """
 
 from hexa_jax.configs import common

@@ -1,7 +1,8 @@
 """Any method and scheme at a size that two CPU cores train in seconds; what the tests and the `tiny` preset run.
 
 Command:   python -m hexa_jax.main --config=configs/tiny.py:method=moco,scheme=std+adv --workdir=DIR
-Arguments: method=deepcluster (moco, pcl, simclr, swav, byol, simsiam, rotation, supervised); scheme=std+adv; epochs=2
+Arguments: method=deepcluster (moco, pcl, simclr, swav, byol, simsiam, rotation, supervised);
+    scheme=std+adv; epochs=2
 Hardware:  two CPU cores.
 Time:      about half a minute, most of it compiling.
 Expected:  nothing: it is far too small to learn.

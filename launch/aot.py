@@ -4,16 +4,17 @@ python -m launch.aot --config=configs/hexa_moco.py --topology=h100:8 [--config.k
 --topology      GPUs: KIND:N of one host, or KIND:HOSTSxN, such as h100:8 or h200:2x8; a100, h100, h200 or b200.
                 TPUs: KIND:SHAPE in chips, such as v5e:16x16, v4:2x2x2 or v5p:2x2x1
 --programs      comma-separated; all by default. Of pre-training: train, augment (what of it makes crops), init, refresh
-                (k-means; methods with clusters), features (evaluation). Of configs/eval/detection_voc.py: train, detect
+                (k-means; methods with clusters), features (evaluation). Of
+                configs/eval/detection_voc.py: train, detect
 --num_examples  of the data set; ImageNet's 1,281,167 by default
 --rows          JSON file that keeps the results; what it holds is not compiled again (docs/scaling.json by default)
 --hlo=FOLDER    keep the compiled programs' HLO there, to look into: one file a program
 --table=FILE    write all rows as Markdown tables and compile nothing
 --kernels       with GPUs: print the tables of kernels as Markdown as well
 
-The compilers are the real ones and need no accelerator. For TPUs `pip install libtpu`: its estimate of cycles is shown. For GPUs
-`pip install -e '.[aot-gpu]'`: bytes and FLOPs of each kernel are counted from the program. A step of a ResNet-50 takes 2 to 10
-minutes to compile on two cores.
+The compilers are the real ones and need no accelerator. For TPUs `pip install libtpu`: its estimate
+of cycles is shown. For GPUs `pip install -e '.[aot-gpu]'`: bytes and FLOPs of each kernel are
+counted from the program. A step of a ResNet-50 takes 2 to 10 minutes to compile on two cores.
 """
 
 import argparse
@@ -28,7 +29,8 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # alarms about slow compilation, a paragraph each
+# alarms about slow compilation, a paragraph each
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 os.environ |= {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
 
 import jax
@@ -87,12 +89,16 @@ def devices_of(topology: str, device: Device) -> list[jax.Device]:
         sides = [int(side) for side in shape.split("x")] + [1]
         if sides[0] % 2 or sides[1] % 2:  # less than a whole host of 2 x 2 chips
             settings["chips_per_host_bounds"] = tuple((*sides, 1)[:3])
-        return list(topologies.get_topology_desc(platform="tpu", topology_name=topology, **settings).devices)
+        return list(
+            topologies.get_topology_desc(platform="tpu", topology_name=topology, **settings).devices
+        )
     except (ValueError, jax.errors.JaxRuntimeError) as error:
         raise AotError(f"--topology={topology}: {str(error).splitlines()[0][:200]}") from None
 
 
-def compile_program(lower: Callable[[], Any], device: Device, hlo: pathlib.Path | None = None) -> dict[str, Any]:
+def compile_program(
+    lower: Callable[[], Any], device: Device, hlo: pathlib.Path | None = None
+) -> dict[str, Any]:
     """Return the numbers of one program, whether it fits or not.
 
     Args:
@@ -107,7 +113,9 @@ def compile_program(lower: Callable[[], Any], device: Device, hlo: pathlib.Path 
             hlo.parent.mkdir(parents=True, exist_ok=True)
             hlo.write_text(compiled.as_text())
         found: dict[str, Any] | None = (
-            describe_on_gpu(compiled, device, PACKAGE) if isinstance(device, Gpu) else describe(compiled)
+            describe_on_gpu(compiled, device, PACKAGE)
+            if isinstance(device, Gpu)
+            else describe(compiled)
         )
     except jax.errors.JaxRuntimeError as error:
         found = too_large(str(error))
@@ -127,9 +135,15 @@ def advice(trainer: Trainer, row: dict[str, Any], device: Device) -> str:
     layout = trainer.objective.layout
     shapes = jax.tree.leaves((trainer.state_shapes(), trainer.batch_shapes()))
     fixed = sum(leaf.dtype.itemsize * _share(leaf) for leaf in shapes)
-    allowed = [m for m in range(1, layout.batch_size + 1) if layout.batch_size % (m * layout.num_devices) == 0]
+    allowed = [
+        m
+        for m in range(1, layout.batch_size + 1)
+        if layout.batch_size % (m * layout.num_devices) == 0
+    ]
     number = microbatches_that_fit(layout.microbatches, peak, fixed, limit, allowed)
-    hint = "use more chips" if number is None else f"--config.runtime.microbatches={number} should fit"
+    hint = (
+        "use more chips" if number is None else f"--config.runtime.microbatches={number} should fit"
+    )
     return f"does not fit: {peak / GIB:.1f} of {limit / GIB:.1f} GiB a chip; {hint}"
 
 
@@ -172,13 +186,19 @@ def bound(row: dict[str, Any], device: Device) -> dict[str, float]:
 
 def versions_of(device: Device) -> str:
     """Return the versions of jax and of the compiler; TopologyError if there is none for GPUs."""
-    compiler = plugin_version() if isinstance(device, Gpu) else f"libtpu {importlib.metadata.version('libtpu')}"
+    compiler = (
+        plugin_version()
+        if isinstance(device, Gpu)
+        else f"libtpu {importlib.metadata.version('libtpu')}"
+    )
     return f"jax {jax.__version__}, {compiler}"
 
 
 def main(argv: list[str]) -> int:
     """Compile what is asked for and not known yet; returns the exit code."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--topology", default="v5e:2x4")
     parser.add_argument("--programs", default="")
     parser.add_argument("--num_examples", type=int, default=IMAGENET)
@@ -187,44 +207,67 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--table", type=pathlib.Path)
     parser.add_argument("--kernels", action="store_true")
     options, settings = parser.parse_known_args(argv[1:])
-    rows: dict[str, dict[str, Any]] = json.loads(options.rows.read_text()) if options.rows.is_file() else {}
+    rows: dict[str, dict[str, Any]] = (
+        json.loads(options.rows.read_text()) if options.rows.is_file() else {}
+    )
     if options.table:
         options.table.write_text(markdown(rows))
         return 0
     try:
         device = known_devices().get(options.topology.partition(":")[0])
         if device is None:
-            raise AotError(f"--topology={options.topology} is not known: use {', '.join(known_devices())}; see --help")
+            raise AotError(
+                f"--topology={options.topology} is not known: use {', '.join(known_devices())}; see --help"
+            )
         config = parse_command([argv[0], *settings, "--workdir=unused"]).config
         known = {"pretrain": lowering.PRETRAINING, "detection": lowering.DETECTION}.get(config.task)
         if known is None:
-            raise AotError(f"config.task={config.task} is not compiled: use a config of pre-training or detection")
+            raise AotError(
+                f"config.task={config.task} is not compiled: use a config of pre-training or detection"
+            )
         wanted = options.programs.split(",") if options.programs else list(known)
         if unknown := set(wanted) - set(known):
-            raise AotError(f"--programs={','.join(sorted(unknown))} is not known: use {','.join(known)}")
+            raise AotError(
+                f"--programs={','.join(sorted(unknown))} is not known: use {','.join(known)}"
+            )
         mesh = make_mesh(devices_of(options.topology, device))
         trainer = None
         if config.task == "pretrain":
-            trainer = make_trainer(config, options.num_examples, list(mesh.devices.flat), num_classes=1000)
+            trainer = make_trainer(
+                config, options.num_examples, list(mesh.devices.flat), num_classes=1000
+            )
             programs = lowering.pretraining(trainer)
         else:
-            programs = lowering.detection(config, mesh, num_classes=20, steps_per_epoch=VOC // config.batch_size)
+            programs = lowering.detection(
+                config, mesh, num_classes=20, steps_per_epoch=VOC // config.batch_size
+            )
     except (AotError, ConfigError) as error:
         print(f"aot: {error}", file=sys.stderr)
         return 2
     named = next(word for word in settings if word.startswith("--config=")).partition("=")[2]
-    overrides = sorted(word.removeprefix("--config.") for word in settings if word.startswith("--config."))
+    overrides = sorted(
+        word.removeprefix("--config.") for word in settings if word.startswith("--config.")
+    )
     versions, fits = versions_of(device), True
     for program in (name for name in wanted if name in programs):
         key = f"{named} {' '.join(overrides)} {options.topology} {options.num_examples} {program} {versions}"
         if key not in rows:
             print(f"aot: compiling {program}, which takes minutes", file=sys.stderr)
             with jax.set_mesh(mesh):
-                row = compile_program(programs[program], device, options.hlo and options.hlo / f"{program}.hlo")
-            row |= {"config": pathlib.PurePath(named).stem, "overrides": overrides, "topology": options.topology}
+                row = compile_program(
+                    programs[program], device, options.hlo and options.hlo / f"{program}.hlo"
+                )
+            row |= {
+                "config": pathlib.PurePath(named).stem,
+                "overrides": overrides,
+                "topology": options.topology,
+            }
             row |= {"program": program, "versions": versions} | bound(row, device)
-            row["advice"] = advice(trainer, row, device) if trainer is not None and program == "train" else ""
-            latest = json.loads(options.rows.read_text()) if options.rows.is_file() else {}  # another may have written
+            row["advice"] = (
+                advice(trainer, row, device) if trainer is not None and program == "train" else ""
+            )
+            # another may have written
+            latest = json.loads(options.rows.read_text()) if options.rows.is_file() else {}
             rows = latest | {key: row}
             write_json(options.rows, rows)
         fits &= rows[key]["fits"]

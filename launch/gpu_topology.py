@@ -1,7 +1,8 @@
 """GPUs that are not there, as devices to compile for: the one file that uses private names of jax.
 
-Tried with jax 0.10.2 on Python 3.11 and jax 0.11.2 on Python 3.12. jax's public `get_topology_desc(platform="cuda")` is not
-implemented; the C interface below it is, and needs the CUDA plugin's wheels but neither a card nor a driver.
+Tried with jax 0.10.2 on Python 3.11 and jax 0.11.2 on Python 3.12. jax's public
+`get_topology_desc(platform="cuda")` is not implemented; the C interface below it is, and needs the
+CUDA plugin's wheels but neither a card nor a driver.
 """
 
 import dataclasses
@@ -44,7 +45,12 @@ def read_gpus(path: pathlib.Path = FACTS) -> dict[str, Gpu]:
     """Return {kind: Gpu} of a file like gpus.toml."""
     tables = tomllib.loads(path.read_text())
     return {
-        kind: Gpu(kind, table["memory_bytes"], Peaks(table["bandwidth"], table["flops"], table["vector_flops"]), table)
+        kind: Gpu(
+            kind,
+            table["memory_bytes"],
+            Peaks(table["bandwidth"], table["flops"], table["vector_flops"]),
+            table,
+        )
         for kind, table in tables.items()
     }
 
@@ -98,13 +104,17 @@ def gpu_devices(gpu: Gpu, hosts: int, gpus: int) -> list[jax.Device]:
     """Return compile-only devices, `gpus` on each of `hosts`, in the order of the hosts.
 
     Raises:
-        TopologyError: no CUDA plugin, a jax whose private names are others, or a topology that the compiler does not take.
+        TopologyError: no CUDA plugin, a jax whose private names are others, or a topology that the
+            compiler does not take.
     """
     plugin_version()
     try:
         from jax._src.lib import xla_client
 
-        is_initialized, initialize = xla_client.pjrt_plugin_initialized, xla_client.initialize_pjrt_plugin
+        is_initialized, initialize = (
+            xla_client.pjrt_plugin_initialized,
+            xla_client.initialize_pjrt_plugin,
+        )
         describe = xla_client._xla.get_default_c_api_topology
     except (ImportError, AttributeError) as error:
         raise TopologyError(
@@ -117,4 +127,6 @@ def gpu_devices(gpu: Gpu, hosts: int, gpus: int) -> list[jax.Device]:
             initialize("cuda")
         return list(describe("cuda", gpu.kind, options)._make_compile_only_devices())
     except (RuntimeError, ValueError, AttributeError) as error:
-        raise TopologyError(f"{hosts} x {gpus} {gpu.kind}: {str(error).splitlines()[0][:200]}") from None
+        raise TopologyError(
+            f"{hosts} x {gpus} {gpu.kind}: {str(error).splitlines()[0][:200]}"
+        ) from None

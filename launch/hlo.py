@@ -1,6 +1,7 @@
 """Read the text of a compiled program: its computations, instructions, shapes, and the lines of code they come from.
 
-Only what accounting needs is kept (launch/kernels.py); XLA's own parser is not among jax's public names.
+Only what accounting needs is kept (launch/kernels.py); XLA's own parser is not among jax's public
+names.
 """
 
 import dataclasses
@@ -114,7 +115,11 @@ class Instruction:
         names: list[str] = []
         for key in ("calls", "to_apply", "branch_computations", "called_computations"):
             names += [name.strip() for name in self.attribute(key).split(",") if name.strip()]
-        names += [self.attribute(key) for key in ("true_computation", "false_computation") if self.attribute(key)]
+        names += [
+            self.attribute(key)
+            for key in ("true_computation", "false_computation")
+            if self.attribute(key)
+        ]
         return tuple(names)
 
     @property
@@ -186,7 +191,10 @@ class Program:
         places = self.stacks.get(int(frame[1]), []) if frame else []
         places = [*places, (line[1], int(line[2]))] if line else places
         folder = package.rstrip("/") + "/"
-        return next((f"{file.removeprefix(folder)}:{at}" for file, at in places if file.startswith(folder)), "")
+        return next(
+            (f"{file.removeprefix(folder)}:{at}" for file, at in places if file.startswith(folder)),
+            "",
+        )
 
 
 def parse(text: str) -> Program:
@@ -222,7 +230,10 @@ def arrays_of(shape: str) -> tuple[Array, ...]:
     def numbers(text: str | None) -> tuple[int, ...]:
         return tuple(int(number) for number in (text or "").split(",") if number)
 
-    return tuple(Array(dtype, numbers(dims), numbers(layout)) for dtype, dims, layout in _ARRAY.findall(shape))
+    return tuple(
+        Array(dtype, numbers(dims), numbers(layout))
+        for dtype, dims, layout in _ARRAY.findall(shape)
+    )
 
 
 def _instruction(line: str) -> Instruction | None:
@@ -269,8 +280,12 @@ def _stacks(tables: dict[str, dict[int, str]]) -> dict[int, list[tuple[str, int]
         while number in tables["StackFrames"]:
             row = tables["StackFrames"][number]
             location = tables["FileLocations"].get(field(row, "file_location_id"), "")
-            yield tables["FileNames"].get(field(location, "file_name_id"), "").strip('"'), field(location, "line")
-            parent = field(row, "parent_frame_id") - 1  # written one too high: a frame without a parent has 1
+            yield (
+                tables["FileNames"].get(field(location, "file_name_id"), "").strip('"'),
+                field(location, "line"),
+            )
+            # written one too high: a frame without a parent has 1
+            parent = field(row, "parent_frame_id") - 1
             number = parent if parent < number else 0
 
     return {number: list(frames(number)) for number in tables["StackFrames"]}

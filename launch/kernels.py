@@ -1,8 +1,9 @@
 """Account for each kernel of a GPU program: what it does, bytes to and from memory, FLOPs, and the line it comes from.
 
-Each kernel reads its operands from memory once and writes its result once; a loop's kernels count as often as it runs.
-An operand of which only slices are taken counts as those slices, one that is updated in place as the update. Caches
-keep some of it from memory and some kernels read more than once, so bytes are a count and not a measurement.
+Each kernel reads its operands from memory once and writes its result once; a loop's kernels count
+as often as it runs. An operand of which only slices are taken counts as those slices, one that is
+updated in place as the update. Caches keep some of it from memory and some kernels read more than
+once, so bytes are a count and not a measurement.
 """
 
 import collections
@@ -15,7 +16,9 @@ from typing import Any
 
 from launch.hlo import Array, Computation, Instruction, Program
 
-FORWARD, FILTER, INPUT = ("convolution " + role for role in ("forward", "filter gradient", "input gradient"))
+FORWARD, FILTER, INPUT = (
+    "convolution " + role for role in ("forward", "filter gradient", "input gradient")
+)
 PRODUCT, SCATTER, SORT, POOL, REDUCE = "matrix product", "scatter", "sort", "pooling", "reduction"
 MOVE, GATHER, ELEMENTWISE, COLLECTIVE, OTHER = (
     "copy or transpose",
@@ -25,9 +28,22 @@ MOVE, GATHER, ELEMENTWISE, COLLECTIVE, OTHER = (
     "other",
 )
 CONVOLUTIONS = (FORWARD, FILTER, INPUT)
-KINDS = (*CONVOLUTIONS, PRODUCT, SCATTER, SORT, POOL, REDUCE, MOVE, GATHER, ELEMENTWISE, COLLECTIVE, OTHER)
+KINDS = (
+    *CONVOLUTIONS,
+    PRODUCT,
+    SCATTER,
+    SORT,
+    POOL,
+    REDUCE,
+    MOVE,
+    GATHER,
+    ELEMENTWISE,
+    COLLECTIVE,
+    OTHER,
+)
 LARGEST = 20
-ACTIVATION_BYTES = 16 * 2**20  # of a map that a warning is worth; no filter of a ResNet-50 has as many
+# of a map that a warning is worth; no filter of a ResNet-50 has as many
+ACTIVATION_BYTES = 16 * 2**20
 SMALL_BYTES = 2**20  # a kernel that moves less takes as long as its launch
 
 _COLLECTIVES = (
@@ -38,9 +54,28 @@ _COLLECTIVES = (
     "reduce-scatter",
     "collective-broadcast",
 )
-_FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "partition-id", "replica-id"}
+_FREE = {
+    "parameter",
+    "constant",
+    "tuple",
+    "get-tuple-element",
+    "bitcast",
+    "after-all",
+    "partition-id",
+    "replica-id",
+}
 _FREE |= {"opt-barrier", "optimization-barrier", "add-dependency", "domain", "get-dimension-size"}
-_MOVES = {"copy", "transpose", "reverse", "reshape", "concatenate", "pad", "broadcast", "iota", "slice"}
+_MOVES = {
+    "copy",
+    "transpose",
+    "reverse",
+    "reshape",
+    "concatenate",
+    "pad",
+    "broadcast",
+    "iota",
+    "slice",
+}
 _PLAIN = _MOVES | _FREE | {"convert", "select", "compare", "copy-start", "copy-done"}
 _HOST = {"send", "recv", "infeed", "outfeed"}
 _TARGETS = {
@@ -64,12 +99,14 @@ class Kernel:
         times: how often it runs in a program.
         read: bytes of one run.
         written: bytes of one run.
-        products: FLOPs of convolutions and matrix products of one run, a multiplication and an addition as two.
+        products: FLOPs of convolutions and matrix products of one run, a multiplication and an
+            addition as two.
         dtype: of the products' operands; "f32 highest" where they may not be rounded to TF32.
         others: FLOPs besides, one for each element of each operation.
         result: shapes.
         line: "models/norm.py:41", or empty.
-        path: modules and operation, such as "layer1_0/bn2/mul"; "backward: " before it in a gradient.
+        path: modules and operation, such as "layer1_0/bn2/mul"; "backward: " before it in a
+            gradient.
     """
 
     name: str
@@ -112,7 +149,9 @@ class Peaks:
     def seconds(self, kernel: Kernel) -> tuple[float, float]:
         """Return the least time of all runs of a kernel by memory and by arithmetic."""
         products = kernel.products / self.products.get(kernel.dtype, self.others)
-        return kernel.bytes / self.bandwidth, kernel.times * (products + kernel.others / self.others)
+        return kernel.bytes / self.bandwidth, kernel.times * (
+            products + kernel.others / self.others
+        )
 
 
 def kernels_of(program: Program, package: str = "") -> list[Kernel]:
@@ -130,15 +169,18 @@ def summary(kernels: Iterable[Kernel], peaks: Peaks) -> dict[str, Any]:
     """Return what is stored of a program's kernels.
 
     Returns:
-        "bytes", "flops"; "memory_ms" and "flops_ms" of all, and "floor_ms", the sum over kernels of the longer of both;
-        "kernels" and "small_kernels" (those that move less than a MiB), counted by runs; "by_kind" {kind: {"count", "bytes",
-        "flops", "floor_ms"}}; "largest", the 20 that move most.
+        "bytes", "flops"; "memory_ms" and "flops_ms" of all, and "floor_ms", the sum over kernels of
+        the longer of both; "kernels" and "small_kernels" (those that move less than a MiB), counted
+        by runs; "by_kind" {kind: {"count", "bytes", "flops", "floor_ms"}}; "largest", the 20 that
+        move most.
     """
     kernels = list(kernels)
     times = [peaks.seconds(kernel) for kernel in kernels]
     by_kind: dict[str, dict[str, float]] = {}
     for kernel, pair in zip(kernels, times, strict=True):
-        entry = by_kind.setdefault(kernel.kind, {"count": 0, "bytes": 0, "flops": 0.0, "floor_ms": 0.0})
+        entry = by_kind.setdefault(
+            kernel.kind, {"count": 0, "bytes": 0, "flops": 0.0, "floor_ms": 0.0}
+        )
         entry["count"] += kernel.times
         entry["bytes"] += kernel.bytes
         entry["flops"] += kernel.flops
@@ -151,9 +193,13 @@ def summary(kernels: Iterable[Kernel], peaks: Peaks) -> dict[str, Any]:
         "flops_ms": round(1000 * sum(arithmetic for _, arithmetic in times), 3),
         "floor_ms": round(1000 * sum(max(pair) for pair in times), 3),
         "kernels": sum(kernel.times for kernel in kernels),
-        "small_kernels": sum(kernel.times for kernel in kernels if kernel.read + kernel.written < SMALL_BYTES),
+        "small_kernels": sum(
+            kernel.times for kernel in kernels if kernel.read + kernel.written < SMALL_BYTES
+        ),
         "by_kind": {
-            kind: by_kind[kind] | {"floor_ms": round(by_kind[kind]["floor_ms"], 3)} for kind in KINDS if kind in by_kind
+            kind: by_kind[kind] | {"floor_ms": round(by_kind[kind]["floor_ms"], 3)}
+            for kind in KINDS
+            if kind in by_kind
         },
         "largest": [
             {"kind": one.kind, "times": one.times, "bytes": one.bytes, "flops": one.flops}
@@ -168,7 +214,9 @@ def collectives_of(program: Program) -> dict[str, dict[str, int]]:
     sums: dict[str, dict[str, int]] = {}
     for computation, one, times in _steps(program, program.computations[program.entry], 1):
         if one.opcode.startswith(_COLLECTIVES):
-            kind = f"{one.opcode.removesuffix('-start')} {computation.operand(one, 0).arrays[0].dtype}"
+            kind = (
+                f"{one.opcode.removesuffix('-start')} {computation.operand(one, 0).arrays[0].dtype}"
+            )
             entry = sums.setdefault(kind, {"count": 0, "bytes": 0})
             entry["count"] += times
             entry["bytes"] += times * sum(array.bytes for array in _received(one))
@@ -197,13 +245,18 @@ def warnings_of(program: Program, package: str = "") -> list[str]:
             found["transfers to or from the host"].append(place)
         if _moves_activation(computation, one):
             found["layout copies of activations"].append(place)
-    return [f"{len(places)} {what}: {', '.join(dict.fromkeys(places))}"[:300] for what, places in found.items()]
+    return [
+        f"{len(places)} {what}: {', '.join(dict.fromkeys(places))}"[:300]
+        for what, places in found.items()
+    ]
 
 
 # ---- Kernels -------------------------------------------------------------------------------------
 
 
-def _steps(program: Program, computation: Computation, times: int) -> Iterator[tuple[Computation, Instruction, int]]:
+def _steps(
+    program: Program, computation: Computation, times: int
+) -> Iterator[tuple[Computation, Instruction, int]]:
     """What runs on the device, and how often; of a conditional the branch that moves most."""
     for one in computation.instructions.values():
         if one.opcode == "while":
@@ -211,7 +264,9 @@ def _steps(program: Program, computation: Computation, times: int) -> Iterator[t
             body = program.computations[one.attribute("body")]
             yield from _steps(program, body, times * (int(trips[1]) if trips else 1))
         elif one.opcode == "conditional":
-            branches = [list(_steps(program, program.computations[name], times)) for name in one.called]
+            branches = [
+                list(_steps(program, program.computations[name], times)) for name in one.called
+            ]
             yield from max(branches, key=lambda branch: _moved(program, branch), default=[])
         elif one.opcode in ("call", "async-start"):
             for name in one.called:
@@ -227,9 +282,13 @@ def _moved(program: Program, steps: list[tuple[Computation, Instruction, int]]) 
     )
 
 
-def _kernel(program: Program, computation: Computation, one: Instruction, times: int, package: str) -> Kernel:
+def _kernel(
+    program: Program, computation: Computation, one: Instruction, times: int, package: str
+) -> Kernel:
     inner = _inner(program, one)
-    work = [(inner, step) for step in inner.instructions.values()] if inner else [(computation, one)]
+    work = (
+        [(inner, step) for step in inner.instructions.values()] if inner else [(computation, one)]
+    )
     products = [(pair, flops) for pair in work if (flops := _products(*pair))]
     dtype = _precision(*products[0][0]) if products else ""
     kind = _kind(program, computation, one)
@@ -288,13 +347,21 @@ def _kind(program: Program, computation: Computation, one: Instruction) -> str:
     return OTHER if one.opcode == "custom-call" else ELEMENTWISE
 
 
-def _origin(program: Program, inner: Computation | None, one: Instruction, package: str) -> tuple[str, str]:
+def _origin(
+    program: Program, inner: Computation | None, one: Instruction, package: str
+) -> tuple[str, str]:
     """Line and path of a kernel: of its own metadata, or of the largest fused instruction that has some."""
-    steps = sorted(inner.instructions.values(), key=lambda step: step.bytes, reverse=True) if inner else []
+    steps = (
+        sorted(inner.instructions.values(), key=lambda step: step.bytes, reverse=True)
+        if inner
+        else []
+    )
     line = next((line for step in (one, *steps) if (line := program.line(step, package))), "")
     name = next((step.op_name for step in (one, *steps) if "/" in step.op_name), "")
     parts = [
-        part for part in name.split("/") if not re.fullmatch(r".*\(.*\)|while|body|cond|branch_\d+_fun|.*\..*", part)
+        part
+        for part in name.split("/")
+        if not re.fullmatch(r".*\(.*\)|while|body|cond|branch_\d+_fun|.*\..*", part)
     ]
     return line, ("backward: " if "transpose(" in name else "") + "/".join(parts[-4:])
 
@@ -353,7 +420,11 @@ def _written(program: Program, computation: Computation, one: Instruction) -> in
     if inner is None:
         return _update(computation, one)
     root = inner.root
-    results = [inner.source(name) for name in root.operands] if root.opcode == "tuple" else [inner.source(root.name)]
+    results = (
+        [inner.source(name) for name in root.operands]
+        if root.opcode == "tuple"
+        else [inner.source(root.name)]
+    )
     return sum(_update(inner, result) for result in results)
 
 
@@ -368,7 +439,11 @@ def _update(computation: Computation, result: Instruction) -> int:
 def _received(one: Instruction) -> tuple[Array, ...]:
     """What a collective results in; the start of an asynchronous one has its operands before that."""
     sent = len(one.operands)
-    return one.arrays[sent : 2 * sent] if one.opcode.endswith("-start") and len(one.arrays) > sent else one.arrays
+    return (
+        one.arrays[sent : 2 * sent]
+        if one.opcode.endswith("-start") and len(one.arrays) > sent
+        else one.arrays
+    )
 
 
 # ---- FLOPs ---------------------------------------------------------------------------------------
@@ -382,12 +457,18 @@ def _products(computation: Computation, one: Instruction) -> float:
         result = one.arrays[0]
         first, second = (computation.operand(one, index).arrays[0] for index in (0, 1))
         # Whatever is sought, each output pixel meets each number of the filter once.
-        outputs, weights = {FORWARD: (result, second), FILTER: (second, result), INPUT: (first, second)}[kind]
+        outputs, weights = {
+            FORWARD: (result, second),
+            FILTER: (second, result),
+            INPUT: (first, second),
+        }[kind]
         channels = outputs.dims[_labels(one)[2].index("f")]
         return 2.0 * outputs.elements / channels * weights.elements
     if one.opcode == "dot":
         left = computation.operand(one, 0).arrays[0]
-        contracted = [int(axis) for axis in one.attribute("lhs_contracting_dims").split(",") if axis]
+        contracted = [
+            int(axis) for axis in one.attribute("lhs_contracting_dims").split(",") if axis
+        ]
         return 2.0 * one.elements * math.prod(left.dims[axis] for axis in contracted)
     if "gemm" in target or "matmul" in target:
         left = computation.operand(one, 0).arrays[0]
@@ -415,7 +496,9 @@ def _others(computation: Computation, one: Instruction) -> float:
         return float(sum(computation.operand(one, index).elements for index in range(half)))
     if one.opcode == "reduce-window":
         size = _WINDOW.search(one.rest)
-        return float(one.elements * math.prod(int(side) for side in (size[1] if size else "1").split("x")))
+        return float(
+            one.elements * math.prod(int(side) for side in (size[1] if size else "1").split("x"))
+        )
     if one.opcode in ("scatter", "dynamic-update-slice", "dynamic-slice", "gather", "sort", *_HOST):
         return 0.0
     return float(one.arrays[0].elements) if one.arrays and one.arrays[0].dtype[0] in "fb" else 0.0
@@ -461,9 +544,16 @@ def _is_nhwc(one: Instruction) -> bool:
 
 def _moves_activation(computation: Computation, one: Instruction) -> bool:
     """Whether an instruction, fused or not, makes other numbers of a large map neighbors in memory."""
-    if one.opcode not in ("copy", "transpose") or len(one.arrays) != 1 or one.bytes < ACTIVATION_BYTES:
+    if (
+        one.opcode not in ("copy", "transpose")
+        or len(one.arrays) != 1
+        or one.bytes < ACTIVATION_BYTES
+    ):
         return False
-    before, after = _order_in_memory(computation.operand(one, 0).arrays[0]), _order_in_memory(one.arrays[0])
+    before, after = (
+        _order_in_memory(computation.operand(one, 0).arrays[0]),
+        _order_in_memory(one.arrays[0]),
+    )
     if one.opcode == "transpose":
         order = [int(axis) for axis in one.attribute("dimensions").split(",") if axis]
         after = [order[axis] for axis in after]

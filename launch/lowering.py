@@ -14,7 +14,14 @@ from hexa_jax.core.errors import choose
 from hexa_jax.detection.batches import DetectionBatch
 from hexa_jax.detection.canvases import Canvases
 from hexa_jax.detection.task import make_base_optimizer, make_model
-from hexa_jax.detection.training import STATS, DetectorState, Frozen, make_detect, make_optimizer, make_step
+from hexa_jax.detection.training import (
+    STATS,
+    DetectorState,
+    Frozen,
+    make_detect,
+    make_optimizer,
+    make_step,
+)
 from hexa_jax.evals.backbone import IMAGENET_MEAN, IMAGENET_STD
 from hexa_jax.evals.features import make_extractor
 from hexa_jax.methods.base import Method
@@ -69,15 +76,21 @@ def detection(config: ConfigDict, mesh: Mesh, num_classes: int, steps_per_epoch:
     height, width = sizes.shapes(portrait=False)[-1]
 
     def fresh() -> DetectorState:
-        variables = model.network.init(jax.random.key(0), jnp.zeros((1, 64, 64, 3)), jnp.full((1, 2), 64, jnp.int32))
+        variables = model.network.init(
+            jax.random.key(0), jnp.zeros((1, 64, 64, 3)), jnp.full((1, 2), 64, jnp.int32)
+        )
         params = variables["params"]
-        return DetectorState(jnp.uint32(0), jnp.int32(0), params, variables[STATS], optimizer.init(params))
+        return DetectorState(
+            jnp.uint32(0), jnp.int32(0), params, variables[STATS], optimizer.init(params)
+        )
 
     def batch(count: int) -> DetectionBatch:
         boxes = config.data.max_boxes
 
         def leaf(dtype: Any, *shape: int) -> jax.ShapeDtypeStruct:
-            return jax.ShapeDtypeStruct((count, *shape), dtype, sharding=NamedSharding(mesh, P("data")))
+            return jax.ShapeDtypeStruct(
+                (count, *shape), dtype, sharding=NamedSharding(mesh, P("data"))
+            )
 
         return DetectionBatch(
             images=leaf(np.uint8, height, width, 3),
@@ -89,7 +102,8 @@ def detection(config: ConfigDict, mesh: Mesh, num_classes: int, steps_per_epoch:
 
     whole = NamedSharding(mesh, P())
     state = jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=whole), jax.eval_shape(fresh)
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=whole),
+        jax.eval_shape(fresh),
     )
     step: Any = make_step(model, optimizer, frozen, mesh, config.batch_size)
     detect: Any = make_detect(model, mesh)

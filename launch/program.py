@@ -11,7 +11,9 @@ from launch import kernels
 from launch.gpu_topology import Gpu
 from launch.hlo import BYTES, parse
 
-COLLECTIVE = re.compile(r"= (.+?) (all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter)(?:-start)?\(")
+COLLECTIVE = re.compile(
+    r"= (.+?) (all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter)(?:-start)?\("
+)
 SHAPE = re.compile(r"(\w+)\[([\d,]*)\]")
 HEADER = re.compile(r"(ENTRY )?%?([\w.\-]+) \(.*\{$")
 CHANNEL = re.compile(r"channel_id=(\d+)")
@@ -22,7 +24,8 @@ CALLED = re.compile(
     r"(?:to_apply|called_computations=\{|branch_computations=\{|true_computation|false_computation)=?%?([\w.\-]+)"
 )
 FULL = re.compile(r"Used ([\d.]+)([KMGT]) of ([\d.]+)([KMGT]) hbm", re.IGNORECASE)
-JAX_SHARE = 0.75  # of a GPU's memory, which jax takes unless XLA_PYTHON_CLIENT_MEM_FRACTION says otherwise
+# of a GPU's memory, which jax takes unless XLA_PYTHON_CLIENT_MEM_FRACTION says otherwise
+JAX_SHARE = 0.75
 UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
@@ -45,7 +48,8 @@ class Chip:
     memory: float
 
 
-# cloud.google.com/tpu/docs/system-architecture-tpu-vm; clock = FLOP/s over 2 x 128 x 128 per matrix unit and cycle.
+# cloud.google.com/tpu/docs/system-architecture-tpu-vm; clock = FLOP/s over 2 x 128 x 128 per matrix
+# unit and cycle.
 CHIPS = {
     "v4": Chip(275e12, 1200e9, 1.05e9, 32 * 2**30),
     "v5e": Chip(197e12, 819e9, 1.5e9, 16 * 2**30),
@@ -57,7 +61,8 @@ CHIPS = {
 def collectives(hlo: str) -> list[Collective]:
     """Each operand of each collective. One that a compiler copied into several computations (a peeled loop) counts once.
 
-    Copies are told by their channel and shapes; alone, a channel says nothing: all reductions of a shard_map share one.
+    Copies are told by their channel and shapes; alone, a channel says nothing: all reductions of a
+    shard_map share one.
     """
     bodies = set(re.findall(r"(?:body|condition)=%?([\w.\-]+)", hlo))
     by_place: dict[tuple, dict[str, list[Collective]]] = {}
@@ -67,7 +72,12 @@ def collectives(hlo: str) -> list[Collective]:
             continue
         channel = CHANNEL.search(line)
         operands = [
-            Collective(match[2], dtype, math.prod(int(n) for n in shape.split(",") if n), computation in bodies)
+            Collective(
+                match[2],
+                dtype,
+                math.prod(int(n) for n in shape.split(",") if n),
+                computation in bodies,
+            )
             for dtype, shape in SHAPE.findall(match[1])
         ]
         key = (match[2], match[1], channel[1] if channel else line)
@@ -106,17 +116,25 @@ def estimated_cycles(hlo: str) -> int:
             inner[computation].append((called[1], 1))
 
     def total(computation: str) -> int:
-        return own.get(computation, 0) + sum(times * total(name) for name, times in inner.get(computation, []))
+        return own.get(computation, 0) + sum(
+            times * total(name) for name, times in inner.get(computation, [])
+        )
 
     return total(entry)
 
 
 def describe(compiled: Any) -> dict[str, Any]:
     """Numbers of a program compiled by jax, per chip: bytes, FLOPs, cycles and collectives."""
-    hlo, costs, memory = compiled.as_text(), compiled.cost_analysis() or {}, compiled.memory_analysis()
+    hlo, costs, memory = (
+        compiled.as_text(),
+        compiled.cost_analysis() or {},
+        compiled.memory_analysis(),
+    )
     peak = getattr(memory, "peak_memory_in_bytes", 0)
     if not peak:
-        peak = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
+        peak = (
+            memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
+        )
         peak += memory.temp_size_in_bytes
     return {
         "fits": True,
@@ -139,9 +157,10 @@ def describe_on_gpu(compiled: Any, gpu: Gpu, package: str) -> dict[str, Any]:
         package: the folder whose lines are ours.
 
     Returns:
-        "fits" (in the share of the memory that jax takes by itself), "peak_bytes", "argument_bytes", "temporary_bytes",
-        "limit_bytes", "collectives", "warnings", and what `kernels.summary` returns. The scratch memory of convolutions is
-        not among the bytes: their algorithms are chosen on the GPU.
+        "fits" (in the share of the memory that jax takes by itself), "peak_bytes",
+        "argument_bytes", "temporary_bytes", "limit_bytes", "collectives", "warnings", and what
+        `kernels.summary` returns. The scratch memory of convolutions is not among the bytes: their
+        algorithms are chosen on the GPU.
     """
     text, need, memory = compiled.as_text(), needed(compiled, "gpu"), compiled.memory_analysis()
     program = parse(text)
@@ -167,7 +186,9 @@ def too_large(message: str) -> dict[str, Any] | None:
     return {"fits": False, "peak_bytes": int(used), "limit_bytes": int(limit)}
 
 
-def microbatches_that_fit(now: int, peak: float, fixed: float, limit: float, allowed: list[int]) -> int | None:
+def microbatches_that_fit(
+    now: int, peak: float, fixed: float, limit: float, allowed: list[int]
+) -> int | None:
     """The smallest allowed number of microbatches with which a step should fit, None if none does.
 
     Args:

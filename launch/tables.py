@@ -17,7 +17,16 @@ TPU_HEAD = (
     "between chips",
 )
 GPU_HEAD = (
-    *("config", "GPUs", "program", "peak GiB", "TFLOP", "GB", "of it convolutions", "kernels (under 1 MiB)"),
+    *(
+        "config",
+        "GPUs",
+        "program",
+        "peak GiB",
+        "TFLOP",
+        "GB",
+        "of it convolutions",
+        "kernels (under 1 MiB)",
+    ),
     *("ms: FLOP / memory / floor", "between GPUs", "slow on GPUs"),
 )
 
@@ -61,7 +70,14 @@ def kernel_table(row: dict[str, Any]) -> str:
         for kind, entry in row["by_kind"].items()
     ]
     largest = [
-        (f"{one['bytes'] / 1e9:.2f}", _times(one), one["kind"], f"`{one['line']}`", one["path"], f"`{one['result']}`")
+        (
+            f"{one['bytes'] / 1e9:.2f}",
+            _times(one),
+            one["kind"],
+            f"`{one['line']}`",
+            one["path"],
+            f"`{one['result']}`",
+        )
         for one in row["largest"]
     ]
     return "\n".join(
@@ -88,7 +104,9 @@ def _gpu_lines(row: dict[str, Any]) -> list[str]:
         )
     lines.append("  largest:     GB  times  kind, line, path, result")
     for one in row["largest"]:
-        where = ", ".join(part for part in (one["kind"], one["line"], one["path"], one["result"]) if part)
+        where = ", ".join(
+            part for part in (one["kind"], one["line"], one["path"], one["result"]) if part
+        )
         lines.append(f"  {one['bytes'] / 1e9:>15.2f} {_times(one):>6}  {where}"[:200])
     return lines + [f"  slow: {warning}" for warning in row["warnings"]]
 
@@ -114,7 +132,9 @@ def _tpu_cells(row: dict[str, Any]) -> list[str]:
 
 def _gpu_cells(row: dict[str, Any]) -> list[str]:
     peak = f"{row['peak_bytes'] / GIB:.1f}"
-    convolutions = sum(entry["bytes"] for kind, entry in row["by_kind"].items() if kind.startswith("convolution"))
+    convolutions = sum(
+        entry["bytes"] for kind, entry in row["by_kind"].items() if kind.startswith("convolution")
+    )
     return [
         _settings(row),
         row["topology"],
@@ -136,7 +156,12 @@ def _settings(row: dict[str, Any]) -> str:
 
 def _travel(row: dict[str, Any]) -> str:
     entries = row["collectives"].items()
-    return ", ".join(f"{entry['count']} {kind} ({entry['bytes'] / 1e6:.1f} MB)" for kind, entry in entries) or "nothing"
+    return (
+        ", ".join(
+            f"{entry['count']} {kind} ({entry['bytes'] / 1e6:.1f} MB)" for kind, entry in entries
+        )
+        or "nothing"
+    )
 
 
 def _table(head: Iterable[Any], rows: Iterable[Iterable[Any]]) -> str:

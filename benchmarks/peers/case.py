@@ -57,7 +57,8 @@ class Case:
     def from_json(cls, fields: dict[str, Any]) -> "Case":
         """The case whose `dataclasses.asdict` went through JSON."""
         values: dict[str, Any] = {
-            name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()
+            name: tuple(value) if isinstance(value, list) else value
+            for name, value in fields.items()
         }
         return cls(**values)
 

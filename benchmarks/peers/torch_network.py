@@ -1,6 +1,7 @@
 """The network of `hexa_jax` in plain PyTorch: ResNet and projection head with one BatchNorm set per branch.
 
-Legend: N images, V crops, C channels, S side, D embedding. Images are [N, C, S, S] tensors in channels-last memory.
+Legend: N images, V crops, C channels, S side, D embedding. Images are [N, C, S, S] tensors in
+    channels-last memory.
 """
 
 from collections.abc import Sequence
@@ -12,7 +13,13 @@ from torch import Tensor, nn
 
 from benchmarks.peers.case import Case
 
-BLOCKS = {10: (1, 1, 1, 1), 18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3)}
+BLOCKS = {
+    10: (1, 1, 1, 1),
+    18: (2, 2, 2, 2),
+    34: (3, 4, 6, 3),
+    50: (3, 4, 6, 3),
+    101: (3, 4, 23, 3),
+}
 
 
 class BranchNorm(nn.Module):
@@ -26,7 +33,9 @@ class BranchNorm(nn.Module):
         """x [N, C, ...]; `write` says whether the running statistics move."""
         norm: Any = self.sets[branch]
         mean, variance = (norm.running_mean, norm.running_var) if write else (None, None)
-        return F.batch_norm(x, mean, variance, norm.weight, norm.bias, training=True, momentum=0.1, eps=1e-5)
+        return F.batch_norm(
+            x, mean, variance, norm.weight, norm.bias, training=True, momentum=0.1, eps=1e-5
+        )
 
 
 def conv(channels: int, out_channels: int, size: int, stride: int = 1) -> nn.Conv2d:
@@ -37,16 +46,25 @@ def conv(channels: int, out_channels: int, size: int, stride: int = 1) -> nn.Con
 class Block(nn.Module):
     """relu(shortcut(x) + body(x)): two 3x3 convolutions, or 1x1, 3x3, 1x1 with four times the channels."""
 
-    def __init__(self, channels: int, width: int, stride: int, bottleneck: bool, branches: Sequence[str]):
+    def __init__(
+        self, channels: int, width: int, stride: int, bottleneck: bool, branches: Sequence[str]
+    ):
         super().__init__()
         self.out_channels = out = width * (4 if bottleneck else 1)
-        plan = [(width, 1, 1), (width, 3, stride), (out, 1, 1)] if bottleneck else [(width, 3, stride), (out, 3, 1)]
+        plan = (
+            [(width, 1, 1), (width, 3, stride), (out, 1, 1)]
+            if bottleneck
+            else [(width, 3, stride), (out, 3, 1)]
+        )
         inputs = [channels, *(features for features, _, _ in plan)]
         self.convs = nn.ModuleList(conv(inputs[i], *layer) for i, layer in enumerate(plan))
         self.norms = nn.ModuleList(BranchNorm(features, branches) for features, _, _ in plan)
         self.has_shortcut = stride != 1 or channels != out
         if self.has_shortcut:
-            self.shortcut, self.shortcut_norm = conv(channels, out, 1, stride), BranchNorm(out, branches)
+            self.shortcut, self.shortcut_norm = (
+                conv(channels, out, 1, stride),
+                BranchNorm(out, branches),
+            )
 
     def forward(self, x: Tensor, branch: str, write: bool) -> Tensor:
         y = x
@@ -72,7 +90,9 @@ class ResNet(nn.Module):
         for stage, count in enumerate(BLOCKS[case.depth]):
             for number in range(count):
                 stride = 2 if stage > 0 and number == 0 else 1
-                block = Block(channels, case.base_channels * 2**stage, stride, case.depth >= 50, branches)
+                block = Block(
+                    channels, case.base_channels * 2**stage, stride, case.depth >= 50, branches
+                )
                 blocks.append(block)
                 channels = block.out_channels
         self.blocks = nn.ModuleList(blocks)
@@ -127,7 +147,9 @@ class Network(nn.Module):
     def forward(self, crops: Sequence[Tensor], num: int, branch: str, write: bool) -> Tensor:
         """`num` is N; each resolution has BatchNorm statistics of its own, the head sees all crops at once."""
         pooled = [
-            self.backbone((x - self.mean) / self.std, branch, write).view(num, -1, self.backbone.feature_dim)
+            self.backbone((x - self.mean) / self.std, branch, write).view(
+                num, -1, self.backbone.feature_dim
+            )
             for x in crops
         ]
         features = torch.cat(pooled, dim=1)

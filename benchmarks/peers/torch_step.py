@@ -2,8 +2,9 @@
 
 python benchmarks/step.py --peer    starts this file as a process and tells it when to run a turn
 
-Written as a PyTorch user would write it for speed: channels-last, bfloat16 autocast, fused SGD and torch.compile on CUDA. No
-`hexa_jax`, no jax. Legend: N images, V crops, S side, D embedding, K queue or clusters, H heads.
+Written as a PyTorch user would write it for speed: channels-last, bfloat16 autocast, fused SGD and
+torch.compile on CUDA. No `hexa_jax`, no jax. Legend: N images, V crops, S side, D embedding, K
+queue or clusters, H heads.
 """
 
 import copy
@@ -43,12 +44,17 @@ def random_batch(case: Case, device: torch.device) -> Batch:
     """Noise, with keys in a random order."""
 
     def noise(count: int, size: int) -> Tensor:
-        return torch.randint(0, 256, (case.batch_size, count, size, size, 3), dtype=torch.uint8, device=device)
+        return torch.randint(
+            0, 256, (case.batch_size, count, size, size, 3), dtype=torch.uint8, device=device
+        )
 
     crops = [noise(count, size) for count, size in zip(case.num_crops, case.crop_size, strict=True)]
     batch = Batch(crops, torch.arange(case.batch_size, device=device))
     if case.method == "moco":
-        batch.key_crops, batch.key_row = noise(1, case.crop_size[0]), torch.randperm(case.batch_size, device=device)
+        batch.key_crops, batch.key_row = (
+            noise(1, case.crop_size[0]),
+            torch.randperm(case.batch_size, device=device),
+        )
     return batch
 
 
@@ -94,9 +100,13 @@ class DeepCluster:
     def __init__(self, case: Case, network: Network, device: torch.device):
         self.case = case
         shape = (case.num_heads, case.num_clusters)
-        self.assignments = torch.randint(case.num_clusters, (case.num_heads, case.batch_size), device=device)
+        self.assignments = torch.randint(
+            case.num_clusters, (case.num_heads, case.batch_size), device=device
+        )
         self.prototypes = F.normalize(torch.randn(*shape, case.head_dim, device=device), dim=-1)
-        self.bank = torch.zeros(case.bank_steps, case.batch_size, case.assign_crops, case.head_dim, device=device)
+        self.bank = torch.zeros(
+            case.bank_steps, case.batch_size, case.assign_crops, case.head_dim, device=device
+        )
         self.bank_index = torch.full((case.bank_steps, case.batch_size), -1, device=device)
         self.position = 0
         self.index = torch.arange(case.batch_size, device=device)
@@ -111,7 +121,9 @@ class DeepCluster:
         num, crops, _ = z.shape
         totals = [torch.zeros(num * crops, device=z.device) for _ in labels]
         for head, prototypes in enumerate(self.prototypes):
-            log_probabilities = F.log_softmax(z.flatten(0, 1) @ prototypes.T / self.case.temperature, dim=-1)
+            log_probabilities = F.log_softmax(
+                z.flatten(0, 1) @ prototypes.T / self.case.temperature, dim=-1
+            )
             for i, y in enumerate(labels):
                 wanted = y[:, head].repeat_interleave(crops)
                 totals[i] = totals[i] + F.nll_loss(log_probabilities, wanted, reduction="none")
@@ -152,8 +164,12 @@ class TorchStep:
             fused=True,
         )
         compiled: dict[str, Any] = {} if compile_mode == "default" else {"mode": compile_mode}
-        self.embed: Any = self._embed if compile_mode == "off" else torch.compile(self._embed, **compiled)
-        self.score: Any = self._score if compile_mode == "off" else torch.compile(self._score, **compiled)
+        self.embed: Any = (
+            self._embed if compile_mode == "off" else torch.compile(self._embed, **compiled)
+        )
+        self.score: Any = (
+            self._score if compile_mode == "off" else torch.compile(self._score, **compiled)
+        )
 
     def _embed(self, network: Network, crops: Sequence[Tensor], branch: str, write: bool) -> Tensor:
         return network(crops, self.case.batch_size, branch, write)
@@ -162,9 +178,13 @@ class TorchStep:
         losses = self.method.losses(z, labels)
         return (losses[0] if share is None else share * losses[0] + (1 - share) * losses[1]).mean()
 
-    def forward(self, network: Network, crops: Sequence[Tensor], branch: str, write: bool) -> Tensor:
+    def forward(
+        self, network: Network, crops: Sequence[Tensor], branch: str, write: bool
+    ) -> Tensor:
         """Unit vectors [N, V, D], float32."""
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.case.precision == "bfloat16"):
+        with torch.autocast(
+            self.device.type, torch.bfloat16, enabled=self.case.precision == "bfloat16"
+        ):
             return self.embed(network, crops, branch, write)
 
     def loss(
@@ -179,7 +199,9 @@ class TorchStep:
         z = self.forward(self.network, crops, branch, write)
         return self.score(z, labels, share), z
 
-    def attack(self, crops: Sequence[Tensor], y: Tensor, slopes: Sequence[Tensor] | None) -> list[Tensor]:
+    def attack(
+        self, crops: Sequence[Tensor], y: Tensor, slopes: Sequence[Tensor] | None
+    ) -> list[Tensor]:
         """Adversarial views; `slopes` are the gradients at the clean crops where the clean pass has made them."""
         case, points = self.case, list(crops)
         branch = case.attack_norm
@@ -275,7 +297,8 @@ def paste(x: Tensor, partner: Tensor, box: Tensor) -> tuple[Tensor, Tensor]:
     """The partner's pixels in the box of each crop [N, V, S, S, 3], and the share [N, V] that still shows x."""
     place = torch.arange(x.shape[2], device=x.device)
     top, bottom, left, right = (side[..., None] for side in box.unbind(-1))
-    rows, columns = (place >= top) & (place < bottom), (place >= left) & (place < right)  # [N, V, S]
+    # [N, V, S]
+    rows, columns = (place >= top) & (place < bottom), (place >= left) & (place < right)
     inside = (rows[..., :, None] & columns[..., None, :])[..., None]
     area = ((bottom - top) * (right - left))[..., 0]
     return torch.where(inside, partner, x), 1 - area / x.shape[2] ** 2
@@ -286,7 +309,9 @@ def make(order: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     begin = time.perf_counter()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if order["device"] != device:
-        raise Refusal(f"hexa_jax runs on {order['device']}, but torch {torch.__version__} on {device}")
+        raise Refusal(
+            f"hexa_jax runs on {order['device']}, but torch {torch.__version__} on {device}"
+        )
     torch.backends.cudnn.benchmark = True
     mode = order["compile"]
     if mode == "auto":
@@ -295,7 +320,11 @@ def make(order: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     losses = {name: float(loss) for name, loss in step.step().items()}  # compiles
     step.run(2)
     return step.run, {
-        "versions": {"torch": torch.__version__, "cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version()},
+        "versions": {
+            "torch": torch.__version__,
+            "cuda": torch.version.cuda,
+            "cudnn": torch.backends.cudnn.version(),
+        },
         "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
         "threads": torch.get_num_threads(),
         "compile": mode,

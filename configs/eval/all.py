@@ -7,11 +7,13 @@ Hardware:  as each evaluation; they run one after another, and finished ones are
 Time:      the sum of theirs.
 Expected:  tables.md in the workdir, with the paper's numbers beside the measured ones.
 
-Robustness (configs/eval/robustness.py) is judged on imagenet's images with 50,000 of them to learn from, a pass over some 300,000
-images for each network; transfer on CIFAR's at the network's own size (configs/eval/transfer.py). --config.without leaves some out.
+Robustness (configs/eval/robustness.py) is judged on imagenet's images with 50,000 of them to learn
+from, a pass over some 300,000 images for each network; transfer on CIFAR's at the network's own
+size (configs/eval/transfer.py). --config.without leaves some out.
 
-Each group of data names training and held-out examples; a group without them is left out. Images have the size that the network
-was trained at, those of CIFAR the protocol's 224 pixels; resize and crop replace it where they are not 0.
+Each group of data names training and held-out examples; a group without them is left out. Images
+have the size that the network was trained at, those of CIFAR the protocol's 224 pixels; resize and
+crop replace it where they are not 0.
 """
 
 import ml_collections
@@ -29,7 +31,8 @@ def get_config(text=None):
     config.checkpoint = ""
     config.family = choice.family
     config.without = ""  # evaluations to leave out, such as robustness,finetune_cifar
-    config.corruptions = "imagenet"  # strengths of corruptions for images of about 224 pixels; cifar: of 32
+    # strengths of corruptions for images of about 224 pixels; cifar: of 32
+    config.corruptions = "imagenet"
     config.with_random = True  # also evaluate random weights of the same network
     config.seed = 0
     config.precision = "float32"

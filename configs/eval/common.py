@@ -7,12 +7,13 @@ def get_config(task: str) -> ml_collections.ConfigDict:
     """Defaults of an evaluation."""
     config = ml_collections.ConfigDict()
     config.task = task
-    # Workdir of a pre-training run, a weights file (.safetensors; .pth and the like with torch), gs:// too, or random.
+    # Workdir of a pre-training run, a weights file (.safetensors; .pth and the like with torch),
+    # gs:// too, or random.
     config.checkpoint = ""
     config.seed = 0
     config.precision = "float32"
-    # Frozen features are means over grid x grid windows of the last map; 1: over all of it. `linear` and `finetune`, which train
-    # on random crops, have no use for it.
+    # Frozen features are means over grid x grid windows of the last map; 1: over all of it.
+    # `linear` and `finetune`, which train on random crops, have no use for it.
     config.grid = 1
 
     config.random = random = ml_collections.ConfigDict()  # the network, where checkpoint is random
@@ -24,15 +25,18 @@ def get_config(task: str) -> ml_collections.ConfigDict:
     config.data = data = ml_collections.ConfigDict()
     data.source = ""  # labelled training examples; empty: those of the pre-training run
     data.eval_source = ""  # held-out ones
-    data.labels = "auto"  # folder:DIR: whether its sub-folders are the classes: auto, folders or none
+    # folder:DIR: whether its sub-folders are the classes: auto, folders or none
+    data.labels = "auto"
     data.image_column = ""  # as in configs/common.py, for sources named here
     data.label_column = ""
     data.video_seconds = 1.0
-    data.resize = 0  # short side in pixels; 0: as the network was trained, see hexa_jax/evals/tasks/image_size.py
+    # short side in pixels; 0: as the network was trained, see hexa_jax/evals/tasks/image_size.py
+    data.resize = 0
     data.crop = 0  # centre crop in pixels, likewise
     data.squash = False  # the whole image, squashed to data.crop x data.crop, instead of its centre
     data.limit = 0  # training examples, spread evenly over the data set; 0: all
-    data.list = ""  # text file that lists the training examples to use, one path or file name a line; empty: all
+    # text file that lists the training examples to use, one path or file name a line; empty: all
+    data.list = ""
     data.max_bad_fraction = 0.001  # as in configs/common.py, for evaluations that train
 
     config.runtime = runtime = ml_collections.ConfigDict()
@@ -71,6 +75,7 @@ def finetuning(config: ml_collections.ConfigDict, epochs: int) -> ml_collections
     optimizer.classifier_factor = 1.0  # the classifier's learning rate, in units of the backbone's
     optimizer.momentum = 0.9
     optimizer.weight_decay = 0.0
-    optimizer.milestones = ()  # epochs (from 0, fractions too) at whose start the learning rates are multiplied by `decay`
+    # epochs (from 0, fractions too) at whose start the learning rates are multiplied by `decay`
+    optimizer.milestones = ()
     optimizer.decay = 0.1
     return config

@@ -7,9 +7,9 @@ Time:      not measured.
 Expected:  96.1 for HEXA_MoCo and 97.2 for HEXA_DCluster on CIFAR-10, 81.3 and 84.4 on CIFAR-100, after 200 epochs (the paper,
            Table 5).
 
-Numbers: the paper's Appendix C: Adamax, 20 epochs, batch 256, x0.1 at epochs 7 and 14 (the same shares of other numbers of
-epochs), learning rates 0.0005, 0.001 and 0.01. It does not say how images are augmented: none here, as in its linear probe of
-the same data (Appendix B).
+Numbers: the paper's Appendix C: Adamax, 20 epochs, batch 256, x0.1 at epochs 7 and 14 (the same
+shares of other numbers of epochs), learning rates 0.0005, 0.001 and 0.01. It does not say how
+images are augmented: none here, as in its linear probe of the same data (Appendix B).
 """
 
 from hexa_jax.configs import common

@@ -5,7 +5,8 @@ Hardware:  any.
 Time:      that of one forward pass over both sets.
 Expected:  docs/results.md has figures measured here.
 
-Cosine similarity, votes weighted by exp(similarity / temperature), as in InstDisc and its followers.
+Cosine similarity, votes weighted by exp(similarity / temperature), as in InstDisc and its
+followers.
 """
 
 from hexa_jax.configs import common
@@ -18,5 +19,6 @@ def get_config(text=None):
     config = evaluation.get_config("knn")
     config.neighbours = (20, 200)
     config.temperatures = (0.07, 0.1)
-    config.leave_one_out = False  # judge the training examples by one another; needs no data.eval_source
+    # judge the training examples by one another; needs no data.eval_source
+    config.leave_one_out = False
     return config

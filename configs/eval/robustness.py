@@ -1,17 +1,19 @@
 """Robustness of frozen features: accuracy under attack and under common corruptions.
 
 Command:   python -m hexa_jax.main --config=configs/eval/robustness.py --config.checkpoint=WORKDIR --workdir=DIR
-           images of about 32 pixels: robustness.py:family=cifar --config.data.resize=32 --config.data.crop=32
+           images of about 32 pixels: robustness.py:family=cifar --config.data.resize=32
+           --config.data.crop=32
 Arguments: family=imagenet (or cifar): for which size of images the corruptions' strengths are made
 Hardware:  an accelerator for networks of full size: a test image costs 8 attacks of 10 steps, and 46 forward passes.
 Time:      not measured on the whole data set.
 Expected:  robustness.md in the workdir, with random weights beside; robustness.png and corruptions.png in its report folder.
 
-Two read-outs of the features are judged, weighted kNN and a linear classifier (logistic regression), both fitted to clean
-training images. The attack is PGD as in Madry et al. (ICLR 2018) within +-epsilon of each pixel value, each read-out's own
-cross-entropy differentiated through the frozen backbone; an image withstands epsilon if the clean image and the ends of the
-attacks up to epsilon are all classified right. The corruptions are those of ImageNet-C and CIFAR-C that need no download,
-parameters in hexa_jax/evals/corruptions.py; they change the crop that the network sees.
+Two read-outs of the features are judged, weighted kNN and a linear classifier (logistic
+regression), both fitted to clean training images. The attack is PGD as in Madry et al. (ICLR 2018)
+within +-epsilon of each pixel value, each read-out's own cross-entropy differentiated through the
+frozen backbone; an image withstands epsilon if the clean image and the ends of the attacks up to
+epsilon are all classified right. The corruptions are those of ImageNet-C and CIFAR-C that need no
+download, parameters in hexa_jax/evals/corruptions.py; they change the crop that the network sees.
 """
 
 import ml_collections

@@ -9,8 +9,9 @@ Time:      not measured on the whole data set.
 Expected:  85.0 for HEXA_MoCo after 200 epochs, 84.5 for MoCo-v2 (the paper, Table 1).
 
 Numbers: eval_svm_voc.py of salesforce/PCL (pcl: features pooled over the centre crop) and
-facebookresearch/fair_self_supervision_benchmark (goyal: 2 x 2 features, 8192 of a ResNet-50, of the whole image squashed to a
-square). MoCo-v2 after 200 epochs: 85.4 with pcl (PCL's README), 84.0 with goyal (mmselfsup).
+facebookresearch/fair_self_supervision_benchmark (goyal: 2 x 2 features, 8192 of a ResNet-50, of the
+whole image squashed to a square). MoCo-v2 after 200 epochs: 85.4 with pcl (PCL's README), 84.0 with
+goyal (mmselfsup).
 """
 
 from hexa_jax.configs import common
