@@ -115,7 +115,8 @@ def case_of(config: ConfigDict, views: dict[str, Any]) -> Case:
         view.name for view in scheme.views if view.name not in known or view != plain_view(view)
     ]:
         raise ConfigError(
-            f"the peer knows adversarial and cut-mixed views added from the first step on, not {unknown[0]}"
+            "the peer knows adversarial and cut-mixed views added from the first step on, not "
+            f"{unknown[0]}"
         )
     plain = {"norm": "linf", "random_start": False, "max_increase": 0.0}
     for name, value in plain.items():
@@ -349,7 +350,8 @@ def _print_head(title: str, config: ConfigDict) -> None:
         f"{n} x {s}" for n, s in zip(config.data.num_crops, config.data.crop_size, strict=True)
     )
     print(
-        f"\n{title}: {config.method}, {config.model.backbone}, crops {size}, B = {config.batch_size}, {config.precision}"
+        f"\n{title}: {config.method}, {config.model.backbone}, crops {size}, B = "
+        f"{config.batch_size}, {config.precision}"
     )
     print(
         f"{'':38}{'images/s':>10}{'torch':>10}{'ratio':>7}{'low-high':>12}"

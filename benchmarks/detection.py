@@ -166,7 +166,8 @@ def main(argv: list[str]) -> int:
         "device_peak_bytes": peak,
     }
     print(
-        f"{about['device']}, jax {about['jax']}, {config.random.backbone}, {config.precision}, median of {options.repeats} turns"
+        f"{about['device']}, jax {about['jax']}, {config.random.backbone}, {config.precision}, "
+        f"median of {options.repeats} turns"
     )
     print(
         f"{'case':12}{'images a device':>16}{'images/s':>10}{'GFLOP/image':>13}{'program GiB':>13}{'compile s':>11}"

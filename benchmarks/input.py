@@ -189,7 +189,8 @@ def main(argv: list[str]) -> int:
         os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
     files, resolutions = photographs(options.images), RESOLUTIONS[options.crops]
     print(
-        f"{len(files)} JPEGs of {WIDTH} x {HEIGHT}, mean {np.mean([len(f) for f in files]) / 1000:.0f} KB; one core"
+        f"{len(files)} JPEGs of {WIDTH} x {HEIGHT}, mean "
+        f"{np.mean([len(f) for f in files]) / 1000:.0f} KB; one core"
     )
     rng = np.random.default_rng(0)
     decoded = [decode(data, "synthetic") for data in files]

@@ -123,7 +123,8 @@ def main(argv: list[str]) -> int:
     for name, values in seconds.items():
         median, reached = statistics.median(values), objective(x, centroids[name])
         print(
-            f"{name:10}{median:8.2f} s  x {median / statistics.median(seconds['hexa_jax']):.2f}  objective {reached:.5f}"
+            f"{name:10}{median:8.2f} s  x {median / statistics.median(seconds['hexa_jax']):.2f}  "
+            f"objective {reached:.5f}"
         )
         row["ours" if name == "hexa_jax" else name] = {
             "seconds": median,

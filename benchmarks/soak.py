@@ -150,12 +150,14 @@ def judge(samples: list[dict], growth: float) -> tuple[str, list[str]]:
         allowed = first * (1 + growth) if name == "memory" else first + SLACK
         if last > allowed:
             wrong.append(
-                f"{name} grew from {first:.1f} to {last:.1f} {unit}; at most {allowed:.1f} were allowed"
+                f"{name} grew from {first:.1f} to {last:.1f} {unit}; at most {allowed:.1f} were "
+                "allowed"
             )
     compiled = warm[-1]["compiled"] - warm[0]["compiled"]
     minutes = (warm[-1]["seconds"] - warm[0]["seconds"]) / 60
     table.append(
-        f"{len(warm)} samples in {minutes:.1f} minutes, epochs {warm[0]['epoch']} to {warm[-1]['epoch']}; "
+        f"{len(warm)} samples in {minutes:.1f} minutes, epochs {warm[0]['epoch']} to "
+        f"{warm[-1]['epoch']}; "
         f"{warm[0]['compiled']} compilations before, {compiled} after"
     )
     if compiled:
@@ -207,7 +209,8 @@ def main(argv: list[str]) -> int:
     table, wrong = judge(samples, options.growth)
     if code != 143:
         wrong.append(
-            f"the run ended with {code} instead of 143, which is SIGTERM and saved: see {out / 'errors'}"
+            f"the run ended with {code} instead of 143, which is SIGTERM and saved: see "
+            f"{out / 'errors'}"
         )
     if samples:
         draw(samples, out / "soak.png")

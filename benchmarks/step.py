@@ -44,7 +44,8 @@ def alone(options: argparse.Namespace, settings: list[str], argv: list[str]) -> 
         augmentation.seconds.append(augmentation.run())
     device, devices = jax.devices()[0], variants["plain"].trainer.mesh.size
     print(
-        f"{devices} x {device.device_kind}, jax {jax.__version__}, {config.method}, {config.model.backbone}, ",
+        f"{devices} x {device.device_kind}, jax {jax.__version__}, {config.method}, "
+        f"{config.model.backbone}, ",
         end="",
     )
     print(

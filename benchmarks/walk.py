@@ -87,7 +87,8 @@ def main(argv: list[str]) -> None:
         files = {code.co_filename for code in chosen}
         turns = sum(apart(code) == apart(next(iter(chosen))) for _, code in walk.turns)
         print(
-            f"{name}: {len(files)} files, {len(chosen)} functions, {sum(chosen.values())} lines, {turns} turns"
+            f"{name}: {len(files)} files, {len(chosen)} functions, {sum(chosen.values())} lines, "
+            f"{turns} turns"
         )
         for code, lines in chosen.items() if listed else ():
             path = pathlib.Path(code.co_filename).relative_to(PACKAGE.parent)

@@ -43,8 +43,10 @@ def config_keys() -> str:
         line = f"| `{key}` | `{default}` | {text} |".replace("\n", " ")
         groups.setdefault(group, []).append(line)
     parts = [
-        "# Config keys\n\nMade from `configs/common.py`. Give any of them as `--config.key=value`; keys"
-        " below `runtime` say how to run and may change when a run is resumed, all others may not.\n"
+        "# Config keys\n\nMade from `configs/common.py`. Give any of them as `--config.key=value`; "
+        "keys"
+        " below `runtime` say how to run and may change when a run is resumed, all others may "
+        "not.\n"
     ]
     for group, lines in groups.items():
         parts.append(
@@ -128,8 +130,10 @@ def sources() -> str:
     from hexa_jax.data.sources import SOURCES  # of the checkout that mkdocs is started in
 
     parts = [
-        "# Data sources\n\nWhat `--config.data.source` and `--config.data.eval_source` take: one of these, or the path of a"
-        " folder or file whose kind is clear. GLOB is a file, a folder, or a pattern with `*`, `?` and `**`.\n\n"
+        "# Data sources\n\nWhat `--config.data.source` and `--config.data.eval_source` take: one "
+        "of these, or the path of a"
+        " folder or file whose kind is clear. GLOB is a file, a folder, or a pattern with `*`, `?` "
+        "and `**`.\n\n"
         "| source | what it reads |\n|---|---|"
     ]
     parts += [f"| `{kind.usage}` | {kind.summary} |" for kind in SOURCES.values()]

@@ -185,7 +185,8 @@ def _detectron2(
         raise WeightsError(f"--output={output} must end in .pkl")
     if architecture.stem != "imagenet":
         raise WeightsError(
-            f"detectron2's ResNet has a 7x7 stem: a network with stem={architecture.stem} cannot be written for it"
+            f"detectron2's ResNet has a 7x7 stem: a network with stem={architecture.stem} cannot "
+            "be written for it"
         )
     content: dict[str, Any] = {
         "model": to_detectron2(arrays),

@@ -121,7 +121,8 @@ def spherical_kmeans(
     num_rows, dim = x.shape
     if axis_name is not None and init is None:
         raise ValueError(
-            "rows are split over devices here: pass init, so that every device starts from the same centroids"
+            "rows are split over devices here: pass init, so that every device starts from the "
+            "same centroids"
         )
     if axis_name is None and num_clusters > num_rows:
         raise ValueError(

@@ -105,7 +105,8 @@ def main(argv: list[str]) -> int:
         if jax.process_count() == 1:
             raise
         return _stop(
-            f"a step failed, perhaps because another process is gone: {str(error).splitlines()[0][:200]}",
+            "a step failed, perhaps because another process is gone: "
+            f"{str(error).splitlines()[0][:200]}",
             1,
         )
     except Terminated as stopped:

@@ -125,7 +125,8 @@ def prepare_folder(directory: str, name: str, data_dir: str | None, labels: str 
         there = builder.info.splits["train"].num_examples
         if there != len(source):
             raise DataError(
-                f"{builder.data_dir} has {there} images, {directory} has {len(source)}: give another --name"
+                f"{builder.data_dir} has {there} images, {directory} has {len(source)}: give "
+                "another --name"
             )
         return str(builder.data_dir)
     builder.download_and_prepare()
@@ -154,7 +155,8 @@ class _Examples:
                 speed = done / max(time.monotonic() - begin, 1e-9)
                 left = int((len(self.source) - done) / speed)
                 print(
-                    f"{done} of {len(self.source)} images  {speed:.0f} images/s  ETA {left // 60}:{left % 60:02d}",
+                    f"{done} of {len(self.source)} images  {speed:.0f} images/s  ETA "
+                    f"{left // 60}:{left % 60:02d}",
                     flush=True,
                 )
 

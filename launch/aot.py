@@ -75,7 +75,8 @@ def devices_of(topology: str, device: Device) -> list[jax.Device]:
     if isinstance(device, Gpu):
         if not re.fullmatch(r"([1-9]\d*x)?[1-9]\d*", shape):
             raise AotError(
-                f"--topology={topology}: GPUs are {kind}:N of one host or {kind}:HOSTSxN, such as {kind}:2x8"
+                f"--topology={topology}: GPUs are {kind}:N of one host or {kind}:HOSTSxN, such as "
+                f"{kind}:2x8"
             )
         hosts, _, gpus = shape.rpartition("x")
         try:
@@ -217,13 +218,15 @@ def main(argv: list[str]) -> int:
         device = known_devices().get(options.topology.partition(":")[0])
         if device is None:
             raise AotError(
-                f"--topology={options.topology} is not known: use {', '.join(known_devices())}; see --help"
+                f"--topology={options.topology} is not known: use {', '.join(known_devices())}; "
+                "see --help"
             )
         config = parse_command([argv[0], *settings, "--workdir=unused"]).config
         known = {"pretrain": lowering.PRETRAINING, "detection": lowering.DETECTION}.get(config.task)
         if known is None:
             raise AotError(
-                f"config.task={config.task} is not compiled: use a config of pre-training or detection"
+                f"config.task={config.task} is not compiled: use a config of pre-training or "
+                "detection"
             )
         wanted = options.programs.split(",") if options.programs else list(known)
         if unknown := set(wanted) - set(known):

@@ -118,7 +118,8 @@ def gpu_devices(gpu: Gpu, hosts: int, gpus: int) -> list[jax.Device]:
         describe = xla_client._xla.get_default_c_api_topology
     except (ImportError, AttributeError) as error:
         raise TopologyError(
-            f"jax {jax.__version__} has not the private names of 0.10.2 and 0.11.2 ({error}): {INSTALL}"
+            f"jax {jax.__version__} has not the private names of 0.10.2 and 0.11.2 ({error}): "
+            f"{INSTALL}"
         ) from None
     options = {"topology": f"1x{hosts}x{gpus}", "target_config": target_config(gpu)}
     try:

@@ -38,7 +38,8 @@ def lines_of(row: dict[str, Any]) -> list[str]:
         lines += _gpu_lines(row)
     elif row["fits"]:
         lines += [
-            f"  peak {row['peak_bytes'] / GIB:.2f} GiB a chip, of which arguments {row['argument_bytes'] / GIB:.2f}",
+            f"  peak {row['peak_bytes'] / GIB:.2f} GiB a chip, of which arguments "
+            f"{row['argument_bytes'] / GIB:.2f}",
             f"  {row['flops'] / 1e12:.3f} TFLOP, {row['bytes_accessed'] / 1e9:.2f} GB, "
             f"{row['estimated_cycles'] / 1e6:.2f} Mcycles",
             f"  at least {row['flops_ms']} ms of arithmetic, {row['memory_ms']} ms of memory; "
@@ -90,16 +91,20 @@ def kernel_table(row: dict[str, Any]) -> str:
 
 def _gpu_lines(row: dict[str, Any]) -> list[str]:
     lines = [
-        f"  peak {row['peak_bytes'] / GIB:.2f} GiB a GPU, of which arguments {row['argument_bytes'] / GIB:.2f}",
-        f"  {row['flops'] / 1e12:.3f} TFLOP, {row['bytes'] / 1e9:.2f} GB in {row['kernels']} kernels, of which "
+        f"  peak {row['peak_bytes'] / GIB:.2f} GiB a GPU, of which arguments "
+        f"{row['argument_bytes'] / GIB:.2f}",
+        f"  {row['flops'] / 1e12:.3f} TFLOP, {row['bytes'] / 1e9:.2f} GB in {row['kernels']} "
+        "kernels, of which "
         f"{row['small_kernels']} move less than 1 MiB",
-        f"  at least {row['flops_ms']} ms of arithmetic, {row['memory_ms']} ms of memory, {row['floor_ms']} ms with each "
+        f"  at least {row['flops_ms']} ms of arithmetic, {row['memory_ms']} ms of memory, "
+        f"{row['floor_ms']} ms with each "
         "kernel at the longer of both",
         f"  {'kind':<28} {'kernels':>7} {'GB':>8} {'TFLOP':>8} {'floor ms':>9}",
     ]
     for kind, entry in row["by_kind"].items():
         lines.append(
-            f"  {kind:<28} {entry['count']:>7} {entry['bytes'] / 1e9:>8.2f} {entry['flops'] / 1e12:>8.3f} "
+            f"  {kind:<28} {entry['count']:>7} {entry['bytes'] / 1e9:>8.2f} "
+            f"{entry['flops'] / 1e12:>8.3f} "
             f"{entry['floor_ms']:>9.2f}"
         )
     lines.append("  largest:     GB  times  kind, line, path, result")

@@ -139,7 +139,8 @@ def choose_recipe(data: DataFacts, device: DeviceFacts, wishes: Wishes) -> Recip
         )
     return Recipe(
         PAPER,
-        "the paper's network and crops, without hard examples; hexa_dcluster has them, in 2.7 times the time",
+        "the paper's network and crops, without hard examples; hexa_dcluster has them, in 2.7 "
+        "times the time",
     )
 
 

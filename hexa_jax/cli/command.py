@@ -80,7 +80,8 @@ def parse_command(argv: list[str]) -> Command:
         given := {"data.pixel_mean", "data.pixel_std"} & set(overrides)
     ):
         raise ConfigError(
-            f"--config.{min(given)} is given, and data.normalization=measured would measure it: use one"
+            f"--config.{min(given)} is given, and data.normalization=measured would measure it: "
+            "use one"
         )
     if "data.source" in overrides and "data.eval_source" not in overrides:
         _leave_out_foreign_images(values.config.data, defaults.data)

@@ -81,7 +81,8 @@ def find_problems() -> list[str]:
     if shared.is_dir() and shutil.disk_usage(shared).total < SHARED_MEMORY:
         size = in_words(shutil.disk_usage(shared).total)
         problems.append(
-            f"/dev/shm has {size}, through which worker processes send images: in Docker, --shm-size=8g; "
+            f"/dev/shm has {size}, through which worker processes send images: in Docker, "
+            "--shm-size=8g; "
             "or --config.runtime.workers=0"
         )
     if (free := shutil.disk_usage(".").free) < DISK:

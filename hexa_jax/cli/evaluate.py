@@ -58,7 +58,8 @@ def evaluation(argv: list[str]) -> list[str]:
     if workdir is None:
         if not (pathlib.Path(known.checkpoint).expanduser() / "config.json").is_file():
             raise Mistake(
-                f"--workdir is missing: a folder for the results, as {known.checkpoint} is no workdir"
+                f"--workdir is missing: a folder for the results, as {known.checkpoint} is no "
+                "workdir"
             )
         workdir = str(pathlib.Path(known.checkpoint) / name)
     words.append(f"--workdir={workdir}")

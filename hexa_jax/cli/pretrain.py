@@ -120,7 +120,8 @@ def _parse(argv: list[str]) -> tuple[Any, list[str]]:
     only_settings(rest, "pretrain")
     if (started_by := launcher(os.environ)) and started_by != TPU_VM:
         raise Mistake(
-            f"{started_by} starts several processes, whose choices may differ: run hexa pretrain --dry-run "
+            f"{started_by} starts several processes, whose choices may differ: run hexa pretrain "
+            "--dry-run "
             "once, and start the command that it prints"
         )
     return known, settings
@@ -167,7 +168,8 @@ def _plan(options: Any, fixed: list[str], dry_run: bool) -> Plan:
         )
     if data.images < FEW_IMAGES and not options.init:
         log(
-            f"{data.images} images are few to learn from scratch: --init=torchvision:resnet18 would start from weights "
+            f"{data.images} images are few to learn from scratch: --init=torchvision:resnet18 "
+            "would start from weights "
             "of ImageNet"
         )
     return Plan(
@@ -238,7 +240,8 @@ def _print_table(
         log(f"         unreadable: {problem}")
     if problems:
         log(
-            f"         {data.unreadable} of {data.sampled} looked at cannot be read; such images are left out"
+            f"         {data.unreadable} of {data.sampled} looked at cannot be read; such images "
+            "are left out"
         )
     room = f", {in_words(device.memory)} of memory" if device.memory else ""
     what = "CPU" if device.platform == "cpu" else f"{device.count} x {device.kind}"
@@ -248,7 +251,8 @@ def _print_table(
     for key, value, reason in [("setting", "chosen", "because"), *rows]:
         log(f"{key:{widths[0]}}  {value:{widths[1]}}  {reason}".rstrip())
     log(
-        f"\nexpected time, by arithmetic: {duration(time.total)} in all, {duration(time.start)} to start and "
+        f"\nexpected time, by arithmetic: {duration(time.total)} in all, {duration(time.start)} to "
+        "start and "
         f"{duration(time.epoch)} an epoch, most of it for {time.limit}"
     )
 

@@ -28,7 +28,8 @@ def only_settings(words: Sequence[str], command: str) -> list[str]:
         if not re.match(r"--?(no)?config\.", word):
             what = "unknown option" if word.startswith("-") else "unexpected word"
             raise Mistake(
-                f"{what} {word!r}; see hexa {command} --help (settings are given as --config.key=value)"
+                f"{what} {word!r}; see hexa {command} --help (settings are given as "
+                "--config.key=value)"
             )
     return list(words)
 

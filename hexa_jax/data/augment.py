@@ -64,7 +64,8 @@ class Photometric:
         object.__setattr__(self, "blur_sigma", tuple(self.blur_sigma))
         if len(self.blur_sigma) != 2 or not 0 < self.blur_sigma[0] <= self.blur_sigma[1] < math.inf:
             raise ValueError(
-                f"Photometric.blur_sigma must be (low, high), 0 < low <= high, got {self.blur_sigma}"
+                "Photometric.blur_sigma must be (low, high), 0 < low <= high, got "
+                f"{self.blur_sigma}"
             )
         for name, value in vars(self).items():
             if name != "blur_sigma" and not 0 <= value <= LIMITS.get(name, 1):
@@ -103,7 +104,8 @@ def augment(keys: jax.Array, x: jax.Array, settings: Photometric) -> jax.Array:
     ):
         got = f"{x.dtype} {list(x.shape)} and {list(keys.shape)}"
         raise ValueError(
-            f"augment needs float32 or float64 images [N, H, W, 3] and one key per image [N], got {got}"
+            "augment needs float32 or float64 images [N, H, W, 3] and one key per image [N], got "
+            f"{got}"
         )
     uniform = uniform_per_key(keys, len(DRAWS)).astype(x.dtype)
     # [N, 1, 1] each

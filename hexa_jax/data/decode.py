@@ -232,7 +232,8 @@ def header_size(data: bytes, name: str) -> tuple[int, int]:
         if width * height > MAX_PIXELS:
             raise BadImage(
                 name,
-                f"{width} x {height} pixels, more than the limit of {MAX_PIXELS} (a decompression bomb?)",
+                f"{width} x {height} pixels, more than the limit of {MAX_PIXELS} (a decompression "
+                "bomb?)",
             )
         if reader is JpegImageFile:
             # Pillow has read up to the coded data, in which FF D9 can only be the end of image.

@@ -128,11 +128,13 @@ def _check(keys, images, size, scale, ratio):
         images.dtype == jnp.uint8 or jnp.issubdtype(images.dtype, jnp.floating)
     ):
         raise ValueError(
-            f"random_resized_crop needs uint8 or float images [N, H, W, C], got {images.dtype} {list(images.shape)}"
+            f"random_resized_crop needs uint8 or float images [N, H, W, C], got {images.dtype} "
+            f"{list(images.shape)}"
         )
     if keys.shape != images.shape[:1]:
         raise ValueError(
-            f"random_resized_crop needs one key per image, got {list(keys.shape)} for {list(images.shape)}"
+            f"random_resized_crop needs one key per image, got {list(keys.shape)} for "
+            f"{list(images.shape)}"
         )
     if size < 1:
         raise ValueError(f"the size of a crop must be at least 1 pixel, got {size}")

@@ -227,7 +227,8 @@ class BadImages:
                 )
         if len(self.seen) > self.limit:
             raise DataError(
-                f"{len(self.seen)} of {len(self.source)} images cannot be read, which is more than the {self.limit} "
+                f"{len(self.seen)} of {len(self.source)} images cannot be read, which is more than "
+                f"the {self.limit} "
                 f"that --config.data.max_bad_fraction={self.max_fraction:g} allows; "
                 f"the last is {self.source.name(max(self.seen))}"
             )
@@ -247,7 +248,8 @@ def resident_images(source: Any, bad_images: BadImages, max_failures: int) -> np
             images = np.empty((len(source), *image.shape), np.uint8)
         if image.shape != images.shape[1:]:
             raise DataError(
-                f"data.on_device needs images of one size: {source.name(index)} is {image.shape[1]}x{image.shape[0]}, "
+                f"data.on_device needs images of one size: {source.name(index)} is "
+                f"{image.shape[1]}x{image.shape[0]}, "
                 f"the first is {images.shape[2]}x{images.shape[1]}"
             )
         images[index] = image
@@ -295,7 +297,8 @@ def host_iterator(
             reason = str(error).splitlines()[0]
             if deaths > WORKER_DEATHS:
                 raise InputLost(
-                    f"{reason} It is the {deaths}th; the same command resumes from the last checkpoint. If memory is "
+                    f"{reason} It is the {deaths}th; the same command resumes from the last "
+                    "checkpoint. If memory is "
                     "short, use fewer config.runtime.workers or a smaller config.runtime.prefetch"
                 ) from None
             logging.warning("%s Starting workers again at element %d", reason, position)

@@ -95,7 +95,8 @@ class ShapesSource:
             )
         if num_examples < 1 or not 16 <= image_size <= 1024:
             raise ValueError(
-                f"shapes: cannot draw {num_examples} images of {image_size} pixels (1 or more of 16 to 1024)"
+                f"shapes: cannot draw {num_examples} images of {image_size} pixels (1 or more of "
+                "16 to 1024)"
             )
         self._draw: dict[str, Any] = {"image_size": image_size, "seed": seed, "split": split}
         self._length = num_examples

@@ -44,7 +44,8 @@ def measure_pixels(source: Source, limit: int = SAMPLE) -> PixelStatistics:
         squares.append(mean**2 + deviation**2)
     if not means:
         raise DataError(
-            f"data.normalization=measured: none of the first {limit} images can be read, as {source.name(0)}"
+            f"data.normalization=measured: none of the first {limit} images can be read, as "
+            f"{source.name(0)}"
         )
     mean = np.mean(means, axis=0)
     std = np.sqrt(np.maximum(np.mean(squares, axis=0) - mean**2, SMALLEST**2))

@@ -66,7 +66,8 @@ class Canvases:
         ]
         if wrong or not pairs:
             raise ConfigError(
-                f"data.canvases must be pairs (short, long) of multiples of {STRIDE}, not {wrong or pairs}"
+                f"data.canvases must be pairs (short, long) of multiples of {STRIDE}, not "
+                f"{wrong or pairs}"
             )
         if not short_sides or min(short_sides) < 1 or limit < 1:
             raise ConfigError("data.short_sides and data.long_limit must be numbers of pixels")
@@ -74,7 +75,8 @@ class Canvases:
         if not any(min(pair) >= needed[0] and max(pair) >= needed[1] for pair in pairs):
             up = tuple(-(-side // STRIDE) * STRIDE for side in needed)
             raise ConfigError(
-                f"no pair of data.canvases holds images of {needed[0]} x {needed[1]} pixels, which data.short_sides "
+                f"no pair of data.canvases holds images of {needed[0]} x {needed[1]} pixels, which "
+                "data.short_sides "
                 f"(or eval_short_side) and long_limit allow: add {up}"
             )
         self._pairs = sorted(

@@ -119,7 +119,8 @@ class DetectionSource:
         unknown = sorted({name for scene in scenes for name in scene.names} - number.keys())
         if unknown and not known.any():
             raise DataError(
-                f"{self.name(0)} and the {len(scenes) - 1} other images have no box of a known class: they have "
+                f"{self.name(0)} and the {len(scenes) - 1} other images have no box of a known "
+                "class: they have "
                 f"{_some(unknown)}, known are {_some(self.class_names)}"
             )
         self.counts["unknown_labels"] = int(np.sum(~known))
@@ -300,7 +301,8 @@ class _Records:
             return nothing  # whoever wants its pixels is told why
         if not {"bbox", "label", "is_difficult"} <= objects.keys():
             raise DataError(
-                f"{self.name(index)} has no objects with bbox, label and is_difficult: it is no VOC data set"
+                f"{self.name(index)} has no objects with bbox, label and is_difficult: it is no "
+                "VOC data set"
             )
         y1, x1, y2, x2 = np.asarray(objects["bbox"], np.float64).reshape(-1, 4).T
         corners = np.stack([x1 * width, y1 * height, x2 * width, y2 * height], axis=1)

@@ -147,7 +147,8 @@ def detector_from_torchvision(
                 value = _from_torch(np.asarray(arrays[name], np.float32), ours)
                 if value.shape != wanted.shape:
                     raise WeightsError(
-                        f"the weights are of another detector: {name} becomes {value.shape}, not {wanted.shape}"
+                        f"the weights are of another detector: {name} becomes {value.shape}, not "
+                        f"{wanted.shape}"
                     )
                 variables.setdefault(collection, {}).setdefault(part, {}).setdefault(module, {})[
                     leaf

@@ -112,7 +112,8 @@ class _Detection:
         results |= {"train_images": len(self.source)} if self.trains else {}
         write_json(self.workdir / "result.json", results)
         log(
-            f"detection: AP {results['AP']:.1f}, AP50 {results['AP50']:.1f}, AP75 {results['AP75']:.1f}, "
+            f"detection: AP {results['AP']:.1f}, AP50 {results['AP50']:.1f}, AP75 "
+            f"{results['AP75']:.1f}, "
             f"VOC's AP50 {results['VOC_AP50']:.1f}"
         )
         return results
@@ -122,11 +123,13 @@ class _Detection:
         log(f"to train on: {self.source.summary()}")
         if batches.images_over_max_boxes:
             log(
-                f"{batches.images_over_max_boxes} images have more than data.max_boxes={config.data.max_boxes} boxes"
+                f"{batches.images_over_max_boxes} images have more than "
+                f"data.max_boxes={config.data.max_boxes} boxes"
             )
         shapes = len(batches.canvases.all)
         log(
-            f"{shapes} shapes of images at most: so many compilations of the step, when each first occurs"
+            f"{shapes} shapes of images at most: so many compilations of the step, when each first "
+            "occurs"
         )
         total = config.steps or config.epochs * batches.steps_per_epoch
         optimizer = make_optimizer(
@@ -240,7 +243,8 @@ class _Detection:
             resnet = make_resnet(f"resnet{depth}", channels, stem=stem, dtype=compute)
         if resnet.stem != "imagenet":
             raise ConfigError(
-                f"{config.detector or config.checkpoint} has a backbone with the {resnet.stem} stem: the pyramid needs "
+                f"{config.detector or config.checkpoint} has a backbone with the {resnet.stem} "
+                "stem: the pyramid needs "
                 "maps of strides 4 to 32, which only the imagenet stem gives"
             )
         return resnet
@@ -267,11 +271,13 @@ def _check(config: ConfigDict) -> None:
     choose("model.batch_norm", model.batch_norm, dict.fromkeys(BATCH_NORMS))
     if not 0 <= model.frozen_stages <= 5:
         raise ConfigError(
-            f"model.frozen_stages={model.frozen_stages} must be 0 (nothing) to 5 (stem and all stages)"
+            f"model.frozen_stages={model.frozen_stages} must be 0 (nothing) to 5 (stem and all "
+            "stages)"
         )
     if config.checkpoint == RANDOM and not config.detector and model.batch_norm == "frozen":
         raise ConfigError(
-            "random weights have no running statistics: a frozen BatchNorm would not normalise; use "
+            "random weights have no running statistics: a frozen BatchNorm would not normalise; "
+            "use "
             "model.batch_norm=synchronised and model.frozen_stages=0"
         )
     if config.detector and config.checkpoint:

@@ -123,8 +123,10 @@ def load_backbone(checkpoint: str, **random: Any) -> Backbone:
         and processes.is_main_process()
     ):
         logging.warning(
-            "%s is unfinished at step %d: its BatchNorm statistics are running ones, not re-estimated as "
-            "config.eval_statistics says, so that accuracies differ from those the run itself measures",
+            "%s is unfinished at step %d: its BatchNorm statistics are running ones, not "
+            "re-estimated as "
+            "config.eval_statistics says, so that accuracies differ from those the run itself "
+            "measures",
             checkpoint,
             step,
         )
@@ -162,7 +164,8 @@ def _best_step(checkpoints: Checkpoints, workdir: str) -> int:
     best = checkpoints.metadata(steps[-1]).get("best") if steps else None
     if best is None:
         raise CheckpointError(
-            f"{workdir} kept no best checkpoint: a run keeps one with --config.runtime.keep_best=rankme"
+            f"{workdir} kept no best checkpoint: a run keeps one with "
+            "--config.runtime.keep_best=rankme"
         )
     return int(best["step"])
 
@@ -180,7 +183,8 @@ def _config_of_run(checkpoint: str) -> ConfigDict | None:
         saved = path / "config.json"
         if not gcs.exists(saved):
             raise CheckpointError(
-                f"checkpoint {checkpoint!r} is neither a file nor the workdir of a run: it has no config.json"
+                f"checkpoint {checkpoint!r} is neither a file nor the workdir of a run: it has no "
+                "config.json"
             )
         config = with_added(ConfigDict(json.loads(saved.read_text()), convert_dict=True))
     if "model" not in config:

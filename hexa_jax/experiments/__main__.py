@@ -60,7 +60,8 @@ def main(argv: list[str]) -> int:
         unknown = [method for method in methods if method not in PRESETS[known.preset].configs]
         if unknown:
             raise GridError(
-                f"unknown method {unknown[0]!r}: use some of {', '.join(PRESETS[known.preset].configs)}"
+                f"unknown method {unknown[0]!r}: use some of "
+                f"{', '.join(PRESETS[known.preset].configs)}"
             )
         if not known.seeds.replace(",", "").isdigit():
             raise GridError(f"--seeds takes whole numbers such as 0,1,2, not {known.seeds!r}")

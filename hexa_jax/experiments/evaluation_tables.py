@@ -122,7 +122,8 @@ def tables(config: ConfigDict, workdir: pathlib.Path) -> dict[str, Any]:
     rows = [row for row in ROWS if config.data[row.needs].source and row.evaluation not in left_out]
     if not rows:
         raise ConfigError(
-            f"no data to evaluate on: give some of {', '.join(f'data.{row.needs}.source' for row in ROWS)}"
+            "no data to evaluate on: give some of "
+            f"{', '.join(f'data.{row.needs}.source' for row in ROWS)}"
         )
     weights = {"pre-trained": config.checkpoint}
     if config.with_random and config.checkpoint != RANDOM:
@@ -181,7 +182,8 @@ def _value(outcome: Outcome) -> float | None:
 def _markdown(rows: list[Row], outcomes: list[Outcome]) -> str:
     found = {(o.entry.factors["row"], o.entry.factors["weights"]): _value(o) for o in outcomes}
     lines = [
-        "| evaluation (%) | paper's table | pre-trained | random weights | the paper, ResNet-50, 200 epochs on ImageNet |",
+        "| evaluation (%) | paper's table | pre-trained | random weights | the paper, ResNet-50, "
+        "200 epochs on ImageNet |",
         "|---|---|---|---|---|",
     ]
     for row in rows:

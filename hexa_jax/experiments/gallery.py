@@ -94,7 +94,8 @@ def _gallery(
     )
     axes[0, len(titles) + MEMBERS].set_title("after the attack", fontsize=8, loc="left")
     figure.suptitle(
-        f"{run.config.method}: the attack changes the nearest pseudo-label of {100 * changed.mean():.0f} % of {len(changed)} images"
+        f"{run.config.method}: the attack changes the nearest pseudo-label of "
+        f"{100 * changed.mean():.0f} % of {len(changed)} images"
     )
     return save(figure, workdir, name)
 

@@ -71,7 +71,8 @@ def main(argv: list[str]) -> int:
         study = Study(words.part, words.preset, _data(words.data))
         if words.stage == "confirm" and words.arms is None:
             raise GridError(
-                "--stage=confirm needs --arms, the screened arms to confirm: they are one family of tests"
+                "--stage=confirm needs --arms, the screened arms to confirm: they are one family "
+                "of tests"
             )
         return _run(
             study, words.stage, None if words.arms is None else words.arms.split(","), workdir
@@ -183,7 +184,8 @@ def _check_same(now: Mapping[str, Any], before: Mapping[str, Any], where: str) -
         if isinstance(now.get(key), dict) and isinstance(before.get(key), dict):
             _check_same(now[key], before[key], f"{where}: {key}")
         raise GridError(
-            f"{where} declares {key} {_short(before.get(key))}, now it is {_short(now.get(key))}: use another --workdir"
+            f"{where} declares {key} {_short(before.get(key))}, now it is {_short(now.get(key))}: "
+            "use another --workdir"
         )
 
 

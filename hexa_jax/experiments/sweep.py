@@ -205,7 +205,8 @@ def _check_same(workdir: pathlib.Path, extra: list[str]) -> None:
         before = json.loads(saved.read_text())["overrides"]
         if before != extra:
             raise GridError(
-                f"{workdir} holds cells with the overrides {' '.join(before) or '(none)'}, not {' '.join(extra) or '(none)'}: "
+                f"{workdir} holds cells with the overrides {' '.join(before) or '(none)'}, not "
+                f"{' '.join(extra) or '(none)'}: "
                 "use another --workdir"
             )
         return

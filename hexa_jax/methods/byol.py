@@ -46,7 +46,8 @@ class BYOL(LabelsBeforeStep):
     def check(self, spec: Spec) -> None:
         if spec.num_crops != (2,):
             raise ValueError(
-                f"byol pairs two crops of one size, data.num_crops={spec.num_crops} has others: use "
+                f"byol pairs two crops of one size, data.num_crops={spec.num_crops} has others: "
+                "use "
                 "(2,) with one data.crop_size; deepcluster and swav take more"
             )
 

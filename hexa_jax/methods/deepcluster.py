@@ -64,17 +64,20 @@ class DeepCluster(LabelsBeforeStep):
     def check(self, spec: Spec) -> None:
         if self.assign_crops > spec.num_crops[0]:
             raise ValueError(
-                f"deepcluster.assign_crops={self.assign_crops} is more than the {spec.num_crops[0]} large crops"
+                f"deepcluster.assign_crops={self.assign_crops} is more than the "
+                f"{spec.num_crops[0]} large crops"
             )
         seen = round(spec.batch_size * spec.steps_per_epoch * spec.clean_share)
         if not seen:
             raise ValueError(
-                "deepcluster clusters the embeddings of clean crops, of which views.*.replace leave none: "
+                "deepcluster clusters the embeddings of clean crops, of which views.*.replace "
+                "leave none: "
                 "replace fewer rows"
             )
         if self.num_clusters > seen:
             raise ValueError(
-                f"deepcluster.num_clusters={self.num_clusters} is more than the {seen} images seen clean in an epoch: "
+                f"deepcluster.num_clusters={self.num_clusters} is more than the {seen} images seen "
+                "clean in an epoch: "
                 "use fewer"
             )
 
@@ -82,8 +85,10 @@ class DeepCluster(LabelsBeforeStep):
         if spec.clean_share == 1:
             return []
         return [
-            f"views.*.replace show {1 - spec.clean_share:.0%} of the images of an epoch without their clean crops: "
-            "deepcluster has no cluster for these images in the next epoch, and leaves them out of its loss"
+            f"views.*.replace show {1 - spec.clean_share:.0%} of the images of an epoch without "
+            "their clean crops: "
+            "deepcluster has no cluster for these images in the next epoch, and leaves them out of "
+            "its loss"
         ]
 
     def init(self, key: jax.Array, params: Any, spec: Spec) -> DeepClusterState:

@@ -36,14 +36,16 @@ def check_queue(block: str, queue_size: int, spec: Spec) -> None:
     """
     if spec.num_crops != (1,):
         raise ValueError(
-            f"{block} takes two crops of one size, a query and a key: data.num_crops=(2,) with one data.crop_size; "
+            f"{block} takes two crops of one size, a query and a key: data.num_crops=(2,) with one "
+            "data.crop_size; "
             "deepcluster and swav take more"
         )
     if queue_size % spec.batch_size:
         below = queue_size // spec.batch_size * spec.batch_size
         near = ", ".join(str(size) for size in (below, below + spec.batch_size) if size)
         raise ValueError(
-            f"{block}.queue_size={queue_size} is not a multiple of batch_size={spec.batch_size}: use {near}"
+            f"{block}.queue_size={queue_size} is not a multiple of batch_size={spec.batch_size}: "
+            f"use {near}"
         )
 
 
@@ -53,7 +55,8 @@ def queue_warnings(block: str, queue_size: int, spec: Spec) -> list[str]:
     if queue_size <= images:
         return []
     return [
-        f"{block}.queue_size={queue_size} is more than the {images} images: the queue holds each image's own keys of up "
+        f"{block}.queue_size={queue_size} is more than the {images} images: the queue holds each "
+        "image's own keys of up "
         f"to {-(-queue_size // images)} earlier epochs as negatives; use fewer, such as "
         f"--config.{block}.queue_size={images // spec.batch_size * spec.batch_size}"
     ]

@@ -125,7 +125,8 @@ class PCL(LabelsBeforeStep):
             )
         if self.warmup_epochs < 1:
             raise ValueError(
-                f"pcl.warmup_epochs={self.warmup_epochs} must be 1 or more: the first epoch fills the bank"
+                f"pcl.warmup_epochs={self.warmup_epochs} must be 1 or more: the first epoch fills "
+                "the bank"
             )
 
     def check(self, spec: Spec) -> None:
@@ -133,7 +134,8 @@ class PCL(LabelsBeforeStep):
         seen = spec.batch_size * spec.steps_per_epoch
         if max(self.num_clusters) > seen:
             raise ValueError(
-                f"pcl.num_clusters={tuple(self.num_clusters)} has more than the {seen} images seen in an epoch: use fewer"
+                f"pcl.num_clusters={tuple(self.num_clusters)} has more than the {seen} images seen "
+                "in an epoch: use fewer"
             )
 
     def warnings(self, spec: Spec) -> list[str]:

@@ -30,7 +30,8 @@ class Rotation(LabelsBeforeStep):
     def check(self, spec: Spec) -> None:
         if spec.turned:
             raise ValueError(
-                "rotation predicts how far a crop was turned: data.quarter_turns must be False, and "
+                "rotation predicts how far a crop was turned: data.quarter_turns must be False, "
+                "and "
                 "data.flip not both, which also turns by half"
             )
 

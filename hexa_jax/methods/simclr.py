@@ -41,7 +41,8 @@ class SimCLR(LabelsFromOutputs):
     def check(self, spec: Spec) -> None:
         if spec.num_crops != (2,):
             raise ValueError(
-                f"simclr pairs two crops of one size, data.num_crops={spec.num_crops} has others: use (2,) with one "
+                f"simclr pairs two crops of one size, data.num_crops={spec.num_crops} has others: "
+                "use (2,) with one "
                 "data.crop_size; deepcluster and swav take more"
             )
 

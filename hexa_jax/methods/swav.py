@@ -65,7 +65,8 @@ class SwAV(LabelsFromOutputs):
     def check(self, spec: Spec) -> None:
         if self.assign_crops > spec.num_crops[0]:
             raise ValueError(
-                f"swav.assign_crops={self.assign_crops} is more than the {spec.num_crops[0]} large crops"
+                f"swav.assign_crops={self.assign_crops} is more than the {spec.num_crops[0]} large "
+                "crops"
             )
         if sum(spec.num_crops) < 2:
             raise ValueError(
@@ -74,7 +75,8 @@ class SwAV(LabelsFromOutputs):
         if self.queue_length % spec.batch_size:
             below = self.queue_length // spec.batch_size * spec.batch_size
             raise ValueError(
-                f"swav.queue_length={self.queue_length} is not a multiple of batch_size={spec.batch_size}: "
+                f"swav.queue_length={self.queue_length} is not a multiple of "
+                f"batch_size={spec.batch_size}: "
                 f"use {below} or {below + spec.batch_size}"
             )
 

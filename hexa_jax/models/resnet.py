@@ -174,7 +174,8 @@ class ResNet(nn.Module):
         window = tuple(side - grid + 1 for side in last.shape[1:3])
         if min(window) < 1:
             raise ValueError(
-                f"a map of {last.shape[1]} x {last.shape[2]} has no {grid} x {grid} windows: use larger images"
+                f"a map of {last.shape[1]} x {last.shape[2]} has no {grid} x {grid} windows: use "
+                "larger images"
             )
         return nn.avg_pool(last, window).reshape(len(last), -1)
 
@@ -224,7 +225,8 @@ def make_resnet(name: str, base_channels: int = 64, **settings) -> ResNet:
     if match is None or int(match[1]) not in STAGES:
         known = ", ".join(f"resnet{depth}" for depth in STAGES)
         raise ValueError(
-            f"unknown backbone {name!r}: use one of {known}, with an optional width such as resnet50w2"
+            f"unknown backbone {name!r}: use one of {known}, with an optional width such as "
+            "resnet50w2"
         )
     if settings.get("stem", "imagenet") not in STEMS:
         raise ValueError(f"unknown stem {settings['stem']!r}: use one of {', '.join(STEMS)}")

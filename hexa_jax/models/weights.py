@@ -181,7 +181,8 @@ def huggingface_config(architecture: Architecture) -> dict[str, Any]:
     """
     if architecture.stem != "imagenet":
         raise WeightsError(
-            f"Hugging Face's ResNet has a 7x7 stem: a network with stem={architecture.stem} cannot be written for it"
+            f"Hugging Face's ResNet has a 7x7 stem: a network with stem={architecture.stem} cannot "
+            "be written for it"
         )
     bottleneck = architecture.depth >= 50
     widths = [

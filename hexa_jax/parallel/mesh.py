@@ -67,20 +67,25 @@ class Layout:
         if self.batch_size % (self.microbatches * self.num_devices):
             raise ValueError(
                 f"batch_size={self.batch_size} is not divisible by {self.num_devices} devices x "
-                f"{self.microbatches} microbatches: use {_nearest(self.batch_size, self._batch_sizes())}"
+                f"{self.microbatches} microbatches: use "
+                f"{_nearest(self.batch_size, self._batch_sizes())}"
             )
         micro = self.batch_size // self.microbatches
         if not self._group_fits(self.bn_group_size):
             whole = [size for size in range(1, micro + 1) if self._group_fits(size)]
             raise ValueError(
-                f"bn_group_size={self.bn_group_size} does not fit {self.rows} rows a device and microbatch "
-                f"({micro} rows a microbatch): use {_nearest(self.bn_group_size, whole)}, or other runtime.microbatches"
+                f"bn_group_size={self.bn_group_size} does not fit {self.rows} rows a device and "
+                "microbatch "
+                f"({micro} rows a microbatch): use {_nearest(self.bn_group_size, whole)}, or other "
+                "runtime.microbatches"
             )
         blocks = [c for c in range(1, self.rows + 1) if self.rows % c == 0]
         if self.cutmix_block and self.cutmix_block not in blocks:
             raise ValueError(
-                f"cutmix_block={self.cutmix_block} does not divide the {self.rows} rows a device and microbatch: "
-                f"use {_nearest(self.cutmix_block, blocks)}, or other runtime.microbatches or runtime.num_devices "
+                f"cutmix_block={self.cutmix_block} does not divide the {self.rows} rows a device "
+                "and microbatch: "
+                f"use {_nearest(self.cutmix_block, blocks)}, or other runtime.microbatches or "
+                "runtime.num_devices "
                 "(partners come from the same device and microbatch)"
             )
         if self.shuffle_block and self.batch_size % self.shuffle_block:

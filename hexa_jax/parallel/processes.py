@@ -57,7 +57,8 @@ def initialize(given: Placement, environment: Mapping[str, str] = os.environ) ->
             name for name, value in zip(Placement._fields, place, strict=True) if value is None
         ]
         raise DistributedError(
-            f"--{missing[0]} is missing: a run of several processes needs all of {', '.join(Placement._fields)}"
+            f"--{missing[0]} is missing: a run of several processes needs all of "
+            f"{', '.join(Placement._fields)}"
         )
     if place.num_processes == 1:
         return

@@ -136,7 +136,8 @@ def _spread(record: RunRecord) -> Finding | None:
     now = curve[-1][1]
     if now < COLLAPSED:
         words = (
-            f"Embeddings have collapsed (spread {number(now)}; 1 is a full sphere): the loss says nothing "
+            f"Embeddings have collapsed (spread {number(now)}; 1 is a full sphere): the loss says "
+            "nothing "
             "any more. Try a lower learning rate, or more clusters or negatives."
         )
         return Finding("Spread of embeddings", number(now), BAD, words, curve)
@@ -217,8 +218,10 @@ def _alignment(record: RunRecord) -> Finding | None:
     if not curve or uniformity is None:
         return None
     words = (
-        f"Two crops of an image lie {number(curve[-1][1])} apart (squared; 0 is the same, 2 unrelated{_still(curve)}); "
-        f"uniformity is {number(uniformity)} (0 is one point, -4 a full sphere). Both falling is what training wants."
+        f"Two crops of an image lie {number(curve[-1][1])} apart (squared; 0 is the same, 2 "
+        f"unrelated{_still(curve)}); "
+        f"uniformity is {number(uniformity)} (0 is one point, -4 a full sphere). Both falling is "
+        "what training wants."
     )
     value = f"{number(curve[-1][1])} / {number(uniformity)}"
     return Finding("Alignment / uniformity", value, PLAIN, words, curve)

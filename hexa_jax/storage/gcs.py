@@ -151,8 +151,10 @@ def fetch(url: str, wanted: Versions, cache: str) -> pathlib.Path:
         needed, free = sum(wanted[name][0] for name in missing), shutil.disk_usage(folder).free
         if needed > free:
             raise RemoteError(
-                f"{url} does not fit: it needs {needed / 1e9:.1f} GB in {folder}, which has {free / 1e9:.1f} GB; "
-                "give another config.runtime.data_cache, or an empty one to read tfds data sets in place"
+                f"{url} does not fit: it needs {needed / 1e9:.1f} GB in {folder}, which has "
+                f"{free / 1e9:.1f} GB; "
+                "give another config.runtime.data_cache, or an empty one to read tfds data sets in "
+                "place"
             )
         if missing:
             print(

@@ -55,7 +55,8 @@ def check_loggers(names: Sequence[str]) -> None:
         if importlib.util.find_spec(PACKAGES[name]) is None:
             package = INSTALLED_AS.get(name, PACKAGES[name])
             raise LoggerError(
-                f"config.runtime.loggers names {name}, which is not installed: pip install {package}"
+                f"config.runtime.loggers names {name}, which is not installed: pip install "
+                f"{package}"
             )
 
 

@@ -250,7 +250,8 @@ def _check_same(workdir: pathlib.Path, before: dict, now: dict, extend: bool) ->
     if before.get("task") != now["task"]:
         task = before.get("task")
         raise WorkdirError(
-            f"workdir {workdir} holds a run of config.task={task}: give {now['task']} a folder of its own"
+            f"workdir {workdir} holds a run of config.task={task}: give {now['task']} a folder of "
+            "its own"
         )
     differ = []
     for name in sorted(before.keys() | now.keys()):

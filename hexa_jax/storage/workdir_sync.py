@@ -203,7 +203,8 @@ class Mirror:
         if before is None:
             return
         log(
-            f"{self.url} is signed by {before['by']}: waiting {LEASE_SECONDS} s to see whether it is alive"
+            f"{self.url} is signed by {before['by']}: waiting {LEASE_SECONDS} s to see whether it "
+            "is alive"
         )
         end = time.monotonic() + LEASE_SECONDS
         while time.monotonic() < end and (now := self._owner()) is not None:

@@ -128,8 +128,8 @@ def make_resolutions(config: ConfigDict, key_crops: int) -> tuple[Resolution, ..
     columns = (data.num_crops, data.crop_size, data.min_scale, data.max_scale)
     if len({len(column) for column in columns}) != 1 or not data.num_crops:
         raise ConfigError(
-            "data.num_crops, crop_size, min_scale and max_scale need one entry per resolution each, they have "
-            + ", ".join(str(len(column)) for column in columns)
+            "data.num_crops, crop_size, min_scale and max_scale need one entry per resolution "
+            "each, they have " + ", ".join(str(len(column)) for column in columns)
         )
     counts = (data.num_crops[0] - key_crops, *data.num_crops[1:])
     if min(counts) < 1:
@@ -137,7 +137,8 @@ def make_resolutions(config: ConfigDict, key_crops: int) -> tuple[Resolution, ..
     for low, high in zip(data.min_scale, data.max_scale, strict=True):
         if not 0 < low <= high <= 1:
             raise ConfigError(
-                f"crop scales are shares of the image with 0 < min <= max <= 1, not {low} and {high}"
+                f"crop scales are shares of the image with 0 < min <= max <= 1, not {low} and "
+                f"{high}"
             )
     ratio = tuple(data.aspect_ratio)
     if len(ratio) != 2 or not 0 < ratio[0] <= ratio[1] < float("inf"):
@@ -159,7 +160,8 @@ def make_photometric(config: ConfigDict) -> tuple[Photometric, ...]:
         values = getattr(augment, name)
         if len(values) not in (1, crops):
             raise ConfigError(
-                f"augment.{name} has {len(values)} entries for {crops} crops: give one, or one per crop"
+                f"augment.{name} has {len(values)} entries for {crops} crops: give one, or one per "
+                "crop"
             )
         return float(values[crop if len(values) > 1 else 0])
 
@@ -187,7 +189,8 @@ def make_schedule(config: ConfigDict, steps_per_epoch: int) -> optim.Schedule:
         return optim.epoch_cosine(o.learning_rate, epochs, steps_per_epoch)
     if o.schedule == "cosine" and o.warmup_epochs > epochs:
         raise ConfigError(
-            f"optimizer.warmup_epochs={o.warmup_epochs} is longer than the run, epochs={epochs}: the learning rate would "
+            f"optimizer.warmup_epochs={o.warmup_epochs} is longer than the run, epochs={epochs}: "
+            "the learning rate would "
             "never be reached"
         )
     if o.schedule == "steps":
@@ -239,7 +242,8 @@ def make_scheme(config: ConfigDict, steps_per_epoch: int = 1) -> Scheme:
         if name not in v:  # a view of the program's own, in a config without it
             if named and name in named:
                 raise ConfigError(
-                    f"config.scheme names the view {name}, but there is no block config.views.{name}"
+                    f"config.scheme names the view {name}, but there is no block "
+                    f"config.views.{name}"
                 )
             continue
         settings = dict(v[name])
@@ -267,7 +271,8 @@ def scheme_views(scheme: str) -> set[str] | None:
     unknown = [name for name in names if name not in known] if first == "std" else [first]
     if unknown or len(set(names)) < len(names):
         raise ConfigError(
-            f"config.scheme={scheme!r} is not known: use all, or std with any of +{', +'.join(known)}, each once"
+            f"config.scheme={scheme!r} is not known: use all, or std with any of "
+            f"+{', +'.join(known)}, each once"
         )
     return {known[name] for name in names}
 
@@ -339,7 +344,8 @@ def _view_warnings(config: ConfigDict, scheme: Scheme) -> list[str]:
     for view in scheme.views:
         if scheme.start_step(view) >= config.epochs * scheme.steps_per_epoch:
             lines.append(
-                f"views.{view.name} is never used: its start_epoch={view.start_epoch:g} is not before the end of the run, "
+                f"views.{view.name} is never used: its start_epoch={view.start_epoch:g} is not "
+                "before the end of the run, "
                 f"epochs={config.epochs}"
             )
     used = {view.name for view in scheme.views}
@@ -362,7 +368,8 @@ def _view_warnings(config: ConfigDict, scheme: Scheme) -> list[str]:
                 else "a weight above 0"
             )
             lines.append(
-                f"views.{name} is not used, so {', '.join(ignored)} changes nothing: it needs {remedy}"
+                f"views.{name} is not used, so {', '.join(ignored)} changes nothing: it needs "
+                f"{remedy}"
             )
     return lines
 
@@ -372,8 +379,10 @@ def _warn(config: ConfigDict, scheme: Scheme, method: Method, layout: Layout, sp
     lines = [*_view_warnings(config, scheme), *method.warnings(spec)]
     if method.key_crops and layout.bn_group_size >= layout.shuffle_block:
         lines.append(
-            f"shuffle-BN does nothing: keys are shuffled among shuffle_block={layout.shuffle_block} rows, which share their "
-            f"BatchNorm statistics anyway (bn_group_size={layout.bn_group_size}); use a smaller bn_group_size, 32 for example"
+            "shuffle-BN does nothing: keys are shuffled among "
+            f"shuffle_block={layout.shuffle_block} rows, which share their "
+            f"BatchNorm statistics anyway (bn_group_size={layout.bn_group_size}); use a smaller "
+            "bn_group_size, 32 for example"
         )
     for line in lines:
         if processes.is_main_process():
@@ -386,12 +395,14 @@ def _check_views(scheme: Scheme, method: Method, layout: Layout) -> None:
         if view.target == OWN_CROP and not method.pairs_own_crop:
             able = ", ".join(name for name, other in METHODS.items() if other.pairs_own_crop)
             raise ConfigError(
-                f"views.{view.name}.target={OWN_CROP} is for methods with embeddings as labels: {able}"
+                f"views.{view.name}.target={OWN_CROP} is for methods with embeddings as labels: "
+                f"{able}"
             )
         rows = view.replace * layout.unit if view.replace else 0
         if abs(rows - round(rows)) > 1e-9:
             raise ConfigError(
-                f"views.{view.name}.replace={view.replace} is no whole number of every {layout.unit} rows (bn_group_size "
+                f"views.{view.name}.replace={view.replace} is no whole number of every "
+                f"{layout.unit} rows (bn_group_size "
                 f"and cutmix_block decide): use a multiple of {1 / layout.unit:g}"
             )
 
@@ -416,7 +427,8 @@ def make_trainer(
     _check_ranges(config)
     if config.batch_size > num_examples:
         raise ConfigError(
-            f"batch_size={config.batch_size} is more than the {num_examples} images: use a smaller one"
+            f"batch_size={config.batch_size} is more than the {num_examples} images: use a smaller "
+            "one"
         )
     method = make_method(config)
     resolutions = make_resolutions(config, method.key_crops)

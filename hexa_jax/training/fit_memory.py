@@ -126,7 +126,8 @@ class _Search:
         what = described(self.config, self.layouts[position])
         if position not in self.needs:
             raise ConfigError(
-                f"a training step of {what} does not fit the {place(self.trainer.mesh, self.room)}: use {SMALLER}"
+                f"a training step of {what} does not fit the "
+                f"{place(self.trainer.mesh, self.room)}: use {SMALLER}"
             )
         raise too_large(
             self.config, self._with(self.layouts[position]), self.needs[position], self.room
@@ -146,7 +147,8 @@ class _Search:
         need, parts = self.needs[position].total, self.layouts[position].microbatches
         fewest = f"{parts} microbatches, the fewest that fit" if parts > 1 else "one microbatch"
         log(
-            f"memory: a step takes {in_words(need)}, and there are {place(trainer.mesh, self.room)}: {fewest}"
+            f"memory: a step takes {in_words(need)}, and there are "
+            f"{place(trainer.mesh, self.room)}: {fewest}"
         )
 
 

@@ -60,7 +60,8 @@ def read_initial_weights(
         return None
     if name == RANDOM:
         raise ConfigError(
-            f"config.model.init={name} is no weights: leave it empty to start from random ones, or use a workdir, "
+            f"config.model.init={name} is no weights: leave it empty to start from random ones, or "
+            "use a workdir, "
             f"a weights file, or a name such as {', '.join(EXAMPLES.values())}"
         )
     found = load_backbone(name)
@@ -106,7 +107,8 @@ def _check_architecture(
         differs = f"the stem is {have.stem}, not {wanted.stem}"
     if differs:
         raise WeightsError(
-            f"config.model.init={name}: {differs}: {described(have)} weights for a {described(wanted)}?"
+            f"config.model.init={name}: {differs}: {described(have)} weights for a "
+            f"{described(wanted)}?"
         )
 
 
@@ -117,7 +119,8 @@ def _warn_of_pixels(name: str, found: Network, wanted: Network) -> None:
         and processes.is_main_process()
     ):
         logging.warning(
-            "%s was trained on pixels with mean %s and standard deviation %s, this run has %s and %s: "
+            "%s was trained on pixels with mean %s and standard deviation %s, this run has %s and "
+            "%s: "
             "set config.data.pixel_mean and pixel_std to the former",
             name,
             *(

@@ -175,7 +175,8 @@ class _Run:
         step, state, metadata = restored
         if not all(np.isfinite(np.asarray(leaf)).all() for leaf in jax.tree.leaves(state.params)):
             raise Diverged(
-                f"step {step} in {self.checkpoints.directory} holds parameters that are not finite; this program saves none: "
+                f"step {step} in {self.checkpoints.directory} holds parameters that are not "
+                "finite; this program saves none: "
                 "remove it, and the same command resumes from the one before"
             )
         log(f"resuming at step {step} from {self.checkpoints.directory}")
@@ -481,7 +482,8 @@ class _Run:
         self.metrics.write(self.step, {"epoch": epoch, **values})
         for name, value in values.items():
             log(
-                f"epoch {epoch}: {'kNN' if name == 'knn_accuracy' else 'linear probe'} accuracy {value:.1f} %"
+                f"epoch {epoch}: {'kNN' if name == 'knn_accuracy' else 'linear probe'} accuracy "
+                f"{value:.1f} %"
             )
 
     def _report(self, step: int, metrics: dict) -> None:
@@ -498,9 +500,11 @@ class _Run:
                 else "none was saved"
             )
             raise Diverged(
-                f"the loss is {loss}, the norm of gradients {norms['gradient_norm']} and of parameters "
+                f"the loss is {loss}, the norm of gradients {norms['gradient_norm']} and of "
+                "parameters "
                 f"{norms['parameter_norm']} at step {step}; {last}; "
-                "try a lower optimizer.learning_rate, a warm-up, precision=float32, or weaker views (views.*.weight, views.epsilon)"
+                "try a lower optimizer.learning_rate, a warm-up, precision=float32, or weaker "
+                "views (views.*.weight, views.epsilon)"
             )
         if step % self.config.runtime.log_every and step != self.total:
             return
@@ -525,7 +529,8 @@ class _Run:
             log(f"step {step}/{self.total}  {self.bar_text}")
         if values["embedding_std"] < COLLAPSED and step > self.steps_per_epoch:
             logging.warning(
-                "step %d: embeddings have collapsed (spread %.4f, 1 is a full sphere): the loss says nothing any more; "
+                "step %d: embeddings have collapsed (spread %.4f, 1 is a full sphere): the loss "
+                "says nothing any more; "
                 "try a lower learning rate, or more clusters or negatives",
                 step,
                 values["embedding_std"],

@@ -117,7 +117,8 @@ def too_large(config: ConfigDict, trainer: Trainer, need: Need, room: int | None
     layout = trainer.objective.layout
     remedy = _remedy(layout, need, gradient_bytes(trainer), room or need.total)
     return ConfigError(
-        f"a training step of {described(config, layout)} needs {in_words(need.total)} and there are "
+        f"a training step of {described(config, layout)} needs {in_words(need.total)} and there "
+        "are "
         f"{place(trainer.mesh, room)}: {remedy}; "
         "--config.runtime.check_memory=False tries it all the same"
     )

@@ -112,7 +112,8 @@ def make_probe(config: ConfigDict, source: Source, trainer: Trainer) -> Probe | 
             )
         if held_out.num_classes != source.num_classes:
             raise DataError(
-                f"data.eval_source={config.data.eval_source} has {held_out.num_classes} classes, data.source has "
+                f"data.eval_source={config.data.eval_source} has {held_out.num_classes} classes, "
+                "data.source has "
                 f"{source.num_classes}: are they the same data set?"
             )
         queries = EvalImages(held_out, spread(len(held_out), knn.test_limit), knn.resize, knn.crop)

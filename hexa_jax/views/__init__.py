@@ -27,7 +27,8 @@ def register(view: type[HardView]) -> type[HardView]:
     """
     if view.scheme_name in ("std", "all") or "+" in view.scheme_name:
         raise ValueError(
-            f"{view.__name__}.scheme_name={view.scheme_name!r} means something else in config.scheme"
+            f"{view.__name__}.scheme_name={view.scheme_name!r} means something else in "
+            "config.scheme"
         )
     for other in VIEWS.values():
         if other is not view and {other.name, other.scheme_name} & {view.name, view.scheme_name}:

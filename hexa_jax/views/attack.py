@@ -73,7 +73,8 @@ class Attack:
             raise ValueError(f"an attack needs at least one step, not {self.steps}")
         if self.max_increase and self.random_start:
             raise ValueError(
-                "max_increase limits the radius by the gradient at the image itself: no random_start with it"
+                "max_increase limits the radius by the gradient at the image itself: no "
+                "random_start with it"
             )
         if self.epsilon < 0 or self.step_size <= 0 or self.max_increase < 0:
             raise ValueError("epsilon and max_increase must be 0 or more, step_size positive")

@@ -38,7 +38,8 @@ class CutMix(HardView):
         super().__post_init__()
         if min(self.alpha, self.beta) <= 0:
             raise ValueError(
-                f"views.{self.name}.alpha and beta must be positive, not {self.alpha} and {self.beta}"
+                f"views.{self.name}.alpha and beta must be positive, not {self.alpha} and "
+                f"{self.beta}"
             )
 
     def make(self, context: Context) -> View:

@@ -36,16 +36,19 @@ class Scheme:
             raise ValueError("the shares views.*.replace add up to more than 1")
         if self.replaces_all and all(view.norm == ADVERSARIAL for view in self.views):
             raise ValueError(
-                "views.*.replace leave no pass with the clean BatchNorm set, which evaluations use: replace fewer rows"
+                "views.*.replace leave no pass with the clean BatchNorm set, which evaluations "
+                "use: replace fewer rows"
             )
         if self.attack.max_increase and any(view.name == "noise" for view in self.views):
             raise ValueError(
-                "views.noise has views.epsilon's size: no control of an attack limited by views.max_increase"
+                "views.noise has views.epsilon's size: no control of an attack limited by "
+                "views.max_increase"
             )
         own_crop = [view for view in self.views if view.target == OWN_CROP]
         if own_crop and any(view.replace for view in self.views):
             raise ValueError(
-                f"views.{own_crop[0].name}.target={OWN_CROP} needs all clean crops: no view may replace any"
+                f"views.{own_crop[0].name}.target={OWN_CROP} needs all clean crops: no view may "
+                "replace any"
             )
 
     @property

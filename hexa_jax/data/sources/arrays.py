@@ -48,7 +48,8 @@ class ArraySource:
                 raise DataError(f"{origin}: labels must be integers [{len(images)}], not {found}")
             if labels.min() < -1 or labels.max() >= 2**31:
                 raise DataError(
-                    f"{origin}: labels must be 0, 1, ... (-1: unknown), not {labels.min()} to {labels.max()}"
+                    f"{origin}: labels must be 0, 1, ... (-1: unknown), not {labels.min()} to "
+                    f"{labels.max()}"
                 )
             labels = labels.astype(np.int32)
         self._images, self._labels, self.origin = images, labels, origin

@@ -122,7 +122,8 @@ class SeveralSources(StoredSource):
         if labelled and len(labelled) < len(sources):
             without = next(source for source in sources if not source.class_names)
             raise DataError(
-                f"{labelled[0].name(0)} is of a folder with classes, {without.name(0)} of one without: "
+                f"{labelled[0].name(0)} is of a folder with classes, {without.name(0)} of one "
+                "without: "
                 "--config.data.labels=none uses neither"
             )
         if labelled:

@@ -102,7 +102,8 @@ class ParquetSource(StoredSource):
             if not images or (len(images) > 1 and not named):
                 problem = "several columns of images" if images else "no column of image bytes"
                 raise DataError(
-                    f"parquet:{path} has {problem}: {known}; --config.data.image_column=NAME tells which"
+                    f"parquet:{path} has {problem}: {known}; --config.data.image_column=NAME tells "
+                    "which"
                 )
             image = images[0] if len(images) == 1 else named[0]
         labels = [

@@ -78,7 +78,8 @@ def folder_classes(paths: list[bytes], labels: str, origin: str) -> FolderClasse
     )
     if labels == "folders" and len(classes) < 2:
         raise DataError(
-            f"{origin} has {len(classes)} sub-folders with images: --config.data.labels=folders needs two or more"
+            f"{origin} has {len(classes)} sub-folders with images: --config.data.labels=folders "
+            "needs two or more"
         )
     note = ""
     if labels == "auto" and len(classes) >= 2:
@@ -89,7 +90,8 @@ def folder_classes(paths: list[bytes], labels: str, origin: str) -> FolderClasse
     names = [os.fsdecode(name) for name in classes]
     if {name.lower() for name in names} <= SPLIT_NAMES:
         logging.getLogger(__name__).warning(
-            "%s: sub-directories %s are taken as the classes; are they splits? Then name one: %s/%s",
+            "%s: sub-directories %s are taken as the classes; are they splits? Then name one: "
+            "%s/%s",
             origin,
             ", ".join(names),
             origin,

@@ -55,7 +55,8 @@ class TfdsSource:
             if is_remote(self._data_dir or ""):
                 where = " and copy it there"
             raise DataError(
-                f"tfds:{self._name} is not prepared in {self._data_dir or 'the data directory of tfds'}: run "
+                f"tfds:{self._name} is not prepared in "
+                f"{self._data_dir or 'the data directory of tfds'}: run "
                 f"python -m hexa_jax.prepare {self._name}{where} "
                 "(after pip install -e '.[prepare]' in the clone of hexa_jax)"
             ) from None
@@ -83,7 +84,8 @@ class TfdsSource:
             self._records = builder.as_data_source(self._split, decoders=skip)
         except NotImplementedError:
             raise DataError(
-                f"tfds:{self._name} is stored as {builder.info.file_format.value}, without random access: prepare it "
+                f"tfds:{self._name} is stored as {builder.info.file_format.value}, without random "
+                "access: prepare it "
                 "again in another data_dir with file_format='array_record'"
             ) from None
         except (ValueError, KeyError):
@@ -172,5 +174,6 @@ register(
     open_tfds,
     usage="tfds:NAME[/CONFIG][:VERSION][:SPLIT]",
     summary="a TensorFlow Datasets data set in ArrayRecord format, also from a bucket; "
-    "`python -m hexa_jax.prepare` makes it, of a folder, too; the split may be a slice, `train[:10%]`",
+    "`python -m hexa_jax.prepare` makes it, of a folder, too; the split may be a slice, "
+    "`train[:10%]`",
 )

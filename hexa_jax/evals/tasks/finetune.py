@@ -110,7 +110,8 @@ def finetune(config: ConfigDict, workdir: pathlib.Path) -> dict[str, Any]:
     curves(by_epoch, "epochs of fine-tuning", "top-1 accuracy in %", report / "curves.png")
     write_json(workdir / "result.json", results)
     log(
-        f"fine-tuned: top-1 {results['top1']:.2f} %, top-5 {results['top5']:.2f} % (learning rate {best:g})"
+        f"fine-tuned: top-1 {results['top1']:.2f} %, top-5 {results['top5']:.2f} % (learning rate "
+        f"{best:g})"
     )
     return results
 

@@ -122,12 +122,14 @@ def listed(source: Source, path: str) -> Source:
     unclear = next((name for name in wanted if name in shared), None)
     if unclear is not None:
         raise DataError(
-            f"data.list={path}: several examples are called {unclear}; list them by folder and file name"
+            f"data.list={path}: several examples are called {unclear}; list them by folder and "
+            "file name"
         )
     missing = [name for name in wanted if name not in place]
     if missing:
         raise DataError(
-            f"data.list={path}: {len(missing)} of {len(wanted)} are not in the data, the first is {missing[0]}"
+            f"data.list={path}: {len(missing)} of {len(wanted)} are not in the data, the first is "
+            f"{missing[0]}"
         )
     return Subset(source, np.array([place[name] for name in wanted], np.int64))
 
@@ -147,7 +149,8 @@ def check_classes(train: Source, held_out: Source) -> None:
     """
     if train.num_classes != held_out.num_classes:
         raise DataError(
-            f"{held_out.num_classes} classes to test on, {train.num_classes} to train on: are data.source and "
+            f"{held_out.num_classes} classes to test on, {train.num_classes} to train on: are "
+            "data.source and "
             "data.eval_source the same data set?"
         )
     names = [list(source.class_names or []) for source in (train, held_out)]

@@ -151,7 +151,8 @@ def _check(config: ConfigDict) -> None:
         raise ConfigError("config.costs is empty")
     if not config.data.source or not config.data.eval_source:
         raise ConfigError(
-            "data.source and data.eval_source are needed, such as voc:VOCDEVKIT:trainval and voc:VOCDEVKIT:test"
+            "data.source and data.eval_source are needed, such as voc:VOCDEVKIT:trainval and "
+            "voc:VOCDEVKIT:test"
         )
 
 
@@ -206,7 +207,8 @@ def svm(config: ConfigDict, workdir: pathlib.Path) -> dict[str, Any]:
         if config.protocol == "goyal":
             chosen[f"cost_{name}"] = found["costs"][0]
         log(
-            f"{name:14}AP {100 * np.nanmax([*table[name], 0]):6.2f} %   ETA {clock.read(number + 1)[1]}"
+            f"{name:14}AP {100 * np.nanmax([*table[name], 0]):6.2f} %   ETA "
+            f"{clock.read(number + 1)[1]}"
         )
     ap = np.array(list(table.values()))  # [C, costs]
     means = np.nanmean(ap, axis=0)

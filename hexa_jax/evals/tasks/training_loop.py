@@ -127,7 +127,8 @@ class TrainingLoop:
         epoch = step / self.steps_per_epoch
         speed_text = f"{speed:.0f}" if speed >= 10 else f"{speed:.2g}"
         log(
-            f"step {step}/{self.total}  epoch {epoch:.2f}  loss {values['loss']:.4f}  {speed_text} images/s  ETA {left}"
+            f"step {step}/{self.total}  epoch {epoch:.2f}  loss {values['loss']:.4f}  {speed_text} "
+            f"images/s  ETA {left}"
         )
 
 

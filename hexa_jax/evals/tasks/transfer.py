@@ -166,7 +166,8 @@ def transfer(config: ConfigDict, workdir: pathlib.Path) -> dict[str, Any]:
 def _check(config: ConfigDict) -> None:
     if config.data.list:
         raise ConfigError(
-            "data.list names images of one data set, config.targets several: give folders of their own"
+            "data.list names images of one data set, config.targets several: give folders of their "
+            "own"
         )
     if config.draws < 1 or config.iterations < 1 or config.regularization <= 0:
         raise ConfigError("draws, iterations and regularization must be positive")
@@ -243,7 +244,8 @@ class _Judge:
                 text = f" ± {found[f'{readout.key}_std']:.2f}"
             left = clock.read(done)[1]
             log(
-                f"{network}, {target}, {readout.title}: {found[readout.key]:.2f}{text} %   ETA {left}"
+                f"{network}, {target}, {readout.title}: {found[readout.key]:.2f}{text} %   ETA "
+                f"{left}"
             )
         return found
 
