@@ -64,7 +64,7 @@ def pretrain(config: ConfigDict, workdir: pathlib.Path) -> dict[str, Any]:
         ConfigError: there are no hard views to compare with the plain run.
     """
     source = open_training_source(config)
-    if not config.get("compare_with_plain"):
+    if not config.compare_with_plain:
         return _pretrain(config, workdir, source)
     plain = plain_config(config)
     # The epochs have been checked with the run's own config: where they may grow, they may here.
