@@ -68,6 +68,12 @@ def cloud():
     started.close()
 
 
+@pytest.fixture(autouse=True)
+def mirrors(monkeypatch):
+    """Owners that a test lets die stay open; those of this list are uploaded at every save of the process."""
+    monkeypatch.setattr(workdir_sync, "_current", [])
+
+
 @pytest.fixture
 def quick(monkeypatch):
     """Owners in this process sign often and are missed soon."""
@@ -248,8 +254,6 @@ def test_storage_may_fail_for_a_while(cloud, tmp_path):
 
 
 def test_a_workdir_has_one_owner(cloud, quick, capsys, monkeypatch):
-    # The owner that hangs stays in this list, whose mirrors are uploaded at every save of this process.
-    monkeypatch.setattr(workdir_sync, "_current", [])
     first = Mirror(f"gs://{NAME}/owned")
     first.open()
     with pytest.raises(RemoteError, match=rf"workdir gs://{NAME}/owned is in use by process {os.getpid()} on "):
