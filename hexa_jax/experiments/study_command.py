@@ -22,8 +22,9 @@ noise of the same size.
 
 DIR has study.json, which declares a stage before its first run and may not change afterwards;
 results/ with a small file per finished run; STAGE.md, STAGE.png and STAGE.svg with the comparisons;
-cells/ with the runs themselves. study.json and results/ are all that a page needs: keep them under
-version control. A finished run is not trained again where only they are left.
+claim.json with those of a finished confirmation; cells/ with the runs themselves. study.json and
+results/ are all that a page needs: keep them under version control. A finished run is not trained
+again where only they are left.
 
 Exit codes: 0 everything is there, 1 a run failed (the rest was done), 2 a mistake or a changed
 declaration, 143 stopped by SIGTERM.
@@ -42,8 +43,9 @@ from hexa_jax.core.arguments import Parser
 from hexa_jax.core.console import log
 from hexa_jax.data.source import DataError
 from hexa_jax.data.sources import make_source
+from hexa_jax.experiments.claims import claims
 from hexa_jax.experiments.study import METRIC, PARTS, PRESETS, SECONDARY, STAGES, Study
-from hexa_jax.experiments.study_page import draw, page
+from hexa_jax.experiments.study_page import complete, draw, page
 from hexa_jax.experiments.sweep import ROOT, Cell, GridError, run_grid
 from hexa_jax.storage.gcs import RemoteError, is_remote
 from hexa_jax.storage.workdir import write_json
@@ -136,7 +138,18 @@ def _run(study: Study, stage: str, chosen: list[str] | None, workdir: pathlib.Pa
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(workdir / "compiled"))
     outcomes = run_grid(entries, workdir, ended=ended)
     log(write_page())
-    for path in draw(declaration, results, stage, workdir):
+    paths = draw(declaration, results, stage, workdir)
+    if stage == "confirm" and complete(declaration, results):
+        words = ["python", "-m", "hexa_jax.experiments", "study", f"--part={study.part}"]
+        words += [
+            f"--preset={study.preset}",
+            f"--stage={stage}",
+            f"--arms={','.join(chosen or ())}",
+        ]
+        words += [f"--data={','.join(declaration['data'])}"]
+        paths.append(workdir / "claim.json")
+        write_json(paths[-1], claims(study, declaration, results, words))
+    for path in paths:
         log(str(path))
     failed = [outcome for outcome in outcomes if outcome.failure]
     for outcome in failed:

@@ -182,6 +182,14 @@ def test_screen_then_confirm(trained, tmp_path, capsys):
     assert rows["moco-cmx"].endswith(" helps; worth its cost |") and " 8 |" in rows["moco-cmx"]
     assert " not shown (half-width 0." in rows["moco-mixup"]
     assert "2 of 4 screened arms, which are the family" in text
+    claimed = {(one["arm"], one["control"]): one for one in json.loads((tmp_path / "claim.json").read_text())}
+    assert list(claimed) == [(arm, key) for arm in ("moco-cmx", "moco-mixup") for key in ("EE", "EP", "EC")]
+    helps, equal = claimed["moco-cmx", "EE"], claimed["moco-mixup", "EE"]
+    assert helps["low"] > 1 and 1.5 < helps["difference"] < 2.5 and helps["high"] < 3 and helps["p_holm"] < 0.001
+    assert equal["low"] < 0 < equal["high"] and helps["seeds"] == list(range(10, 18)) and helps["commit"] == "abc1234"
+    # MoCo: query 3 and key 1 a step, a second view 3: 7 for 4; epochs are rounded up, from 1050 to 1050.
+    assert [claimed["moco-cmx", key]["passes_ratio"] for key in ("EE", "EP", "EC")] == [1.75, 1, 1]
+    assert helps["control_run"] == "moco-std" and "--stage=confirm --arms=moco-cmx,moco-mixup" in helps["command"]
     for name in ("screen", "confirm"):
         assert (tmp_path / f"{name}.png").stat().st_size > 5000 and (tmp_path / f"{name}.svg").exists()
 
