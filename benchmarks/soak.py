@@ -157,8 +157,7 @@ def judge(samples: list[dict], growth: float) -> tuple[str, list[str]]:
     minutes = (warm[-1]["seconds"] - warm[0]["seconds"]) / 60
     table.append(
         f"{len(warm)} samples in {minutes:.1f} minutes, epochs {warm[0]['epoch']} to "
-        f"{warm[-1]['epoch']}; "
-        f"{warm[0]['compiled']} compilations before, {compiled} after"
+        f"{warm[-1]['epoch']}; {warm[0]['compiled']} compilations before, {compiled} after"
     )
     if compiled:
         wrong.append(f"{compiled} compilations after epoch {WARM_UP}")

@@ -94,18 +94,15 @@ def _gpu_lines(row: dict[str, Any]) -> list[str]:
         f"  peak {row['peak_bytes'] / GIB:.2f} GiB a GPU, of which arguments "
         f"{row['argument_bytes'] / GIB:.2f}",
         f"  {row['flops'] / 1e12:.3f} TFLOP, {row['bytes'] / 1e9:.2f} GB in {row['kernels']} "
-        "kernels, of which "
-        f"{row['small_kernels']} move less than 1 MiB",
+        f"kernels, of which {row['small_kernels']} move less than 1 MiB",
         f"  at least {row['flops_ms']} ms of arithmetic, {row['memory_ms']} ms of memory, "
-        f"{row['floor_ms']} ms with each "
-        "kernel at the longer of both",
+        f"{row['floor_ms']} ms with each kernel at the longer of both",
         f"  {'kind':<28} {'kernels':>7} {'GB':>8} {'TFLOP':>8} {'floor ms':>9}",
     ]
     for kind, entry in row["by_kind"].items():
         lines.append(
             f"  {kind:<28} {entry['count']:>7} {entry['bytes'] / 1e9:>8.2f} "
-            f"{entry['flops'] / 1e12:>8.3f} "
-            f"{entry['floor_ms']:>9.2f}"
+            f"{entry['flops'] / 1e12:>8.3f} {entry['floor_ms']:>9.2f}"
         )
     lines.append("  largest:     GB  times  kind, line, path, result")
     for one in row["largest"]:

@@ -76,8 +76,7 @@ class Canvases:
             up = tuple(-(-side // STRIDE) * STRIDE for side in needed)
             raise ConfigError(
                 f"no pair of data.canvases holds images of {needed[0]} x {needed[1]} pixels, which "
-                "data.short_sides "
-                f"(or eval_short_side) and long_limit allow: add {up}"
+                f"data.short_sides (or eval_short_side) and long_limit allow: add {up}"
             )
         self._pairs = sorted(
             {(min(pair), max(pair)) for pair in pairs}, key=lambda pair: (pair[0] * pair[1], pair)

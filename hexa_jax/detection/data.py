@@ -120,8 +120,7 @@ class DetectionSource:
         if unknown and not known.any():
             raise DataError(
                 f"{self.name(0)} and the {len(scenes) - 1} other images have no box of a known "
-                "class: they have "
-                f"{_some(unknown)}, known are {_some(self.class_names)}"
+                f"class: they have {_some(unknown)}, known are {_some(self.class_names)}"
             )
         self.counts["unknown_labels"] = int(np.sum(~known))
 

@@ -113,8 +113,7 @@ class _Detection:
         write_json(self.workdir / "result.json", results)
         log(
             f"detection: AP {results['AP']:.1f}, AP50 {results['AP50']:.1f}, AP75 "
-            f"{results['AP75']:.1f}, "
-            f"VOC's AP50 {results['VOC_AP50']:.1f}"
+            f"{results['AP75']:.1f}, VOC's AP50 {results['VOC_AP50']:.1f}"
         )
         return results
 
@@ -244,8 +243,8 @@ class _Detection:
         if resnet.stem != "imagenet":
             raise ConfigError(
                 f"{config.detector or config.checkpoint} has a backbone with the {resnet.stem} "
-                "stem: the pyramid needs "
-                "maps of strides 4 to 32, which only the imagenet stem gives"
+                "stem: the pyramid needs maps of strides 4 to 32, which only the imagenet stem "
+                "gives"
             )
         return resnet
 
@@ -277,8 +276,7 @@ def _check(config: ConfigDict) -> None:
     if config.checkpoint == RANDOM and not config.detector and model.batch_norm == "frozen":
         raise ConfigError(
             "random weights have no running statistics: a frozen BatchNorm would not normalise; "
-            "use "
-            "model.batch_norm=synchronised and model.frozen_stages=0"
+            "use model.batch_norm=synchronised and model.frozen_stages=0"
         )
     if config.detector and config.checkpoint:
         raise ConfigError("config.detector is a whole detector: leave config.checkpoint empty")

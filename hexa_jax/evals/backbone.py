@@ -124,9 +124,8 @@ def load_backbone(checkpoint: str, **random: Any) -> Backbone:
     ):
         logging.warning(
             "%s is unfinished at step %d: its BatchNorm statistics are running ones, not "
-            "re-estimated as "
-            "config.eval_statistics says, so that accuracies differ from those the run itself "
-            "measures",
+            "re-estimated as config.eval_statistics says, so that accuracies differ from those the "
+            "run itself measures",
             checkpoint,
             step,
         )

@@ -19,10 +19,9 @@ Results = Mapping[str, Mapping[str, float]]  # numbers by cell
 CONTROLS = {"EE": "plain", "EP": "extra", "EC": "longer", "RN": "noise"}
 LEGEND = (
     "EE: minus the plain method at equal epochs. EP: minus plain with a second clean view, equal "
-    "passes. EC: minus plain with "
-    "as many more steps as the arm costs. RN: minus random noise of the attack's size. Differences "
-    "by seed, in points of "
-    "accuracy on all held-out images, with 95 % intervals of Student's t."
+    "passes. EC: minus plain with as many more steps as the arm costs. RN: minus random noise of "
+    "the attack's size. Differences by seed, in points of accuracy on all held-out images, with 95 "
+    "% intervals of Student's t."
 )
 
 

@@ -206,8 +206,7 @@ def _check_same(workdir: pathlib.Path, extra: list[str]) -> None:
         if before != extra:
             raise GridError(
                 f"{workdir} holds cells with the overrides {' '.join(before) or '(none)'}, not "
-                f"{' '.join(extra) or '(none)'}: "
-                "use another --workdir"
+                f"{' '.join(extra) or '(none)'}: use another --workdir"
             )
         return
     workdir.mkdir(parents=True, exist_ok=True)

@@ -110,9 +110,8 @@ def clusters(record: RunRecord, run: Any) -> Section | None:
         body += f'<div class="group"><h3>Cluster {cluster}: {count}</h3><div class="strip">{strip}</div></div>'
     lead = (
         f"{len(order):,} clusters {whose}; from {sizes[order[-1]]:,} to {sizes[order[0]]:,} "
-        "images, half of them "
-        f"{int(np.median(sizes[order])):,} or more. {len(chosen)} are shown, from the largest to "
-        "the smallest."
+        f"images, half of them {int(np.median(sizes[order])):,} or more. {len(chosen)} are shown, "
+        "from the largest to the smallest."
     )
     return section("clusters", "Clusters", escape(lead), body)
 

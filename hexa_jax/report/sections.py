@@ -167,8 +167,8 @@ def navigation(shown: Sequence[Section]) -> str:
 def footer(record: RunRecord) -> str:
     """Where the page comes from."""
     return (
-        "<footer><p>Written by hexa_jax after each epoch; reload to see the newest. "
-        f"The numbers are in <code>{escape(record.address)}/metrics.jsonl</code>.</p></footer>"
+        "<footer><p>Written by hexa_jax after each epoch; reload to see the newest. The numbers "
+        f"are in <code>{escape(record.address)}/metrics.jsonl</code>.</p></footer>"
     )
 
 

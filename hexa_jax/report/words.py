@@ -137,8 +137,7 @@ def _spread(record: RunRecord) -> Finding | None:
     if now < COLLAPSED:
         words = (
             f"Embeddings have collapsed (spread {number(now)}; 1 is a full sphere): the loss says "
-            "nothing "
-            "any more. Try a lower learning rate, or more clusters or negatives."
+            "nothing any more. Try a lower learning rate, or more clusters or negatives."
         )
         return Finding("Spread of embeddings", number(now), BAD, words, curve)
     words = f"Embeddings are spread out by {number(now)} (0 is collapse, 1 a full sphere){_still(curve)}."
@@ -160,8 +159,8 @@ def _rank(record: RunRecord) -> Finding | None:
     words = f"Effective rank {value}{of}{_still(trained)}."
     if trained and now < 0.6 * top:
         words = (
-            f"Effective rank fell to {value}{of} from {top:.0f}: features lose directions. "
-            "Look at the loss and the learning rate."
+            f"Effective rank fell to {value}{of} from {top:.0f}: features lose directions. Look at "
+            "the loss and the learning rate."
         )
         return Finding("Effective rank", value + of, WATCH, words, curve)
     return Finding("Effective rank", value + of, GOOD if trained else PLAIN, words, curve)
@@ -219,9 +218,8 @@ def _alignment(record: RunRecord) -> Finding | None:
         return None
     words = (
         f"Two crops of an image lie {number(curve[-1][1])} apart (squared; 0 is the same, 2 "
-        f"unrelated{_still(curve)}); "
-        f"uniformity is {number(uniformity)} (0 is one point, -4 a full sphere). Both falling is "
-        "what training wants."
+        f"unrelated{_still(curve)}); uniformity is {number(uniformity)} (0 is one point, -4 a full "
+        "sphere). Both falling is what training wants."
     )
     value = f"{number(curve[-1][1])} / {number(uniformity)}"
     return Finding("Alignment / uniformity", value, PLAIN, words, curve)

@@ -55,7 +55,7 @@ def with_size(config: ConfigDict, run: ConfigDict | None) -> ConfigDict:
     if run is not None:
         why = f"for a network trained on {max(run.data.crop_size)}-pixel crops"
     log(
-        f"images: short side {resize}, {what} {crop} pixels, {why}; "
-        "--config.data.resize and --config.data.crop change it"
+        f"images: short side {resize}, {what} {crop} pixels, {why}; --config.data.resize and "
+        "--config.data.crop change it"
     )
     return chosen

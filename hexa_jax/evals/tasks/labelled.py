@@ -150,8 +150,7 @@ def check_classes(train: Source, held_out: Source) -> None:
     if train.num_classes != held_out.num_classes:
         raise DataError(
             f"{held_out.num_classes} classes to test on, {train.num_classes} to train on: are "
-            "data.source and "
-            "data.eval_source the same data set?"
+            "data.source and data.eval_source the same data set?"
         )
     names = [list(source.class_names or []) for source in (train, held_out)]
     if all(names) and names[0] != names[1]:
