@@ -97,8 +97,8 @@ def make_step(
         model, frozen, Layout(batch_size, 1, mesh.size, bn_group_size=batch_size, cutmix_block=0)
     )
 
-    def local(params: Any, stats: Any, at: Rngs, batch: DetectionBatch) -> Any:
-        keys = at.per_row_keys(Purpose.TASK, batch.index)
+    def local(params: Any, stats: Any, rngs: Rngs, batch: DetectionBatch) -> Any:
+        keys = rngs.per_row_keys(Purpose.TASK, batch.index)
 
         def objective(params: Any) -> tuple[jax.Array, Any]:
             variables = {"params": frozen.stopped(params), STATS: stats}

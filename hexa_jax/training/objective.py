@@ -19,14 +19,16 @@ import jax.numpy as jnp
 import numpy as np
 
 from hexa_jax.core.batch import Batch
-from hexa_jax.core.rngs import Purpose, Rngs, purpose_of
+from hexa_jax.core.rngs import Purpose, Rngs
 from hexa_jax.methods.base import Method
 from hexa_jax.models.heads import Network
 from hexa_jax.models.norm import CLEAN
 from hexa_jax.parallel.mesh import Layout
 from hexa_jax.training.microbatch import accumulate
-from hexa_jax.views import Attack, HardView, View, adversarial
-from hexa_jax.views.base import OWN_CROP, block_permutation
+from hexa_jax.training.row_share import RowShare, rejoin
+from hexa_jax.training.step_context import StepContext
+from hexa_jax.views import HardView, View, adversarial
+from hexa_jax.views.base import OWN_CROP
 from hexa_jax.views.preview import PICTURES, UNATTACKED, ViewPreview
 from hexa_jax.views.scheme import Scheme
 
@@ -179,13 +181,13 @@ class Objective:
         added_attacks = any(view.attacks and not view.replace for view in views)
         # Where the attack shares the clean pass, one backward gives both gradients.
         shared = added_attacks and kept.whole and self.scheme.attack.shares_gradient
-        result, at_crops = self._clean_gradients(params, whole.per_row_keys(kept), shared)
+        result, at_crops = self._clean_gradients(params, whole.take(kept), shared)
         whole = dataclasses.replace(whole, outputs=result.outputs, attack_gradient=at_crops)
         if added_attacks:
             whole = dataclasses.replace(whole, attacked=self.attacked(params, whole))
         outputs = {CLEAN: result.outputs}
         for view in views:
-            context = whole.per_row_keys(rows[view.name]) if view.replace else whole
+            context = whole.take(rows[view.name]) if view.replace else whole
             if view.replace and view.attacks:
                 context = dataclasses.replace(context, attacked=self.attacked(params, context))
             result, outputs[view.name] = self.add_view(result, view, context)
@@ -197,7 +199,7 @@ class Objective:
         )
 
     def _clean_gradients(
-        self, params: Any, context: "StepContext", at_crops: bool
+        self, params: Any, context: StepContext, at_crops: bool
     ) -> tuple[Gradients, Any]:
         """The clean pass, and with `at_crops` the loss's gradient at the crops, else None."""
         if context.inputs.weight.size == 0:  # a view replaces all of it
@@ -212,14 +214,14 @@ class Objective:
             return loss, (loss, moments, outputs)
 
         wanted = (0, 1) if at_crops else 0
-        slopes, (loss, moments, outputs) = jax.grad(clean, wanted, has_aux=True)(
+        grads, (loss, moments, outputs) = jax.grad(clean, wanted, has_aux=True)(
             params, context.crops
         )
-        grads, slope = slopes if at_crops else (slopes, None)
-        return Gradients(grads, {CLEAN: moments}, {CLEAN: loss}, outputs), slope
+        grads, crop_grads = grads if at_crops else (grads, None)
+        return Gradients(grads, {CLEAN: moments}, {CLEAN: loss}, outputs), crop_grads
 
     def add_view(
-        self, total: Gradients, view: HardView, context: "StepContext"
+        self, total: Gradients, view: HardView, context: StepContext
     ) -> tuple[Gradients, jax.Array]:
         """`total` with a hard view's part added, and the view's own outputs [N, V, D]."""
         made = view.make(dataclasses.replace(context, view=view))
@@ -298,7 +300,7 @@ class Objective:
             rngs.per_example_keys(Purpose.AUGMENT, batch.key_index), batch, data
         )
 
-    def attacked(self, params: Any, context: "StepContext") -> Any:
+    def attacked(self, params: Any, context: StepContext) -> Any:
         """Return the context's crops after the attack on their own pseudo-labels.
 
         No statistics are written.
@@ -341,7 +343,7 @@ class Objective:
         """What `row_losses` multiplies each row's losses by, [N]."""
         return weight / sum(x.shape[1] for x in crops)
 
-    def rows_of(self, views: Views) -> dict[str, "RowShare"]:
+    def rows_of(self, views: Views) -> dict[str, RowShare]:
         """Return the rows of the clean pass and of each view that replaces it.
 
         A view gets its share of each `layout.unit` consecutive rows.
@@ -408,7 +410,7 @@ class Objective:
         rows = {view.name for view in views}
         return rows if self.rows_of(views)[CLEAN].empty else rows | {CLEAN}
 
-    def preview(self, context: "StepContext") -> ViewPreview:
+    def preview(self, context: StepContext) -> ViewPreview:
         """Return what a step learns from once all views count.
 
         PICTURES rows of images, all rows of outputs.
@@ -437,133 +439,3 @@ class Objective:
         return ViewPreview(
             cut(images), cut(mask), lam, row, row[partner], index, outputs, context.inputs.y
         )
-
-
-class RowShare(NamedTuple):
-    """Rows `first` to `stop` - 1 of each `unit` consecutive ones."""
-
-    first: int
-    stop: int
-    unit: int
-
-    @property
-    def whole(self) -> bool:
-        """Whether these are all rows."""
-        return self.stop - self.first == self.unit
-
-    @property
-    def empty(self) -> bool:
-        """Whether these are no rows."""
-        return self.stop == self.first
-
-    def take(self, tree: Any) -> Any:
-        """The rows of leaves [N, ...]."""
-        if self.whole:
-            return tree
-
-        def one(leaf: jax.Array) -> jax.Array:
-            blocks = leaf.reshape(-1, self.unit, *leaf.shape[1:])
-            return blocks[:, self.first : self.stop].reshape(-1, *leaf.shape[1:])
-
-        return jax.tree.map(one, tree)
-
-
-def rejoin(parts: Sequence[jax.Array], rows: Sequence[RowShare]) -> jax.Array:
-    """Leaves [N, ...] from what `RowShare.take` took apart."""
-    ordered = sorted(zip(rows, parts, strict=True), key=lambda pair: pair[0].first)
-    blocks = [part.reshape(-1, row.stop - row.first, *part.shape[1:]) for row, part in ordered]
-    joined = jnp.concatenate(blocks, axis=1)
-    return joined.reshape(-1, *joined.shape[2:])
-
-
-@dataclasses.dataclass(frozen=True)
-class StepContext:
-    """What a view may ask of the step (`hexa_jax.views.Context`).
-
-    For N rows of one device and microbatch.
-
-    Attributes:
-        objective: equation 10.
-        params: all parameters.
-        crops: clean crops, per resolution [N, V_r, H, W, 3].
-        inputs: pseudo-labels and weights of the rows.
-        rngs: seed, pass and step.
-        data: the resident data set, or None.
-        view: the view that asks.
-        rows: which rows of the microbatch these are; None: all.
-        outputs: clean outputs [N, V, D]; () where the view replaces the clean pass.
-        attack_gradient: the losses' gradient at the crops, where the clean pass gave it.
-        attacked: the clean crops after the attack on their own labels; () where no view asks for
-            them.
-    """
-
-    objective: Objective
-    params: Any
-    crops: tuple[jax.Array, ...]
-    inputs: Inputs
-    rngs: Rngs
-    data: jax.Array | None
-    view: HardView | None = None
-    rows: RowShare | None = None
-    outputs: Any = ()
-    attack_gradient: Any = None
-    attacked: Any = ()
-
-    def per_row_keys(self, rows: RowShare) -> "StepContext":
-        """The same for some of the rows."""
-        if rows.whole:
-            return self
-        inputs = self.inputs
-        batch, y, weight = rows.take((inputs.batch, inputs.y, inputs.weight))
-        inputs = inputs._replace(batch=batch, y=y, weight=weight)
-        return StepContext(
-            self.objective,
-            self.params,
-            rows.take(self.crops),
-            inputs,
-            self.rngs,
-            self.data,
-            rows=rows,
-        )
-
-    @property
-    def attack(self) -> Attack:
-        """Settings of the attack."""
-        return self.objective.scheme.attack
-
-    def keys(self, purpose: str) -> jax.Array:
-        """Typed PRNG keys [N], a function of (seed, purpose, epoch, example) only."""
-        return self.rngs.per_example_keys(purpose_of(purpose), self.inputs.batch.index)
-
-    def step_key(self, purpose: str) -> jax.Array:
-        """A typed PRNG key, a function of (seed, purpose, step) only."""
-        return self.rngs.per_row_keys(purpose_of(purpose), jnp.zeros(1, jnp.int32))[0]
-
-    def partners(self) -> jax.Array:
-        """Return partners int32 [N] from the same block of rows, hence on the same device.
-
-        Keyed by (seed, step, block).
-        """
-        row, block = self.inputs.batch.row, self.objective.layout.cutmix_block
-        if self.rows is not None:
-            block = block * (self.rows.stop - self.rows.first) // self.rows.unit
-        keys = self.rngs.per_row_keys(Purpose.PARTNER, row[::block])
-        return block_permutation(keys, row.shape[0], block)
-
-    def new_crops(self, number: int) -> tuple[jax.Array, ...]:
-        """The number-th of the view's own sets of augmented clean crops, shaped like `crops`."""
-        assert self.view is not None
-        crop_set = self.objective.scheme.first_crop_set(self.view) + number
-        return self.objective.online_crops(self.inputs.batch, self.rngs, self.data, crop_set)
-
-    def losses(self, crops: tuple[jax.Array, ...]) -> jax.Array:
-        """Return the method's own losses [N, V] of crops, by the view's BatchNorm set.
-
-        No statistics are written.
-        """
-        assert self.view is not None
-        outputs, _ = self.objective.forward(self.params, crops, self.view.norm)
-        losses = self.objective.method.loss(
-            self.params["method"], outputs, self.inputs.y, self.inputs.dictionary
-        )
-        return jax.lax.stop_gradient(losses)

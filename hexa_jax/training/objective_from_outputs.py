@@ -28,7 +28,8 @@ from hexa_jax.core.rngs import Purpose, Rngs
 from hexa_jax.methods.base import LabelsFromOutputs, Targets
 from hexa_jax.models.norm import CLEAN
 from hexa_jax.training.microbatch import accumulate, map_with_recompute
-from hexa_jax.training.objective import Gradients, Inputs, Objective, StepContext, Views
+from hexa_jax.training.objective import Gradients, Inputs, Objective, Views
+from hexa_jax.training.step_context import StepContext
 from hexa_jax.views.preview import ViewPreview
 
 Again = Callable[[Any], tuple[Any, Any]]
@@ -223,9 +224,9 @@ class _Step:
                 def move(leaves: Any, again: Again = again) -> tuple[Any, Any]:
                     passed, grad, weight, radius = leaves
                     _, (x, iterate, pull) = again(passed)
-                    slope = pull(grad)[0]
-                    radius = radius or attack.radius(slope, objective.loss_scale(weight, x))
-                    return (), (attack.ascend(x, iterate, slope, radius), _arrays(radius, x))
+                    crop_grads = pull(grad)[0]
+                    radius = radius or attack.radius(crop_grads, objective.loss_scale(weight, x))
+                    return (), (attack.ascend(x, iterate, crop_grads, radius), _arrays(radius, x))
 
                 leaves = ((self.inputs.batch, iterates), grad, self.inputs.weight, radii)
                 iterates, radii = accumulate(move, leaves)[1]
@@ -267,9 +268,9 @@ class _Step:
         else:
             attack = self.objective.scheme.attack
             _, (_, iterate, attack_pull) = attack_again((batch, iterate))
-            slope = attack_pull(attack_grad)[0]
-            radius = radius or attack.radius(slope, self.objective.loss_scale(weight, x))
-            attacked = jax.lax.stop_gradient(attack.ascend(x, iterate, slope, radius))
+            crop_grads = attack_pull(attack_grad)[0]
+            radius = radius or attack.radius(crop_grads, self.objective.loss_scale(weight, x))
+            attacked = jax.lax.stop_gradient(attack.ascend(x, iterate, crop_grads, radius))
         return dataclasses.replace(context, attacked=attacked), grad
 
     def with_rows_of(self, view: Any, context: StepContext) -> StepContext:
