@@ -18,7 +18,7 @@ from hexa_jax.data.source import DataError
 from hexa_jax.data.sources import ArraySource
 from hexa_jax.evals.backbone import random_backbone
 from hexa_jax.evals.tasks import labelled
-from hexa_jax.evals.tasks.labelled import Extractor
+from hexa_jax.evals.tasks.labelled import Extractor, check_classes
 from hexa_jax.evals.tasks.transfer import readouts
 from hexa_jax.experiments.evaluation_tables import ROWS, entry_of_row, tables
 from hexa_jax.report.pictures import confusion_matrix
@@ -165,6 +165,18 @@ def test_mistakes_are_one_line(run, tmp_path, capsys):
     for number, (message, (name, checkpoint, settings)) in enumerate(cases.items()):
         command = evaluation_words(name, tmp_path / f"run{number}", checkpoint=checkpoint, **settings)
         check_refused(command, message, capsys)
+
+
+def test_classes_that_no_held_out_image_has_are_named():
+    images = np.zeros((6, 4, 4, 3), np.uint8)
+    train = ArraySource(images, np.arange(6) % 3)
+    held_out = ArraySource(images, np.arange(6) % 2)
+    train.class_names, held_out.class_names = ["deer", "fox", "lynx"], ["deer", "fox"]
+    with pytest.raises(DataError, match="2 classes to test on, 3 to train on: no held-out image is of lynx; add one"):
+        check_classes(train, held_out)
+    train.class_names = held_out.class_names = None
+    with pytest.raises(DataError, match="the same data set"):
+        check_classes(train, held_out)
 
 
 def test_the_run_s_own_folders_stay_classes(tmp_path):
