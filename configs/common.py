@@ -185,7 +185,7 @@ def get_config() -> ml_collections.ConfigDict:
     data.quarter_turns = False  # and turned by 0 to 3 quarters: for images without an up and a down
     # Augmentation for a kind of images in place of the recipe's: natural, aerial, microscopy or
     # grey (hexa_jax/data/domains.py). The command line sets it; settings of the same command count
-    # more. Empty: the recipe's own.
+    # more. In Python hexa_jax.data.domains.set_domain(config, NAME) does. Empty: the recipe's own.
     data.domain = ""
     # keep the whole data set on each device and cut crops there (small images of one size)
     data.on_device = False

@@ -15,6 +15,7 @@
 set -euo pipefail
 
 dry=""
+case "${1:-}" in --help|-h) sed -n '2,/^#SBATCH/p' "$0" | sed '$d; s/^# \{0,1\}//'; exit 0 ;; esac
 if [ "${1:-}" = --dry-run ]; then dry=1; shift; fi
 if [ $# -eq 0 ]; then echo "slurm.sh: words for hexa_jax.main are missing" >&2; exit 2; fi
 python="${HEXA_PYTHON:-.venv/bin/python}"

@@ -33,7 +33,9 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 print(f"{jax.device_count()} x {jax.devices()[0].device_kind}")
-checkpoint = os.environ.get("HEXA_CHECKPOINT", "runs/quickstart")  # workdir or file
+# workdir or file; Jupyter may have been started in the folder of the notebooks
+quickstart = "runs/quickstart" if os.path.exists("runs/quickstart") else "../runs/quickstart"
+checkpoint = os.environ.get("HEXA_CHECKPOINT", quickstart)
 folder = os.environ.get("HEXA_IMAGES", "")  # of your images; empty: generated shapes
 side = int(os.environ.get("HEXA_SIDE", "64"))  # pixels: 224 for networks trained on ImageNet-sized crops
 

@@ -16,6 +16,14 @@ from hexa_jax.parallel.processes import Placement
 from hexa_jax.storage.workdir import closest, flatten
 
 HELP = "see python -m hexa_jax.main --help"
+# What other programs call a setting, by the last part of the key that was given.
+USUAL_NAMES = {
+    **dict.fromkeys(("checkpoint", "pretrained", "weights", "init"), "model.init"),
+    **dict.fromkeys(("lr", "learning_rate"), "optimizer.learning_rate"),
+    **dict.fromkeys(("folder", "dir", "path", "dataset"), "data.source"),
+    **dict.fromkeys(("image_size", "size", "resolution"), "data.crop_size"),
+    **dict.fromkeys(("gpus", "devices"), "runtime.num_devices"),
+}
 
 
 class Command(NamedTuple):
@@ -55,7 +63,7 @@ def parse_command(argv: list[str]) -> Command:
             inside = [name for name in known if name.startswith(f"{key}.")]
             if inside:
                 raise ConfigError(f"config key {key!r} is a group of settings: {', '.join(inside)}")
-            hint = closest(key, list(known)) or "; configs/common.py lists them all"
+            hint = _hint(key, known)
             raise ConfigError(f"unknown config key {key!r}{hint}")
     values = _flags(argv)
     try:
@@ -92,6 +100,14 @@ def parse_command(argv: list[str]) -> Command:
     changed = {key: [known[key], value] for key, value in now.items() if known.get(key) != value}
     origin = {"argv": argv, "recipe": _config_path(argv, arguments=True), "changed": changed}
     return Command(values.config, values.workdir, values.extend, place, origin)
+
+
+def _hint(key: str, known: dict[str, Any]) -> str:
+    """Return what may have been meant by an unknown config key."""
+    usual = USUAL_NAMES.get(key.rpartition(".")[2])
+    if usual in known:
+        return f"; did you mean {usual!r}?"
+    return closest(key, list(known)) or "; configs/common.py lists them all"
 
 
 def _with_recipe_file(argv: list[str]) -> list[str]:

@@ -1,7 +1,7 @@
 """Pre-train a backbone on images, with settings chosen from them and the device.
 
 hexa pretrain IMAGES [--workdir=W] [--recipe=NAME] [--init=WEIGHTS] [--epochs=N] [--labelled=FOLDER]
-              [--dry-run] [--extend] [--config.key=value ...]
+              [--domain=KIND] [--dry-run] [--extend] [--config.key=value ...]
 
 IMAGES      a folder, several folders, or a source such as tar:GLOB, list:FILE.txt or tfds:NAME:SPLIT
 --workdir   the folder of the run; by default runs/ and the name of the folder of images. Starting
@@ -11,6 +11,7 @@ IMAGES      a folder, several folders, or a source such as tar:GLOB, list:FILE.t
 --epochs    how often the images are gone through
 --labelled  a folder with a folder of images per class, to measure kNN accuracy with while training;
             folders in IMAGES are then no classes
+--domain    what the images show, for the augmentation: natural, aerial, microscopy or grey
 --dry-run   show the choices and the time that they take, and stop
 --extend    allow more epochs than the run in the workdir had
 
@@ -109,6 +110,7 @@ def _parse(argv: list[str]) -> tuple[Any, list[str]]:
     options.add_argument("--init")
     options.add_argument("--epochs", type=int)
     options.add_argument("--labelled", "--labeled", dest="labelled")
+    options.add_argument("--domain")
     options.add_argument("--dry-run", "--dry_run", dest="dry_run", action="store_true")
     options.add_argument("--extend", action="store_true")
     # Settings first: argparse would take what follows one that it does not know for images.
@@ -134,6 +136,8 @@ def _fixed(options: Any, source: str, settings: list[str]) -> list[str]:
         words.append(f"--config.model.init={_init(options.init)}")
     if options.epochs is not None:
         words.append(f"--config.epochs={options.epochs}")
+    if options.domain:
+        words.append(f"--config.data.domain={options.domain}")
     if options.labelled:
         words += [
             "--config.data.labels=none",

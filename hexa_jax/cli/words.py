@@ -7,6 +7,8 @@ from collections.abc import Sequence
 
 from hexa_jax.core.arguments import Parser
 from hexa_jax.data.sources import SOURCES, absolute_spec
+from hexa_jax.data.sources.registry import unknown_source
+from hexa_jax.storage.gcs import is_remote
 
 
 class Mistake(ValueError):
@@ -43,8 +45,12 @@ def source_of(images: Sequence[str]) -> str:
             later.
 
     Raises:
-        Mistake: several sources.
+        Mistake: several sources, or one of no known kind.
     """
+    for text in images:
+        kind = re.match(r"([A-Za-z_]\w*):", text)
+        if kind and kind[1] not in SOURCES and not _is_there(text):
+            raise Mistake(unknown_source(text))
     if len(images) > 1 and (
         named := next((text for text in images if re.match(r"[a-z_]+:", text)), None)
     ):
@@ -54,3 +60,9 @@ def source_of(images: Sequence[str]) -> str:
     spec = absolute_spec(images[0])
     is_file = os.path.isfile(spec) or glob.has_magic(spec)
     return spec if is_file or re.match(r"[a-z_]+:", spec) or spec in SOURCES else f"folder:{spec}"
+
+
+def _is_there(path: str) -> bool:
+    """Whether a path with a colon is one of a bucket, or of files here."""
+    path = os.path.expanduser(path)
+    return is_remote(path) or os.path.exists(path) or bool(glob.glob(path, recursive=True))

@@ -53,8 +53,9 @@ DOMAINS: dict[str, dict[str, Any]] = {
 def set_domain(config: ConfigDict, name: str, keep: Collection[str] = ()) -> ConfigDict:
     """Set a config's augmentation to a preset; return the config.
 
-    A command does this where it says `--config.data.domain=NAME`; a config file or a program calls
-    it.
+    A command does this where it says `--config.data.domain=NAME` (`hexa pretrain --domain=NAME`).
+    Setting `config.data.domain` in Python changes nothing by itself; a config file or a program
+    calls this: `config = set_domain(get_config(), "aerial")`.
 
     Args:
         config: see configs/common.py.

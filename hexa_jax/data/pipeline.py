@@ -5,6 +5,7 @@ threads or processes; its own shuffling and sharding would make the batch depend
 processes. Pass 0 is DeepCluster's first pass; epoch e of training is pass e + 1, for all methods.
 """
 
+import atexit
 import collections
 import contextlib
 import dataclasses
@@ -20,6 +21,7 @@ import grain
 import jax
 import numpy as np
 from absl import flags
+from grain.multiprocessing import SharedMemoryArray
 
 from hexa_jax.core.batch import Batch
 from hexa_jax.data.crops import Resolution, crop_number
@@ -286,9 +288,12 @@ def host_iterator(
             # Closed also where a run ends early: what workers had ready lies in shared memory that
             # nobody else would free.
             with contextlib.closing(_grain(steps, position, workers, threads, buffer)) as elements:
-                for element in elements:
+                # Never up to the StopIteration: its traceback would keep the last element.
+                while position < len(steps):
+                    element = next(elements)
                     position += 1
                     yield element
+                    del element  # else its memory stays in use while the next one is read
             return
         except RuntimeError as error:
             if "terminated unexpectedly" not in str(error):
@@ -323,6 +328,19 @@ def _grain(
             worker_init_fn=_end_with_parent,
         )
     return iter(iterable)
+
+
+@atexit.register
+def _free_shared_memory() -> None:
+    """Free what finished elements hold of shared memory, before the program ends.
+
+    grain leaves that to a thread that just stops there, and Python would warn of leaked objects.
+    """
+    pool = getattr(SharedMemoryArray, "_del_thread_pool", None)
+    if pool is not None:
+        SharedMemoryArray._del_thread_pool = None  # from here on they are freed at once
+        pool.close()
+        pool.join()
 
 
 def _end_with_parent(*_: int) -> None:

@@ -31,7 +31,7 @@ from hexa_jax.experiments import study_command
 from hexa_jax.experiments.figures import FIGURES
 from hexa_jax.experiments.gallery import draw_gallery
 from hexa_jax.experiments.presets import CONTROL, GRIDS, METHODS, PLAIN, PRESETS
-from hexa_jax.experiments.sweep import GridError, Outcome, run_grid
+from hexa_jax.experiments.sweep import GridError, Outcome, gather, run_grid
 from hexa_jax.experiments.tables import factors_of, markdown, write_csv
 from hexa_jax.storage.gcs import is_remote
 
@@ -71,7 +71,13 @@ def main(argv: list[str]) -> int:
         workdir = pathlib.Path(known.workdir).expanduser().absolute()
         # Cells that differ in their seed alone are one program: compiled once for all of them.
         os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(workdir / "compiled"))
-        outcomes = run_grid(GRIDS[known.name](known.preset, methods, seeds), workdir, extra)
+        entries, so_far = GRIDS[known.name](known.preset, methods, seeds), f"{known.name}.csv"
+        outcomes = run_grid(
+            entries,
+            workdir,
+            extra,
+            ended=lambda *_: write_csv(gather(entries, workdir), workdir / so_far),
+        )
     except GridError as error:
         print(f"hexa_jax.experiments: {error}", file=sys.stderr)
         return 2

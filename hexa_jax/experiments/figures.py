@@ -80,7 +80,9 @@ def _bars(
         for axis, metric in zip(axis_row, metrics, strict=True):
             rows = {f: s for f, s in summarise(outcomes, metric).items() if f[0] == method}
             _bar_panel(axis, {label(factors): summary for factors, summary in rows.items()})
-            axis.set(title=f"{method}: {METRICS[metric]}", ylabel="accuracy in %")
+            _levels(axis, [o for o in outcomes if o.entry.factors["method"] == method], metric)
+            cut = ", axis cut" if axis.get_ylim()[0] > 0 else ""
+            axis.set(title=f"{method}: {METRICS[metric]}", ylabel=f"accuracy in %{cut}")
     return save(figure, workdir, name)
 
 
@@ -108,6 +110,20 @@ def _bar_panel(axis: Any, rows: dict[str, Summary]) -> None:
     if points:
         spread = max(max(points) - min(points), 1.0)
         axis.set_ylim(max(0, min(points) - spread), max(points) + 0.6 * spread)
+
+
+def _levels(axis: Any, outcomes: Sequence[Outcome], metric: str) -> None:
+    """Draw what raw pixels and random weights reach, where that is within the axis."""
+    low, high = axis.get_ylim()
+    for name, prefix, dashes in (("raw pixels", "pixels", "--"), ("random weights", "random", ":")):
+        key = f"{prefix}_{metric}"
+        values = [outcome.values[key] for outcome in outcomes if key in outcome.values]
+        if values and low <= np.mean(values) <= high:
+            axis.axhline(
+                np.mean(values), color="black", linewidth=0.8, linestyle=dashes, label=name
+            )
+    if axis.get_legend_handles_labels()[0]:
+        axis.legend(fontsize=7)
 
 
 def fig3(outcomes: Sequence[Outcome], workdir: pathlib.Path) -> list[pathlib.Path]:

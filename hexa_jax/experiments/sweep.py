@@ -129,12 +129,23 @@ def run_grid(
             log(f"cell {cell.name} failed: {failures[cell.name]}")
         elif ended:
             ended(cell, _values(workdir / "cells" / cell.name, cell))
+    return gather(entries, workdir, failures)
+
+
+def gather(
+    entries: Sequence[Entry], workdir: pathlib.Path, failures: Mapping[str, str] | None = None
+) -> list[Outcome]:
+    """Return each entry with the numbers that its cell has so far, whether it ended or not.
+
+    Args:
+        entries: rows of the result.
+        workdir: of the experiment.
+        failures: by the cell's name, what went wrong in one line.
+    """
     outcomes = []
     for entry in entries:
-        folder = workdir / "cells" / entry.cell.name
-        outcomes.append(
-            Outcome(entry, folder, _values(folder, entry.cell), failures.get(entry.cell.name, ""))
-        )
+        folder, failure = workdir / "cells" / entry.cell.name, (failures or {}).get(entry.cell.name)
+        outcomes.append(Outcome(entry, folder, _values(folder, entry.cell), failure or ""))
     return outcomes
 
 

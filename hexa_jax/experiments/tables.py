@@ -3,11 +3,10 @@
 import csv
 import pathlib
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-import scipy.stats
-
+from hexa_jax.experiments.paired import compare
 from hexa_jax.experiments.sweep import Outcome
 
 SEED = "seed"
@@ -58,18 +57,7 @@ def summarise(outcomes: Sequence[Outcome], metric: str) -> dict[tuple, Summary]:
 
 def difference(summary: Summary, baseline: Summary) -> str:
     """Return the mean paired difference over common seeds, with a 95 % interval from two on."""
-    pairs = [
-        summary.by_seed[seed] - baseline.by_seed[seed]
-        for seed in summary.by_seed
-        if seed in baseline.by_seed
-    ]
-    if not pairs:
-        return "-"
-    mean = statistics.mean(pairs)
-    if len(pairs) == 1:
-        return f"{mean:+.1f}"
-    half = scipy.stats.t.ppf(0.975, len(pairs) - 1) * statistics.stdev(pairs) / len(pairs) ** 0.5
-    return f"{mean:+.1f} [{mean - half:+.1f}, {mean + half:+.1f}]"
+    return compare(summary.by_seed, baseline.by_seed).text()
 
 
 def write_csv(outcomes: Sequence[Outcome], path: pathlib.Path) -> None:
@@ -133,6 +121,7 @@ def markdown(outcomes: Sequence[Outcome], baseline_of: dict[tuple, tuple] | None
                 else ""
             )
         lines.append("| " + " | ".join(cells) + " |")
+    lines += [line for name in metrics if (line := _below_pixels(name, summaries))]
     failed = [outcome for outcome in outcomes if outcome.failure]
     if failed:
         lines += [
@@ -141,3 +130,18 @@ def markdown(outcomes: Sequence[Outcome], baseline_of: dict[tuple, tuple] | None
             *[f"* {outcome.entry.cell.name}: {outcome.failure}" for outcome in failed],
         ]
     return "\n".join(lines) + "\n"
+
+
+def _below_pixels(metric: str, summaries: Mapping[str, Mapping[tuple, Summary]]) -> str:
+    """Return a caveat where no row's accuracy exceeds that of raw pixels; empty elsewhere."""
+    pixels = summaries.get(f"pixels_{metric}")
+    if not pixels or not summaries[metric]:
+        return ""
+    best = max(summary.mean for summary in summaries[metric].values())
+    least = min(summary.mean for summary in pixels.values())
+    if best > least:
+        return ""
+    return (
+        f"\nNo row's {METRICS[metric]} is above that of raw pixels ({least:.1f}): at this size the "
+        "differences say nothing."
+    )

@@ -8,6 +8,7 @@ so the workdir is on storage that all see: a shared file system, or a bucket
 
 import os
 import pathlib
+import sys
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -62,6 +63,13 @@ def initialize(given: Placement, environment: Mapping[str, str] = os.environ) ->
         )
     if place.num_processes == 1:
         return
+    if place.coordinator:
+        print(
+            f"process {place.process_id} of {place.num_processes}: waiting for the others at "
+            f"{place.coordinator}",
+            file=sys.stderr,
+            flush=True,
+        )
     try:
         jax.distributed.initialize(
             place.coordinator,

@@ -19,7 +19,7 @@ def confusion_matrix(
     shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
     figure = Figure(figsize=(5.5, 5))
     axis = figure.subplots()
-    picture = axis.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+    picture = axis.imshow(100 * shares, cmap="Blues", vmin=0, vmax=100)  # as the numbers
     figure.colorbar(picture, shrink=0.8)
     if classes <= NAMED_CLASSES:
         texts = (

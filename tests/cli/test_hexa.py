@@ -63,7 +63,15 @@ def test_every_command_explains_itself(name, capsys):
         (pretrain.main, ["nowhere", "--dry-run"], "nowhere does not exist"),
         (pretrain.main, ["shapes", "--recipe=hexa_dclustr"], "did you mean --config=hexa_dcluster?"),
         (pretrain.main, ["shapes", "--config.batchsize=2"], "did you mean 'batch_size'?"),
+        (pretrain.main, ["shapes", "--config.checkpoint=w"], "did you mean 'model.init'?"),
+        (pretrain.main, ["shapes", "--config.model.pretrained=True"], "did you mean 'model.init'?"),
+        (pretrain.main, ["shapes", "--config.lr=0.1"], "did you mean 'optimizer.learning_rate'?"),
         (pretrain.main, ["tfds:cifar10", "more"], "cannot be combined"),
+        (pretrain.main, ["tfsd:cifar10"], "unknown data source 'tfsd:cifar10'; did you mean tfds:cifar10? use"),
+        (pretrain.main, ["a", "foldr:b"], "did you mean folder:b?"),
+        (pretrain.main, ["nonsense:x"], "or one of folder:DIR"),
+        (evaluate.main, ["random", "knn", "--workdir=w", "--data=Folder:x"], "unknown data source"),
+        (pretrain.main, ["shapes", "--domain=arial"], "data.domain='arial' is not known: use one of aerial"),
         (evaluate.main, ["w"], "the following arguments are required: TASK; see hexa evaluate --help"),
         (evaluate.main, ["random", "knn"], "--workdir is missing"),
         (evaluate.main, ["random", "knnn", "--workdir=x"], "recipe 'eval/knnn' is not known"),
@@ -88,14 +96,23 @@ def test_what_images_mean(tmp_path, monkeypatch):
         assert source_of([other]) == other
     with pytest.raises(Mistake, match="tfds:x"):
         source_of(["a", "tfds:x"])
+    (tmp_path / "trip:1").mkdir()  # a folder, whatever its name looks like
+    assert source_of(["trip:1"]) == f"folder:{tmp_path}/trip:1"
 
 
 def test_options_become_settings_and_go_before_choices(photos, monkeypatch, tmp_path, capsys):
     monkeypatch.chdir(tmp_path)
     command = run_words(
-        monkeypatch, str(photos), "--epochs=3", f"--labelled={photos}", "--config.batch_size=8", "--extend"
+        monkeypatch,
+        str(photos),
+        "--epochs=3",
+        f"--labelled={photos}",
+        "--domain=aerial",
+        "--config.batch_size=8",
+        "--extend",
     )
     config = command.config
+    assert config.data.domain == "aerial" and config.data.quarter_turns
     assert command.workdir == "runs/photos" and command.extend
     assert config.data.source == f"folder:{photos}" and config.knn.source == f"folder:{photos}"
     assert (config.epochs, config.batch_size, config.data.labels) == (3, 8, "none")

@@ -18,9 +18,10 @@ from hexa_jax.data.source import DataError
 from hexa_jax.data.sources import ArraySource
 from hexa_jax.evals.backbone import random_backbone
 from hexa_jax.evals.tasks import labelled
-from hexa_jax.evals.tasks.labelled import Extractor
+from hexa_jax.evals.tasks.labelled import Extractor, check_classes
 from hexa_jax.evals.tasks.transfer import readouts
 from hexa_jax.experiments.evaluation_tables import ROWS, entry_of_row, tables
+from hexa_jax.report.pictures import confusion_matrix
 
 DATA = {"data.source": "shapes:train", "data.eval_source": "shapes:test", "data.limit": 60}
 PIXELS = {"data.resize": 8, "data.crop": 8, "runtime.num_devices": 1, "runtime.batch_size": 32}
@@ -67,8 +68,15 @@ def test_parquet_holds_the_same(run, features, tmp_path):
     assert table["label"] == features["labels"].tolist() and table["name"] == features["names"].tolist()
 
 
-def test_knn_leaves_each_image_out_of_its_own_vote(run, features, tmp_path):
-    settings = PIXELS | {"data.source": "shapes:train", "data.limit": 60, "leave_one_out": True, "neighbours": "(1,5)"}
+def test_knn_leaves_each_image_out_of_its_own_vote(run, features, tmp_path, monkeypatch, capsys):
+    drawn = []
+    monkeypatch.setattr(
+        "hexa_jax.evals.tasks.knn.confusion_matrix",
+        lambda labels, predictions, *rest: (
+            drawn.append((labels == predictions).mean()) or confusion_matrix(labels, predictions, *rest)
+        ),
+    )
+    settings = PIXELS | {"data.source": "shapes:train", "data.limit": 60, "leave_one_out": True, "neighbours": "(1,99)"}
     assert evaluate("knn.py", tmp_path / "run", run, **settings) == 0
     x = features["features"] / np.linalg.norm(features["features"], axis=1, keepdims=True)
     right = 0
@@ -77,7 +85,11 @@ def test_knn_leaves_each_image_out_of_its_own_vote(run, features, tmp_path):
         vote = KNeighborsClassifier(1, metric="cosine").fit(x[others], features["labels"][others])
         right += vote.predict(x[row : row + 1])[0] == features["labels"][row]
     assert result(tmp_path / "run")["knn_accuracy"] == pytest.approx(100 * right / 60)
+    assert drawn == [pytest.approx(right / 60)], "the picture shows the accuracy that is the headline"
+    said = capsys.readouterr().out
+    assert "all 59 images vote" in said
     for picture in ("confusion.png", "neighbours.png"):
+        assert picture in said
         assert (tmp_path / "run" / "report" / picture).stat().st_size > 5000
 
 
@@ -142,7 +154,7 @@ def test_mistakes_are_one_line(run, tmp_path, capsys):
         f"{truncated} cannot be read": ("knn.py", truncated, DATA),
         f"{other}: no ResNet's conv1.weight among 2 arrays": ("knn.py", other, DATA),
         "has no labels": ("knn.py", run, DATA | {"data.eval_source": f"folder:{flat}"}),
-        "config.format='csv' is not known": ("features.py:format=csv", run, {}),
+        "use one of npz, parquet; hexa embed writes .csv, too": ("features.py:format=csv", run, {}),
         "no data to evaluate on": ("all.py", run, {}),
         "has no ImageSets/Main": (
             "svm_voc07.py",
@@ -153,6 +165,18 @@ def test_mistakes_are_one_line(run, tmp_path, capsys):
     for number, (message, (name, checkpoint, settings)) in enumerate(cases.items()):
         command = evaluation_words(name, tmp_path / f"run{number}", checkpoint=checkpoint, **settings)
         check_refused(command, message, capsys)
+
+
+def test_classes_that_no_held_out_image_has_are_named():
+    images = np.zeros((6, 4, 4, 3), np.uint8)
+    train = ArraySource(images, np.arange(6) % 3)
+    held_out = ArraySource(images, np.arange(6) % 2)
+    train.class_names, held_out.class_names = ["deer", "fox", "lynx"], ["deer", "fox"]
+    with pytest.raises(DataError, match="2 classes to test on, 3 to train on: no held-out image is of lynx; add one"):
+        check_classes(train, held_out)
+    train.class_names = held_out.class_names = None
+    with pytest.raises(DataError, match="the same data set"):
+        check_classes(train, held_out)
 
 
 def test_the_run_s_own_folders_stay_classes(tmp_path):

@@ -13,9 +13,9 @@ from command_line import REPOSITORY, environment, finished, image_folder
 from configs import common as pretraining
 from configs.eval import common as evaluation
 from hexa_jax.cli.command import parse_command
-from hexa_jax.experiments import tables
+from hexa_jax.experiments import figures, tables
 from hexa_jax.experiments.presets import GRIDS, METHODS, PRESETS
-from hexa_jax.experiments.sweep import SHARED_RUNTIME, Cell, Entry, Outcome, Stage, run_grid
+from hexa_jax.experiments.sweep import SHARED_RUNTIME, Cell, Entry, Outcome, Stage, gather, run_grid
 from hexa_jax.methods import METHODS as METHOD_CLASSES
 from hexa_jax.training.factory import make_schedule
 
@@ -193,6 +193,32 @@ def test_the_table_of_evaluations_leaves_the_accelerator_to_them(tmp_path):
     assert done.returncode == 2 and "linear_cifar-cifar10-pre-trained: exit code 3" in done.stderr
     assert done.stdout.count("child started, device opened: False") == 6
     assert "device opened: True" not in done.stdout
+
+
+def test_a_grid_that_has_not_ended_shows_what_it_has(tmp_path):
+    entries = [Entry({"seed": seed}, Cell(f"cell{seed}", (Stage("tiny.py", {}),))) for seed in (0, 1)]
+    (tmp_path / "cells" / "cell0").mkdir(parents=True)
+    (tmp_path / "cells" / "cell0" / "result.json").write_text('{"knn_accuracy": 50.0}')
+    tables.write_csv(gather(entries, tmp_path), tmp_path / "grid.csv")
+    assert (tmp_path / "grid.csv").read_text().split() == [
+        "seed,cell,knn_accuracy,failure",
+        "0,cell0,50.0,",
+        "1,cell1,,",
+    ]
+
+
+def test_a_grid_below_raw_pixels_says_so(tmp_path):
+    def outcomes(best):
+        values = {"knn_accuracy": best, "pixels_knn_accuracy": 14.5, "random_knn_accuracy": 10.0}
+        return [
+            Outcome(Entry({"method": "moco", "scheme": scheme, "seed": 0}, Cell(scheme, ())), tmp_path, values, "")
+            for scheme in ("std", "std+adv")
+        ]
+
+    assert "No row's kNN is above that of raw pixels (14.5)" in tables.markdown(outcomes(10.0))
+    assert "raw pixels (" not in tables.markdown(outcomes(20.0))
+    png, svg = figures.fig2(outcomes(15.0), tmp_path)
+    assert png.exists() and all(text in svg.read_text() for text in ("raw pixels", "axis cut"))
 
 
 def test_cells_work_in_the_folder_of_the_user(tmp_path, monkeypatch):

@@ -40,6 +40,7 @@ def test_few_pairs_show_nothing():
     none, one = compare({1: 3.0}, {2: 3.0}), compare({1: 3.0}, {1: 1.0})
     assert none.text() == "-" and math.isnan(none.mean) and none.p == 1
     assert one.text() == "+2.0" and one.p == 1 and one.interval() == (-math.inf, math.inf)
+    assert Comparison((-2.7, -2.7)).text() == "-2.7", "two equal differences are no certainty"
     same = Comparison((0.0, 0.0, 0.0))
     assert same.p == 1 and same.interval() == (0, 0) and Comparison((1.0, 1.0)).p == 0
 

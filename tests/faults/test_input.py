@@ -110,6 +110,24 @@ def test_a_worker_ends_with_the_run_that_was_killed():
         time.sleep(0.1)
 
 
+END = """
+import numpy as np
+from hexa_jax.data.pipeline import host_iterator
+steps = [np.zeros(1000)] * 6
+print("all:", sum(1 for _ in host_iterator(steps, 0, workers=2, threads=1, buffer=4)))
+some = host_iterator(steps, 0, workers=2, threads=1, buffer=4)
+next(some)
+some.close()
+"""
+
+
+def test_workers_leave_no_shared_memory_behind():
+    """Neither where all is read, nor where a run stops early; Python would warn of what is leaked."""
+    ended = subprocess.run([sys.executable, "-c", END], capture_output=True, text=True, env=environment(), timeout=300)
+    assert ended.returncode == 0 and ended.stdout == "all: 6\n"
+    assert "resource_tracker" not in ended.stderr
+
+
 @pytest.mark.slow  # four times the start of a worker
 def test_workers_that_keep_dying_stop_the_run(tmp_path):
     process = start(arguments("moco", tmp_path, **{"runtime.workers": 1, "runtime.prefetch": 1, "epochs": 400}))

@@ -87,6 +87,11 @@ def test_slurm_starts_a_process_for_each_gpu():
     assert "#SBATCH --gpus-per-task=1" in text and "#SBATCH --signal=TERM@" in text and "#SBATCH --requeue" in text
 
 
+def test_slurm_explains_itself_without_a_cluster():
+    done = script("slurm.sh", "--help")
+    assert done.returncode == 0 and "sbatch --nodes=4" in done.stdout and "#SBATCH" not in done.stdout
+
+
 def test_the_image_has_what_the_program_needs():
     text = (LAUNCH / "Dockerfile").read_text()
     for line in text.splitlines():

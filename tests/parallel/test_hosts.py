@@ -153,3 +153,9 @@ def test_one_process_alone_does_not_connect(monkeypatch):
     processes.initialize(Placement(), {})
     processes.initialize(Placement("127.0.0.1:1", 1, 0), {})
     assert os.getpid() and processes.is_main_process()
+
+
+def test_a_process_says_whom_it_waits_for(monkeypatch, capsys):
+    monkeypatch.setattr(processes.jax.distributed, "initialize", lambda *_, **__: None)
+    processes.initialize(Placement("127.0.0.1:7", 2, 1), {})
+    assert "process 1 of 2: waiting for the others at 127.0.0.1:7" in capsys.readouterr().err

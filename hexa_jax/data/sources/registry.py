@@ -134,7 +134,7 @@ def open_spec(spec: str, options: Options) -> Source:
     Raises:
         DataError: nothing usable is there; one line says what and what to do.
     """
-    kind, colon, rest = spec.partition(":")
+    kind, _, rest = spec.partition(":")
     if not (kind in SOURCES and (rest or SOURCES[kind].usage.startswith(f"{kind}["))):
         kind, rest = _kind_of_path(spec, options), spec
     if kind:
@@ -142,13 +142,16 @@ def open_spec(spec: str, options: Options) -> Source:
         if options.labels == "none" and isinstance(source, StoredSource):
             source.forget_labels()
         return source
+    raise DataError(unknown_source(spec))
+
+
+def unknown_source(spec: str) -> str:
+    """Return one line about a spec of no known kind: the nearest kind, and all there are."""
     kind, colon, rest = spec.partition(":")
     near = difflib.get_close_matches(kind, list(SOURCES), n=1, cutoff=0.6) if colon else []
     hint = f"; did you mean {near[0]}:{rest}?" if near and near[0] != kind else ":"
     known = ", ".join(each.usage for each in SOURCES.values())
-    raise DataError(
-        f"unknown data source {spec!r}{hint} use the path of a folder or file, or one of {known}"
-    )
+    return f"unknown data source {spec!r}{hint} use the path of a folder or file, or one of {known}"
 
 
 def absolute_spec(spec: str) -> str:

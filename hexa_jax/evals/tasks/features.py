@@ -15,10 +15,17 @@ from hexa_jax.storage.workdir import write_json
 def features(config: ConfigDict, workdir: pathlib.Path) -> dict[str, Any]:
     """Write `features.npz` or `features.parquet`.
 
-    Features float32 [N, F], labels int32 [N] (-1: none), names.
+    Features float32 [N, F], labels int32 [N] (-1: none), names, and `readable` bool [N]: where it
+    is False, the file could not be read, and its row is that of a black image.
+
+    Raises:
+        ConfigError: an unknown format, or pyarrow is missing.
     """
     if config.format not in ("npz", "parquet"):
-        raise ConfigError(f"config.format={config.format!r} is not known: use one of npz, parquet")
+        also = "; hexa embed writes .csv, too" if config.format == "csv" else ""
+        raise ConfigError(
+            f"config.format={config.format!r} is not known: use one of npz, parquet{also}"
+        )
     backbone = open_backbone(config)
     source = open_split(config, backbone, "source", labelled=False)
     found = Extractor(config, backbone, workdir / "parts")(source, "features")

@@ -38,7 +38,10 @@ def knn(config: ConfigDict, workdir: pathlib.Path) -> dict[str, Any]:
         "test_images": len(q),
         "pretraining_step": backbone.step,
     }
-    predictions = np.empty(0)
+    shown = None  # predictions of the first setting, whose accuracy is the headline
+    voters = len(x) - int(config.leave_one_out)
+    if max(config.neighbours) > voters:
+        log(f"{max(config.neighbours)} neighbours: all {voters} images vote, there are no more")
     for temperature in config.temperatures:
         for neighbours in config.neighbours:
             predictions = knn_predict(
@@ -52,12 +55,16 @@ def knn(config: ConfigDict, workdir: pathlib.Path) -> dict[str, Any]:
                 if jax.process_count() == 1
                 else None,  # else each process its own devices
             )
+            shown = predictions if shown is None else shown
             results[f"knn{neighbours}_tau{temperature:g}"] = accuracy(predictions, wanted)
     results["knn_accuracy"] = results[f"knn{config.neighbours[0]}_tau{config.temperatures[0]:g}"]
     report = workdir / "report"
     report.mkdir(exist_ok=True)
     confusion_matrix(
-        wanted, predictions, getattr(train, "class_names", None), report / "confusion.png"
+        wanted,
+        np.empty(0) if shown is None else shown,
+        getattr(train, "class_names", None),
+        report / "confusion.png",
     )
     _gallery(
         train,
@@ -71,6 +78,7 @@ def knn(config: ConfigDict, workdir: pathlib.Path) -> dict[str, Any]:
     for name, value in results.items():
         if name.startswith("knn"):
             log(f"{name:24}{value:8.2f} %")
+    log(f"pictures: {report / 'confusion.png'} and {report / 'neighbours.png'}")
     return results
 
 

@@ -147,12 +147,20 @@ def check_classes(train: Source, held_out: Source) -> None:
     Raises:
         DataError: they differ.
     """
-    if train.num_classes != held_out.num_classes:
-        raise DataError(
-            f"{held_out.num_classes} classes to test on, {train.num_classes} to train on: are "
-            "data.source and data.eval_source the same data set?"
-        )
     names = [list(source.class_names or []) for source in (train, held_out)]
+    if train.num_classes != held_out.num_classes:
+        numbers = f"{held_out.num_classes} classes to test on, {train.num_classes} to train on"
+        if (
+            names[1]
+            and (lacking := sorted(set(names[0]) - set(names[1])))
+            and set(names[1]) < set(names[0])
+        ):
+            raise DataError(
+                f"{numbers}: no held-out image is of {', '.join(map(str, lacking[:3]))}"
+                f"{', ...' if len(lacking) > 3 else ''}; add one of each, or leave these classes "
+                "out of data.source"
+            )
+        raise DataError(f"{numbers}: are data.source and data.eval_source the same data set?")
     if all(names) and names[0] != names[1]:
         odd = sorted(set(names[0]) ^ set(names[1]))[:3]
         raise DataError(
