@@ -235,7 +235,7 @@ class _Chooser:
             )
             self.set("data.crop_size", (size,), reason)
             if narrow:
-                self.set("model.base_channels", 16, f"{self.data.images} images are many for a CPU")
+                self.set("model.base_channels", 16, "with more, this CPU would take too long")
             self._judge_at(size, always=True)
         elif max(sizes) > 1.5 * short:
             size = max(_multiple(short, 32 if short >= 64 else 8), 8)
