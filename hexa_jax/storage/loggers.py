@@ -2,10 +2,9 @@
 
 Each is optional and works without a network: W&B with WANDB_MODE=offline, MLflow with a folder as
 MLFLOW_TRACKING_URI and MLFLOW_ALLOW_FILE_STORE=true, Trackio in its local folder. A logger that
-fails is dropped with a warning: a run never ends because of one.
+fails is left out with a warning: a run never ends because of one.
 """
 
-import functools
 import importlib.util
 import json
 import logging
@@ -13,17 +12,16 @@ import pathlib
 import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 PROJECT = "hexa_jax"
+# What each logger imports, and what to install for it: mlflow-skinny is a tenth of mlflow's size.
 PACKAGES = {
-    "tensorboard": "tensorboardX",
-    "wandb": "wandb",
-    "mlflow": "mlflow",
-    "trackio": "trackio",
+    "tensorboard": ("tensorboardX", "tensorboardX"),
+    "wandb": ("wandb", "wandb"),
+    "mlflow": ("mlflow", "mlflow-skinny"),
+    "trackio": ("trackio", "trackio"),
 }
-# What to install where the package's name is another; this one is a tenth of mlflow's size.
-INSTALLED_AS = {"mlflow": "mlflow-skinny"}
 
 logging.getLogger("tensorboardX").setLevel(logging.ERROR)
 
@@ -32,18 +30,8 @@ class LoggerError(ValueError):
     """A logger that cannot be used; the message is one line."""
 
 
-class Logger(Protocol):
-    """Takes scalars of steps; a resumed run may give steps again that the interrupted one gave."""
-
-    def write(self, step: int, values: Mapping[str, float]) -> None:
-        """Log scalars of a step."""
-
-    def close(self) -> None:
-        """Send what is left, and end."""
-
-
 def check_loggers(names: Sequence[str]) -> None:
-    """See whether the loggers are known and installed, without importing them.
+    """Check that the loggers are known and installed, without importing them.
 
     Raises:
         LoggerError: one is not.
@@ -52,8 +40,8 @@ def check_loggers(names: Sequence[str]) -> None:
         if name not in PACKAGES:
             known = ", ".join(PACKAGES)
             raise LoggerError(f"config.runtime.loggers: {name!r} is not known: use some of {known}")
-        if importlib.util.find_spec(PACKAGES[name]) is None:
-            package = INSTALLED_AS.get(name, PACKAGES[name])
+        module, package = PACKAGES[name]
+        if importlib.util.find_spec(module) is None:
             raise LoggerError(
                 f"config.runtime.loggers names {name}, which is not installed: pip install "
                 f"{package}"
@@ -61,7 +49,7 @@ def check_loggers(names: Sequence[str]) -> None:
 
 
 class Loggers:
-    """Several loggers as one."""
+    """Several loggers as one; one that fails is left out from then on."""
 
     def __init__(
         self,
@@ -74,35 +62,33 @@ class Loggers:
 
         Args:
             names: of PACKAGES.
-            workdir: of the run: its name is the run's, its folder holds what is kept locally.
-            config: the run's flat settings, for those that show them.
+            workdir: of the run, which is called after it; loggers keep their local files there.
+            config: the run's flat settings, for loggers that show them.
             resume_step: step that the run goes on from; 0 at its beginning.
 
         Raises:
             LoggerError: see `check_loggers`.
         """
         check_loggers(names)
-        self._loggers: dict[str, Logger] = {}
+        self._loggers: dict[str, Any] = {}
         for name in names:
-            start = functools.partial(MAKERS[name], workdir, config, resume_step)
-            logger = self._try(name, start)
-            if logger is not None:
-                self._loggers[name] = logger
+            self._loggers[name] = self._try(name, MAKERS[name], workdir, config, resume_step)
+        self._loggers = {name: logger for name, logger in self._loggers.items() if logger}
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """Log scalars of a step."""
         for name, logger in list(self._loggers.items()):
-            self._try(name, functools.partial(logger.write, step, values))
+            self._try(name, logger.write, step, values)
 
     def close(self) -> None:
-        """End all."""
+        """Let each send what is left, and end."""
         for name, logger in list(self._loggers.items()):
             self._try(name, logger.close)
 
-    def _try(self, name: str, action: Callable[[], Any]) -> Any:
-        """What the action returns; None where it fails, and the logger is dropped."""
+    def _try(self, name: str, action: Callable[..., Any], *arguments: Any) -> Any:
+        """Return what the action returns; None where it fails, and the logger is left out."""
         try:
-            return action()
+            return action(*arguments)
         except Exception as error:  # other people's services: whatever goes wrong there
             self._loggers.pop(name, None)
             reason = " ".join(str(error).split())[:200] or type(error).__name__
@@ -110,8 +96,12 @@ class Loggers:
             return None
 
 
+# Each logger below has `write` and `close`. A resumed run writes steps again that the interrupted
+# one wrote.
+
+
 class TensorBoard:
-    """Events in WORKDIR/tensorboard; steps that a resumed run gives again replace the old ones."""
+    """Events in WORKDIR/tensorboard; steps that a resumed run writes again replace the old ones."""
 
     def __init__(self, workdir: pathlib.Path, config: Mapping[str, Any], resume_step: int):
         import tensorboardX
@@ -128,22 +118,21 @@ class TensorBoard:
 
 
 class WandB:
-    """A W&B run, resumed by the identity kept in WORKDIR/loggers.json."""
+    """A W&B run, resumed by its id in WORKDIR/loggers.json."""
 
     def __init__(self, workdir: pathlib.Path, config: Mapping[str, Any], resume_step: int):
         import wandb
 
-        identity = _identity(workdir, "wandb", lambda: uuid.uuid4().hex[:8])
         self._run = wandb.init(
             project=PROJECT,
             name=workdir.name,
-            id=identity,
+            id=_identity(workdir, "wandb", lambda: uuid.uuid4().hex[:8]),
             resume="allow",
             dir=str(workdir),
             config=dict(config),
             settings=wandb.Settings(console="off", silent=True),
         )
-        # W&B's own step only grows; a resumed run goes back to its last checkpoint.
+        # W&B's own step can only grow; a resumed run goes back to its last checkpoint.
         self._run.define_metric("*", step_metric="step")
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
@@ -154,7 +143,7 @@ class WandB:
 
 
 class MLflow:
-    """An MLflow run at MLFLOW_TRACKING_URI; its identity is kept in WORKDIR/loggers.json."""
+    """An MLflow run at MLFLOW_TRACKING_URI, resumed by its id in WORKDIR/loggers.json."""
 
     def __init__(self, workdir: pathlib.Path, config: Mapping[str, Any], resume_step: int):
         from mlflow.entities import Metric, Param
@@ -170,8 +159,7 @@ class MLflow:
         self._run = _identity(workdir, "mlflow", create)
         if not resume_step:
             params = [Param(key, str(value)[:500]) for key, value in config.items()]
-            for first in range(0, len(params), 100):  # more are refused at once
-                self._client.log_batch(self._run, params=params[first : first + 100])
+            self._client.log_batch(self._run, params=params)
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         now = int(1000 * time.time())
@@ -200,7 +188,7 @@ class Trackio:
         self._run.finish()
 
 
-MAKERS: dict[str, Callable[..., Logger]] = {
+MAKERS: dict[str, Callable[..., Any]] = {
     "tensorboard": TensorBoard,
     "wandb": WandB,
     "mlflow": MLflow,
@@ -209,7 +197,7 @@ MAKERS: dict[str, Callable[..., Logger]] = {
 
 
 def _identity(workdir: pathlib.Path, name: str, create: Callable[[], str]) -> str:
-    """What a logger calls this run: from WORKDIR/loggers.json, or new."""
+    """Return a logger's id of this run: from WORKDIR/loggers.json, or created and kept there."""
     path = workdir / "loggers.json"
     known = json.loads(path.read_text()) if path.is_file() else {}
     if name not in known:
