@@ -115,8 +115,7 @@ class Mirror:
         there = {name: size for name, (size, _) in gcs.files(self.url).items() if name != OWNER}
         there = {name: size for name, size in there.items() if CHECKPOINTS not in name.split("/")}
         self.folder.mkdir()
-        for _ in gcs.copies(self.url, self.folder, there):
-            pass
+        gcs.copy_files(self.url, self.folder, there)
         self._known = self._files()
         if processes.is_main_process():
             _current.append(self)
