@@ -35,6 +35,7 @@ from hexa_jax.checkpoint.manifest import (
     verify,
     write_manifest,
 )
+from hexa_jax.core.console import with_aliases
 from hexa_jax.parallel import processes
 from hexa_jax.storage import gcs, workdir_sync
 
@@ -86,7 +87,7 @@ class Checkpoints:
             raise CheckpointError(
                 f"keep_last ({keep_last}) and keep_every ({keep_every}) must be at least 1"
             )
-        self.directory = gcs.counterpart(directory)
+        self.directory = gcs.path_of(with_aliases(os.fspath(directory)))
         self.keep_last = keep_last
         self.keep_every = keep_every
         self.best: int | None = None
@@ -195,7 +196,7 @@ class Checkpoints:
             _log.warning("%s; the run goes on, and the next save is due now", error)
 
     def steps(self) -> list[int]:
-        """Steps of the complete checkpoints, ascending; their checksums are not verified here."""
+        """Return the steps of the complete checkpoints, ascending, without verifying checksums."""
         return sorted({folder.step for folder in self._folders() if folder.complete})
 
     def metadata(self, step: int) -> dict:
@@ -210,11 +211,8 @@ class Checkpoints:
         raise self._no_such(step)
 
     def restore(self, step: int, like: Any, *, partial: bool = False) -> tuple[int, Any, dict]:
-        """Restore one step; `like`, `partial`, result and errors as in `restore_latest`."""
-        self.wait()
-        folders = [folder for folder in self._folders() if folder.step == step]
-        restored = self._restore(folders, like, partial)
-        if restored is None:
+        """Restore the checkpoint of one step; the rest is as in `restore_latest`."""
+        if (restored := self._restore(like, partial, step)) is None:
             raise self._no_such(step)
         return restored
 
@@ -235,14 +233,13 @@ class Checkpoints:
             CheckpointError: every complete checkpoint is damaged, or `like` has other leaves,
                 shapes or dtypes.
         """
-        self.wait()
-        return self._restore(self._folders(), like, partial)
+        return self._restore(like, partial)
 
     def _path(self, step: int, attempt: int) -> Any:
         return self.directory / (f"step_{step:08d}" + (f"_{attempt}" if attempt else ""))
 
     def _folders(self) -> list[_Folder]:
-        """All checkpoints, complete or not, oldest first."""
+        """Return all checkpoints, complete or not, oldest first."""
         with gcs.told(self.directory):
             try:
                 entries = [entry.name for entry in self.directory.iterdir()]
@@ -260,9 +257,11 @@ class Checkpoints:
         )
 
     def _restore(
-        self, folders: list[_Folder], like: Any, partial: bool
+        self, like: Any, partial: bool, only: int | None = None
     ) -> tuple[int, Any, dict] | None:
-        """Restore the newest intact checkpoint of `folders`; None where none of them is complete."""
+        """Restore the newest intact checkpoint; of step `only`, if that is given."""
+        self.wait()
+        folders = [folder for folder in self._folders() if only in (None, folder.step)]
         step, attempt = (-2 if any(folder.complete for folder in folders) else -1), 0
         # not every host need hash every file
         for folder in reversed(folders if jax.process_index() == 0 else []):

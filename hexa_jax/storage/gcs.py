@@ -17,8 +17,6 @@ from typing import Any
 os.environ["EPATH_USE_TF"] = "false"
 from etils import epath
 
-from hexa_jax.core.console import with_aliases
-
 for _name in ("gcsfs", "google.auth"):
     # they log tracebacks of what arrives here as exceptions
     logging.getLogger(_name).setLevel(logging.CRITICAL)
@@ -183,8 +181,3 @@ def copy_files(url: str, folder: pathlib.Path, sizes: Mapping[str, int]) -> None
         if (found := part.stat().st_size) != sizes[name]:
             raise RemoteError(f"{url}/{name} came with {found} bytes instead of {sizes[name]}")
         part.rename(folder / name)
-
-
-def counterpart(path: str | os.PathLike) -> Any:
-    """Return the path in the bucket of a path in a mirror; any other path as `path_of` does."""
-    return path_of(with_aliases(os.fspath(path)))

@@ -12,7 +12,7 @@ import pathlib
 import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 PROJECT = "hexa_jax"
 # What each logger imports, and what to install for it: mlflow-skinny is a tenth of mlflow's size.
@@ -28,6 +28,13 @@ logging.getLogger("tensorboardX").setLevel(logging.ERROR)
 
 class LoggerError(ValueError):
     """A logger that cannot be used; the message is one line."""
+
+
+class Logger(NamedTuple):
+    """One logger. A resumed run writes steps again that the interrupted one wrote."""
+
+    write: Callable[[int, Mapping[str, float]], None]  # step, scalars by name
+    close: Callable[[], None]  # sends what is left
 
 
 def check_loggers(names: Sequence[str]) -> None:
@@ -70,10 +77,10 @@ class Loggers:
             LoggerError: see `check_loggers`.
         """
         check_loggers(names)
-        self._loggers: dict[str, Any] = {}
+        self._loggers: dict[str, Logger] = {}
         for name in names:
-            self._loggers[name] = self._try(name, MAKERS[name], workdir, config, resume_step)
-        self._loggers = {name: logger for name, logger in self._loggers.items() if logger}
+            if logger := self._try(name, MAKERS[name], workdir, config, resume_step):
+                self._loggers[name] = logger
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """Log scalars of a step."""
@@ -96,103 +103,76 @@ class Loggers:
             return None
 
 
-# Each logger below has `write` and `close`. A resumed run writes steps again that the interrupted
-# one wrote.
-
-
-class TensorBoard:
+def tensorboard(workdir: pathlib.Path, config: Mapping[str, Any], resume_step: int) -> Logger:
     """Events in WORKDIR/tensorboard; steps that a resumed run writes again replace the old ones."""
+    import tensorboardX
 
-    def __init__(self, workdir: pathlib.Path, config: Mapping[str, Any], resume_step: int):
-        import tensorboardX
+    purge = resume_step + 1 if resume_step else None
+    writer = tensorboardX.SummaryWriter(str(workdir / "tensorboard"), purge_step=purge)
 
-        purge = resume_step + 1 if resume_step else None
-        self._writer = tensorboardX.SummaryWriter(str(workdir / "tensorboard"), purge_step=purge)
-
-    def write(self, step: int, values: Mapping[str, float]) -> None:
+    def write(step: int, values: Mapping[str, float]) -> None:
         for name, value in values.items():
-            self._writer.add_scalar(name, value, step)
+            writer.add_scalar(name, value, step)
 
-    def close(self) -> None:
-        self._writer.close()
+    return Logger(write, writer.close)
 
 
-class WandB:
+def wandb(workdir: pathlib.Path, config: Mapping[str, Any], resume_step: int) -> Logger:
     """A W&B run, resumed by its id in WORKDIR/loggers.json."""
+    import wandb
 
-    def __init__(self, workdir: pathlib.Path, config: Mapping[str, Any], resume_step: int):
-        import wandb
-
-        self._run = wandb.init(
-            project=PROJECT,
-            name=workdir.name,
-            id=_identity(workdir, "wandb", lambda: uuid.uuid4().hex[:8]),
-            resume="allow",
-            dir=str(workdir),
-            config=dict(config),
-            settings=wandb.Settings(console="off", silent=True),
-        )
-        # W&B's own step can only grow; a resumed run goes back to its last checkpoint.
-        self._run.define_metric("*", step_metric="step")
-
-    def write(self, step: int, values: Mapping[str, float]) -> None:
-        self._run.log({"step": step, **values})
-
-    def close(self) -> None:
-        self._run.finish()
+    run = wandb.init(
+        project=PROJECT,
+        name=workdir.name,
+        id=_identity(workdir, "wandb", lambda: uuid.uuid4().hex[:8]),
+        resume="allow",
+        dir=str(workdir),
+        config=dict(config),
+        settings=wandb.Settings(console="off", silent=True),
+    )
+    # W&B's own step can only grow; a resumed run goes back to its last checkpoint.
+    run.define_metric("*", step_metric="step")
+    return Logger(lambda step, values: run.log({"step": step, **values}), run.finish)
 
 
-class MLflow:
+def mlflow(workdir: pathlib.Path, config: Mapping[str, Any], resume_step: int) -> Logger:
     """An MLflow run at MLFLOW_TRACKING_URI, resumed by its id in WORKDIR/loggers.json."""
+    from mlflow.entities import Metric, Param
+    from mlflow.tracking import MlflowClient
 
-    def __init__(self, workdir: pathlib.Path, config: Mapping[str, Any], resume_step: int):
-        from mlflow.entities import Metric, Param
-        from mlflow.tracking import MlflowClient
+    client = MlflowClient()
 
-        self._metric, self._client = Metric, MlflowClient()
+    def create() -> str:
+        found = client.get_experiment_by_name(PROJECT)
+        experiment = found.experiment_id if found else client.create_experiment(PROJECT)
+        return client.create_run(experiment, run_name=workdir.name).info.run_id
 
-        def create() -> str:
-            found = self._client.get_experiment_by_name(PROJECT)
-            experiment = found.experiment_id if found else self._client.create_experiment(PROJECT)
-            return self._client.create_run(experiment, run_name=workdir.name).info.run_id
+    run = _identity(workdir, "mlflow", create)
+    if not resume_step:
+        params = [Param(key, str(value)[:500]) for key, value in config.items()]
+        client.log_batch(run, params=params)
 
-        self._run = _identity(workdir, "mlflow", create)
-        if not resume_step:
-            params = [Param(key, str(value)[:500]) for key, value in config.items()]
-            self._client.log_batch(self._run, params=params)
-
-    def write(self, step: int, values: Mapping[str, float]) -> None:
+    def write(step: int, values: Mapping[str, float]) -> None:
         now = int(1000 * time.time())
-        metrics = [self._metric(name, value, now, step) for name, value in values.items()]
-        self._client.log_batch(self._run, metrics=metrics)
+        client.log_batch(run, metrics=[Metric(name, x, now, step) for name, x in values.items()])
 
-    def close(self) -> None:
-        self._client.set_terminated(self._run)
+    return Logger(write, lambda: client.set_terminated(run))
 
 
-class Trackio:
+def trackio(workdir: pathlib.Path, config: Mapping[str, Any], resume_step: int) -> Logger:
     """A Trackio run in its local folder (TRACKIO_DIR); `trackio show` opens the dashboard."""
+    import trackio
 
-    def __init__(self, workdir: pathlib.Path, config: Mapping[str, Any], resume_step: int):
-        import trackio
-
-        name = _identity(workdir, "trackio", lambda: f"{workdir.name}-{time.time_ns() % 10**8:08d}")
-        self._run = trackio.init(
-            project=PROJECT, name=name, resume="allow", config=dict(config), embed=False
-        )
-
-    def write(self, step: int, values: Mapping[str, float]) -> None:
-        self._run.log(dict(values), step=step)
-
-    def close(self) -> None:
-        self._run.finish()
+    name = _identity(workdir, "trackio", lambda: f"{workdir.name}-{time.time_ns() % 10**8:08d}")
+    run = trackio.init(project=PROJECT, name=name, resume="allow", config=dict(config), embed=False)
+    return Logger(lambda step, values: run.log(dict(values), step=step), run.finish)
 
 
-MAKERS: dict[str, Callable[..., Any]] = {
-    "tensorboard": TensorBoard,
-    "wandb": WandB,
-    "mlflow": MLflow,
-    "trackio": Trackio,
+MAKERS: dict[str, Callable[..., Logger]] = {
+    "tensorboard": tensorboard,
+    "wandb": wandb,
+    "mlflow": mlflow,
+    "trackio": trackio,
 }
 
 
