@@ -176,8 +176,8 @@ class Checkpoints:
             thread.join(HUNG)
             if thread.is_alive():
                 raise CheckpointError(
-                    f"a save in {self.directory} has not ended after {HUNG / 60:g} minutes: does "
-                    "the storage answer?"
+                    f"a save in {self.directory} has not ended after {HUNG / 60:g} minutes: "
+                    "does the storage answer?"
                 )
         error, self._error = self._error, None
         if error is not None:

@@ -50,8 +50,8 @@ def check_loggers(names: Sequence[str]) -> None:
         module, package = PACKAGES[name]
         if importlib.util.find_spec(module) is None:
             raise LoggerError(
-                f"config.runtime.loggers names {name}, which is not installed: pip install "
-                f"{package}"
+                f"config.runtime.loggers names {name}, which is not installed: "
+                f"pip install {package}"
             )
 
 

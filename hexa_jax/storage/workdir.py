@@ -230,8 +230,8 @@ def _check_same(workdir: pathlib.Path, before: dict, now: dict, extend: bool) ->
     """Raise WorkdirError unless two flat configs say the same, where that matters."""
     if (task := before.get("task")) != now["task"]:
         raise WorkdirError(
-            f"workdir {workdir} holds a run of config.task={task}: give {now['task']} a folder of "
-            "its own"
+            f"workdir {workdir} holds a run of config.task={task}: "
+            f"give {now['task']} a folder of its own"
         )
     measured = before.get("data.normalization") == now.get("data.normalization") == "measured"
     free = FREE | set(MEASURED if measured else ())  # the recorded statistics are used
