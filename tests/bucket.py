@@ -38,7 +38,12 @@ class _Handler(emulator.RequestHandler):
         elif time.monotonic() < self.server.down_until:
             self._refuse(503, "We encountered an internal error. Please try again.")
         else:
-            emulator.Router(self).handle(self.command)
+            query = urllib.parse.parse_qs(urllib.parse.urlsplit(self.path).query)
+            self.storage.only_new = query.get("ifGenerationMatch") == ["0"]
+            try:
+                emulator.Router(self).handle(self.command)
+            except FileExistsError:
+                self.send_error(412)
 
     def _refuse(self, code, message):
         answer = json.dumps({"error": {"code": code, "message": message}}).encode()
@@ -62,6 +67,13 @@ class _Handler(emulator.RequestHandler):
 
 
 class _Storage(emulator.Storage):
+    only_new = False  # what the emulator forgets: whether the request wants a file only where none is
+
+    def create_file(self, bucket_name, file_name, *content):
+        if self.only_new and file_name in self.objects.get(bucket_name, {}):
+            raise FileExistsError(file_name)
+        super().create_file(bucket_name, file_name, *content)
+
     def _write_config_to_file(self):  # the description of all files, for a later server, at every change
         pass
 

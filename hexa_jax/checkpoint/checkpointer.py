@@ -1,12 +1,12 @@
 """Save and restore the training state: asynchronous, atomic, verified by checksums.
 
-A checkpoint is a folder `step_00001200` that orbax fills. It counts once `MANIFEST.json` lies in
-it, which is written last and holds the size and checksum of every file, the path, shape and dtype
-of every leaf, and the caller's metadata. Orbax restores a flipped byte without a word, so the
-manifest is verified first. No other module imports orbax.
+A checkpoint is a folder `step_00001200` that orbax fills. It counts once it holds `MANIFEST.json`,
+which is written last, with the size and checksum of every file, the path, shape and dtype of every
+leaf, and the caller's metadata. Orbax restores a flipped byte without complaint, so files are first
+compared with the manifest. No other module imports orbax.
 
 The folder may be in a bucket: orbax and the manifest's code write there directly, and nothing is
-ever renamed.
+renamed.
 """
 
 import asyncio
@@ -23,7 +23,6 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
 
 from hexa_jax.checkpoint import lost_references, tree_io
@@ -36,6 +35,8 @@ from hexa_jax.checkpoint.manifest import (
     verify,
     write_manifest,
 )
+from hexa_jax.core.console import with_aliases
+from hexa_jax.parallel import processes
 from hexa_jax.storage import gcs, workdir_sync
 
 PATIENCE = 3  # failures in a row that a run outlives, if their reason may pass
@@ -73,10 +74,10 @@ class _Folder(NamedTuple):
 class Checkpoints:
     """The checkpoints of one run, in a directory that the first save makes.
 
-    The newest `keep_last` are kept, for ever those whose step is divisible by `keep_every`, and the
-    one of step `best`, which the caller sets before the save of that step. With several processes
-    all make the same calls in the same order, and all see the directory. One in the mirror of a
-    workdir is really in the bucket.
+    Kept are the newest `keep_last`, those whose step is divisible by `keep_every`, and the one of
+    step `best`, which the caller sets before the save of that step. With several processes all make
+    the same calls in the same order, and all see the directory. A directory in the mirror of a
+    bucket stands for the one in the bucket.
     """
 
     def __init__(
@@ -86,7 +87,7 @@ class Checkpoints:
             raise CheckpointError(
                 f"keep_last ({keep_last}) and keep_every ({keep_every}) must be at least 1"
             )
-        self.directory = gcs.counterpart(directory)
+        self.directory = gcs.path_of(with_aliases(os.fspath(directory)))
         self.keep_last = keep_last
         self.keep_every = keep_every
         self.best: int | None = None
@@ -97,21 +98,21 @@ class Checkpoints:
         self._failed_folder: _Folder | None = None
 
     def save(self, step: int, tree: Any, metadata: dict | None = None) -> None:
-        """Saves in the background; on return the arrays of `tree` may be donated or deleted.
+        """Save in the background; on return the arrays of `tree` may be donated or deleted.
 
-        Waits for the save before it. If that failed for a reason that may pass, a warning says so;
-        older checkpoints are intact. With several processes no reason passes: they would have to
-        agree on it through the storage that fails. A step that exists is replaced once the new one
-        is complete.
+        Wait first for the save before it. If that failed transiently, a warning says so; older
+        checkpoints are intact. With several processes every failure counts as lasting: to agree
+        on it, they would need the storage that fails. If `step` was saved before, the old
+        checkpoint goes once the new one is complete.
 
         Args:
-          step: number of the checkpoint, at least 0.
-          tree: pytree of arrays and numbers; of typed keys the `jax.random.key_data`.
-          metadata: what JSON can hold; it comes back with the tree.
+            step: number of the checkpoint, at least 0.
+            tree: pytree of arrays and numbers; of typed keys the `jax.random.key_data`.
+            metadata: what JSON can hold; it comes back with the tree.
 
         Raises:
-          CheckpointError: this save cannot start, or the one before it failed, for a reason that
-            stays or for the (PATIENCE + 1)th time in a row.
+            CheckpointError: this save cannot start, or the one before it failed, and the failure
+                lasts or is the (PATIENCE + 1)th in a row.
         """
         self._settle()
         step = int(step)
@@ -121,14 +122,13 @@ class Checkpoints:
         # a save given up on may still write there
         taken = [*self._folders(), *filter(None, [self._failed_folder])]
         attempts = [folder.attempt for folder in taken if folder.step == step]
-        attempt, _ = _from_first_process(max(attempts, default=-1) + 1, 0)
+        attempt = processes.broadcast_from_main(max(attempts, default=-1) + 1)
         folder = _Folder(step, attempt, self._path(step, attempt))
         context = ocp.Context()
         context.array.saving.enable_write_sharding_file = False  # `like` brings the shardings
         # it compiles slices of every shape; small states lose
         context.array.saving.use_replica_parallel = False
-        # By the wall clock, which somebody may set forward meanwhile; `wait` looks at the monotonic
-        # one.
+        # Orbax asks the wall clock, which may jump meanwhile; `wait` asks the monotonic one.
         context.asynchronous.timeout_secs = 30 * 24 * 3600
         # a failed mkdir would leave threads waiting
         context.asynchronous.create_directories_asynchronously = False
@@ -145,9 +145,7 @@ class Checkpoints:
             self._error = failed
             return
         arguments = (folder, manifest, response, f"hexa_jax_{next(_saves)}", self.best)
-        self._thread = threading.Thread(
-            target=self._finish, args=arguments, name="checkpoint", daemon=True
-        )
+        self._thread = threading.Thread(target=self._finish, args=arguments, daemon=True)
         self._thread.start()
 
     def save_now(self, step: int, tree: Any, metadata: dict | None = None) -> None:
@@ -168,7 +166,7 @@ class Checkpoints:
                 time.sleep(pause)
 
     def wait(self) -> None:
-        """Wait until the last save is on disk.
+        """Wait until the last save is on disk. The end of the process would cut it off.
 
         Raises:
             CheckpointError: it failed; raised once, and older checkpoints are intact.
@@ -178,15 +176,17 @@ class Checkpoints:
             thread.join(HUNG)
             if thread.is_alive():
                 raise CheckpointError(
-                    f"a save in {self.directory} has not ended after {HUNG / 60:g} minutes: does "
-                    "the storage answer?"
+                    f"a save in {self.directory} has not ended after {HUNG / 60:g} minutes: "
+                    "does the storage answer?"
                 )
         error, self._error = self._error, None
         if error is not None:
             raise error
 
+    close = wait  # for `contextlib.closing`
+
     def _settle(self) -> None:
-        """Waits for the last save; its failure is a warning as long as it may be one."""
+        """Wait for the last save; log up to PATIENCE transient failures in a row, raise others."""
         try:
             self.wait()
         except CheckpointError as error:
@@ -195,12 +195,8 @@ class Checkpoints:
                 raise
             _log.warning("%s; the run goes on, and the next save is due now", error)
 
-    def close(self) -> None:
-        """Wait, for `contextlib.closing`: the end of the process would cut off a pending save."""
-        self.wait()
-
     def steps(self) -> list[int]:
-        """Steps of the complete checkpoints, ascending; their checksums are not verified here."""
+        """Return the steps of the complete checkpoints, ascending, without verifying checksums."""
         return sorted({folder.step for folder in self._folders() if folder.complete})
 
     def metadata(self, step: int) -> dict:
@@ -215,12 +211,8 @@ class Checkpoints:
         raise self._no_such(step)
 
     def restore(self, step: int, like: Any, *, partial: bool = False) -> tuple[int, Any, dict]:
-        """Restores one step; `like`, `partial`, result and errors as in `restore_latest`."""
-        self.wait()
-        restored = self._restore(
-            [folder for folder in self._folders() if folder.step == step], like, partial
-        )
-        if restored is None:
+        """Restore the checkpoint of one step; the rest is as in `restore_latest`."""
+        if (restored := self._restore(like, partial, step)) is None:
             raise self._no_such(step)
         return restored
 
@@ -228,27 +220,26 @@ class Checkpoints:
         """Restore the newest intact checkpoint, skipping damaged ones with a warning.
 
         Args:
-          like: pytree of `jax.ShapeDtypeStruct` (without sharding: the first device) or of arrays.
-            It gives structure, leaf types and shardings, which may be over other devices than those
-            that saved.
-          partial: whether the checkpoint may hold leaves that `like` lacks; they are not read.
+            like: pytree of `jax.ShapeDtypeStruct` (without sharding: the first device) or of
+                arrays. It gives structure, leaf types and shardings; the devices need not be those
+                that saved.
+            partial: whether the checkpoint may hold leaves that `like` lacks; they are not read.
 
         Returns:
-          (step, tree with the structure of `like`, metadata), or None where no checkpoint is
-          complete.
+            (step, tree with the structure of `like`, metadata), or None where no checkpoint is
+            complete.
 
         Raises:
-          CheckpointError: every complete checkpoint is damaged, or `like` has other leaves, shapes
-              or dtypes.
+            CheckpointError: every complete checkpoint is damaged, or `like` has other leaves,
+                shapes or dtypes.
         """
-        self.wait()
-        return self._restore(self._folders(), like, partial)
+        return self._restore(like, partial)
 
     def _path(self, step: int, attempt: int) -> Any:
         return self.directory / (f"step_{step:08d}" + (f"_{attempt}" if attempt else ""))
 
     def _folders(self) -> list[_Folder]:
-        """All checkpoints, complete or not, oldest first."""
+        """Return all checkpoints, complete or not, oldest first."""
         with gcs.told(self.directory):
             try:
                 entries = [entry.name for entry in self.directory.iterdir()]
@@ -266,20 +257,22 @@ class Checkpoints:
         )
 
     def _restore(
-        self, folders: list[_Folder], like: Any, partial: bool = False
+        self, like: Any, partial: bool, only: int | None = None
     ) -> tuple[int, Any, dict] | None:
+        """Restore the newest intact checkpoint; of step `only`, if that is given."""
+        self.wait()
+        folders = [folder for folder in self._folders() if only in (None, folder.step)]
         step, attempt = (-2 if any(folder.complete for folder in folders) else -1), 0
         # not every host need hash every file
         for folder in reversed(folders if jax.process_index() == 0 else []):
             try:
                 with gcs.told(folder.path):
                     verify(folder.path)
-            except CheckpointError as error:
-                _log.warning("skipping a checkpoint that is not intact: %s", error)
-            else:
                 step, attempt, _ = folder
                 break
-        step, attempt = _from_first_process(step, attempt)
+            except CheckpointError as error:
+                _log.warning("skipping a checkpoint that is not intact: %s", error)
+        step, attempt = map(processes.broadcast_from_main, (step, attempt))
         if step == -2:
             tried = sorted({folder.step for folder in folders})
             raise CheckpointError(
@@ -288,14 +281,9 @@ class Checkpoints:
         return None if step == -1 else _load(self._path(step, attempt), like, partial)
 
     def _finish(
-        self,
-        folder: _Folder,
-        manifest: dict,
-        response: ocp.AsyncResponse,
-        barrier: str,
-        best: int | None,
+        self, folder: _Folder, manifest: dict, response: Any, barrier: str, best: int | None
     ) -> None:
-        """The thread: waits for orbax, writes the manifest, deletes what is no longer needed."""
+        """Wait for orbax, write the manifest, delete old checkpoints: the background thread."""
         try:
             response.result()  # all processes have written
             try:
@@ -303,7 +291,7 @@ class Checkpoints:
                     workdir_sync.upload()  # what belongs to the steps so far, before they count
                     write_manifest(folder.path, manifest)
                     self._delete_old(folder, best)
-            finally:  # the others wait here, for a manifest that may have failed
+            finally:  # the other processes wait here, also where the manifest failed
                 asyncio.run(ocp.multihost.sync_global_processes("manifest", operation_id=barrier))
             if not folder.complete:
                 raise OSError("the first process could not write the manifest")
@@ -312,7 +300,7 @@ class Checkpoints:
             self._error = self._failed(folder, error)
 
     def _failed(self, folder: _Folder, error: Exception) -> CheckpointError:
-        """Frees the space of a failed save, then says what happened."""
+        """Free the space of a failed save; return the error to raise for it."""
         self._failed_folder = folder
         with contextlib.suppress(Exception):
             for leftover in self._folders() if jax.process_index() == 0 else []:
@@ -327,44 +315,27 @@ class Checkpoints:
     def _delete_old(self, saved: _Folder, best: int | None) -> None:
         """Delete what is neither among the newest, nor a k-th, nor the best, nor newer."""
         steps = [step for step in self.steps() if step <= saved.step]
-        kept = set(steps[-self.keep_last :]) | {
-            s for s in steps if self.keep_every and s % self.keep_every == 0
-        }
         if best in steps:
             self._saved_best = best
-        kept |= {step for step in steps if step in (best, self._saved_best)}
+        kept = {*steps[-self.keep_last :], self._saved_best}
+        kept |= {step for step in steps if self.keep_every and step % self.keep_every == 0}
         for folder in self._folders():
             replaced = folder.step == saved.step and folder.path != saved.path
+            old = folder.step <= saved.step and folder.step not in kept
             try:
                 with gcs.told(folder.path, "cannot be deleted"):
-                    if folder.complete and (
-                        replaced or (folder.step <= saved.step and folder.step not in kept)
-                    ):
-                        (
-                            folder.path / MANIFEST
-                        ).unlink()  # first: a kill in the middle leaves nothing that looks complete
+                    if (replaced or old) and folder.complete:
+                        # First: a kill in the middle leaves nothing that looks complete.
+                        (folder.path / MANIFEST).unlink()
                     if not folder.complete:
                         _remove(folder.path)
             except (OSError, gcs.RemoteError) as error:
-                _log.warning(
-                    "cannot delete the old checkpoint %s: %s", folder.path, one_line(error)
-                )
+                reason = one_line(error)
+                _log.warning("cannot delete the old checkpoint %s: %s", folder.path, reason)
 
 
 def _remove(path: Any, ignore_errors: bool = False) -> None:
-    if gcs.is_remote(path):
-        path.rmtree()
-    else:
-        shutil.rmtree(path, ignore_errors)
-
-
-def _from_first_process(*values: int) -> tuple[int, ...]:
-    """The first process's values, on all of them."""
-    if jax.process_count() > 1:
-        values = tuple(
-            int(value) for value in multihost_utils.broadcast_one_to_all(np.array(values, np.int32))
-        )
-    return values
+    path.rmtree() if gcs.is_remote(path) else shutil.rmtree(path, ignore_errors)
 
 
 def _load(path: Any, like: Any, partial: bool = False) -> tuple[int, Any, dict]:

@@ -1,9 +1,9 @@
-"""Keeps what tensorstore leaks from growing with every save and restore.
+"""Keep what tensorstore leaks from growing with every save and restore.
 
-Its `JsonToPyObject` (python/tensorstore/json_type_caster.cc, 0.1.86) hands references to
-PyDict_SetItem, which takes none, so every key and value of every dictionary that it returns lives
-for ever. Orbax asks for two kinds: the specification of the folder, once for each array, and
-counters, twice a save, for a log line and telemetry that nobody here reads.
+Its `JsonToPyObject` (python/tensorstore/json_type_caster.cc, 0.1.86) never releases its references
+to the keys and values of a dictionary, so that those of every dictionary it returns live for ever.
+Orbax asks for two kinds: the specification of the folder, once for each array, and counters, twice
+a save, for a log line and telemetry that nobody here reads.
 """
 
 import collections
@@ -19,6 +19,7 @@ _asked: collections.deque = collections.deque(maxlen=8)
 
 
 def _leaks() -> bool:
+    """Return whether a value that tensorstore returns has one reference too many."""
     spec = ts.KvStore.Spec({"driver": "file", "path": "/folder/"})
     return sys.getrefcount(_to_json(spec)["path"]) > sys.getrefcount(
         {"path": "/".join(("", "folder", ""))}["path"]
@@ -26,6 +27,7 @@ def _leaks() -> bool:
 
 
 def _to_json_once(self: ts.KvStore.Spec, include_defaults: bool = False) -> Any:
+    """Return a copy of the answer kept for an equal specification, or ask tensorstore."""
     # other threads append; specifications cannot be hashed
     for spec, defaults, answer in _asked.copy():
         if spec == self and defaults == include_defaults:

@@ -1,6 +1,7 @@
 """The manifest of a checkpoint: sizes and checksums, written last and read first."""
 
 import errno
+import functools
 import hashlib
 import json
 import os
@@ -26,34 +27,33 @@ class CheckpointError(ValueError):
 def is_transient(error: Exception) -> bool:
     """Return whether storage that fails this way may work again by itself.
 
-    Told by the text, because orbax wraps the system's errors in its own.
+    Judged by the text, because orbax wraps the system's errors in its own.
     """
-    return any(
-        text in str(error).lower()
-        for text in ("timed out", *(os.strerror(code).lower() for code in _PASSING))
-    )
+    reasons = ("timed out", *(os.strerror(code).lower() for code in _PASSING))
+    return any(reason in str(error).lower() for reason in reasons)
 
 
 def one_line(error: Exception) -> str:
-    """Return the reason inside an error of the system or of orbax in one line."""
+    """Return the reason of an error, the system's or orbax's, as one line."""
     text = getattr(error, "strerror", None) or " ".join(str(error).split())
     known = _KNOWN.search(text)
     return known[0] if known else text[:300] or type(error).__name__
 
 
+_blake2b = functools.partial(hashlib.blake2b, digest_size=16)
+
+
 def _checksum(path: Any) -> str:
     with path.open("rb") as file:  # in small pieces: memory does not grow with the file
-        return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
+        return hashlib.file_digest(file, _blake2b).hexdigest()
 
 
 def _own_checksum(manifest: dict) -> str:
-    return hashlib.blake2b(
-        json.dumps(manifest, sort_keys=True).encode(), digest_size=16
-    ).hexdigest()
+    return _blake2b(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
 
 
 def _sync(path: pathlib.Path) -> None:
-    """Makes a file's content, or a folder's list of names, survive a power cut."""
+    """Make a file's content, or a folder's list of names, survive a power cut."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -67,16 +67,16 @@ def _size(path: Any) -> int:
 
 
 def write_manifest(path: Any, manifest: dict) -> None:
-    """Brings all files to the disk, then puts the manifest beside them in one atomic step.
+    """Flush all files to the disk, then add the manifest in one atomic step.
 
     Args:
         path: the folder, local or in a bucket, as `gcs.path_of` gives it; so it is below.
-        manifest: what to say besides.
+        manifest: what it says besides the files' sizes and checksums.
     """
-    if gcs.is_remote(path):
+    if remote := gcs.is_remote(path):
         names = list(gcs.files(str(path)))
     else:
-        entries = sorted(path.rglob("*"))
+        entries = list(path.rglob("*"))
         for entry in (*entries, path.parent):
             _sync(entry)
         names = [str(entry.relative_to(path)) for entry in entries if entry.is_file()]
@@ -86,7 +86,7 @@ def write_manifest(path: Any, manifest: dict) -> None:
     }
     manifest = {**manifest, "files": files}
     text = json.dumps({**manifest, "checksum": _own_checksum(manifest)}, indent=1)
-    if gcs.is_remote(path):
+    if remote:
         (path / MANIFEST).write_text(text)  # there, a file appears whole or not at all
         return
     temporary = path / f"{MANIFEST}.tmp"
@@ -97,7 +97,11 @@ def write_manifest(path: Any, manifest: dict) -> None:
 
 
 def read_manifest(path: Any) -> dict:
-    """The manifest; CheckpointError where it is missing or damaged."""
+    """Return the manifest of a folder.
+
+    Raises:
+        CheckpointError: it is missing or damaged.
+    """
     try:
         manifest = json.loads((path / MANIFEST).read_bytes())
         if manifest.pop("checksum") == _own_checksum(manifest):
@@ -111,15 +115,17 @@ def read_manifest(path: Any) -> dict:
 
 
 def verify(path: Any) -> None:
-    """CheckpointError unless every file is the one that was written."""
+    """Compare every file with the manifest.
+
+    Raises:
+        CheckpointError: one is not as it was written.
+    """
     files = read_manifest(path)["files"]
     name = MANIFEST
     try:
         for name, entry in files.items():  # all sizes first: they cost nothing
-            if (size := _size(path / name)) != entry["bytes"]:
-                raise CheckpointError(
-                    f"{path}: {name} has {size} bytes instead of {entry['bytes']}"
-                )
+            if (size := _size(path / name)) != (wanted := entry["bytes"]):
+                raise CheckpointError(f"{path}: {name} has {size} bytes instead of {wanted}")
         for name, entry in files.items():
             if _checksum(path / name) != entry["blake2b"]:
                 raise CheckpointError(f"{path}: {name} does not match its checksum")

@@ -12,16 +12,15 @@ def named(tree: Any) -> dict[str, Any]:
     """Return leaves by path, such as `params/conv1/kernel`, in the tree's order.
 
     Raises:
-      CheckpointError: two leaves have one name, or one is a typed key.
+        CheckpointError: two leaves have the same name, or one is a typed key.
     """
     found: dict[str, Any] = {}
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
         name = jax.tree_util.keystr(path, simple=True, separator="/") or "."
         if name in found:
             raise CheckpointError(f"two leaves of the state are called {name}")
-        found[name] = (
-            leaf if isinstance(leaf, jax.Array | jax.ShapeDtypeStruct) else np.asarray(leaf)
-        )
+        is_array = isinstance(leaf, jax.Array | jax.ShapeDtypeStruct)
+        found[name] = leaf if is_array else np.asarray(leaf)
         if jax.dtypes.issubdtype(found[name].dtype, jax.dtypes.extended):
             raise CheckpointError(
                 f"{name} is a typed key, which no checkpoint can hold; store its key_data instead"
@@ -30,49 +29,43 @@ def named(tree: Any) -> dict[str, Any]:
 
 
 def specs(leaves: dict[str, Any]) -> dict[str, dict]:
-    """Shape and dtype of each leaf, as JSON holds them."""
-    return {
-        name: {"shape": list(leaf.shape), "dtype": str(leaf.dtype)} for name, leaf in leaves.items()
-    }
+    """Return shape and dtype of each leaf, as JSON holds them."""
+    return {k: {"shape": list(x.shape), "dtype": str(x.dtype)} for k, x in leaves.items()}
 
 
 def check_same(path: Any, saved: dict[str, dict], wanted: dict[str, dict]) -> None:
-    """CheckpointError that names the first differences between the `specs` of two states."""
+    """Compare the `specs` of two states.
+
+    Raises:
+        CheckpointError: they differ; it names the first differences.
+    """
 
     def text(spec: dict) -> str:
         return f"shape {tuple(spec['shape'])} {spec['dtype']}"
 
-    changed = [name for name in wanted if name in saved and wanted[name] != saved[name]]
     found = [
-        f"the checkpoint holds {k} of {text(saved[k])}, this model wants {text(wanted[k])}"
-        for k in changed
+        f"the checkpoint holds {name} of {text(saved[name])}, this model wants {text(spec)}"
+        for name, spec in wanted.items()
+        if saved.get(name, spec) != spec
     ]
-    found += [
-        f"the checkpoint lacks {name}, which this model wants"
-        for name in wanted
-        if name not in saved
-    ]
-    found += [
-        f"the checkpoint holds {name}, which this model lacks"
-        for name in saved
-        if name not in wanted
-    ]
+    lacking, unknown = ([k for k in a if k not in b] for a, b in ((wanted, saved), (saved, wanted)))
+    found += [f"the checkpoint lacks {name}, which this model wants" for name in lacking]
+    found += [f"the checkpoint holds {name}, which this model lacks" for name in unknown]
     if found:
         more = f"; and {len(found) - 3} more differences" if len(found) > 3 else ""
-        raise CheckpointError(
-            f"{path} is of another architecture or method: {'; '.join(found[:3])}{more}"
-        )
+        first = "; ".join(found[:3])
+        raise CheckpointError(f"{path} is of another architecture or method: {first}{more}")
 
 
 def targets(leaves: dict[str, Any]) -> dict[str, Any]:
-    """Return what orbax reads each leaf as: an array on its devices, or a NumPy array.
+    """Return what orbax shall read each leaf as: an array on its devices, or a NumPy array.
 
     Leaves without elements are left out.
     """
     found: dict[str, Any] = {}
     for name, leaf in leaves.items():
-        # Orbax makes arrays in a thread that `with jax.enable_x64()` does not reach: it would round
-        # 64 bits to 32.
+        # Orbax makes arrays in a thread outside of `with jax.enable_x64()`, which rounds 64 bits
+        # to 32.
         if isinstance(leaf, np.ndarray) or leaf.dtype.itemsize > 4:
             found[name] = np.broadcast_to(np.zeros((), leaf.dtype), leaf.shape)  # takes no memory
         else:
@@ -81,18 +74,15 @@ def targets(leaves: dict[str, Any]) -> dict[str, Any]:
 
 
 def placed(like: Any, arrays: dict[str, Any]) -> Any:
-    """Return the tree `like` with the arrays that were read as its `targets`."""
+    """Return the tree `like` with the values of `arrays`, which were read as its `targets`."""
     originals, treedef = jax.tree.flatten(like)
     result = []
     for original, (name, leaf) in zip(originals, named(like).items(), strict=True):
         array = arrays[name] if leaf.size else np.zeros(leaf.shape, leaf.dtype)
         if not isinstance(leaf, np.ndarray) and isinstance(array, np.ndarray):
             array = jax.make_array_from_callback(leaf.shape, _sharding(leaf), array.__getitem__)
-        result.append(
-            type(original)(array.item())
-            if isinstance(original, bool | int | float | complex)
-            else array
-        )
+        is_number = isinstance(original, bool | int | float | complex)
+        result.append(type(original)(array.item()) if is_number else array)
     return jax.tree.unflatten(treedef, result)
 
 

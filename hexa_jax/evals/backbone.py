@@ -227,10 +227,9 @@ def _from_file(path: Any) -> Backbone:
     if gcs.is_remote(path):
         with tempfile.TemporaryDirectory() as folder:
             console.aliases[folder] = str(path.parent)  # for messages
-            list(
-                gcs.copies(str(path.parent), pathlib.Path(folder), {path.name: path.stat().length})
-            )
-            return _from_file(pathlib.Path(folder) / path.name)
+            local = pathlib.Path(folder)
+            gcs.copy_files(str(path.parent), local, {path.name: path.stat().length})
+            return _from_file(local / path.name)
     arrays = read_weights(str(path))
     metadata = _metadata(path)
     # Only what `hexa_jax.export` wrote beside the weights tells a small stem from a cifar one.

@@ -11,26 +11,23 @@ import os
 import pathlib
 import shutil
 from collections.abc import Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 # epath would ask TensorFlow for gs:// wherever that is installed.
 os.environ["EPATH_USE_TF"] = "false"
 from etils import epath
 
-from hexa_jax.core.console import with_aliases
-
 for _name in ("gcsfs", "google.auth"):
     # they log tracebacks of what arrives here as exceptions
     logging.getLogger(_name).setLevel(logging.CRITICAL)
 
 SCHEME = "gs://"
-AT_ONCE = 8  # files that are fetched side by side
+AT_ONCE = 8  # files that are fetched side by side, each of which may take 128 MB of memory
 _KEPT = ".kept.json"  # which version of each file a local folder holds
 
 
 class RemoteError(ValueError):
-    """A bucket that cannot be used; the message is one line."""
+    """A bucket cannot be used; the message is one line."""
 
 
 def is_remote(path: str | os.PathLike) -> bool:
@@ -51,7 +48,7 @@ def path_of(path: str | os.PathLike) -> Any:
 
 
 def filesystem(url: str) -> Any:
-    """fsspec's file system of a URL: the very one that epath uses.
+    """Return fsspec's file system of a URL, the same one that epath uses.
 
     Raises:
         RemoteError: it is not gs://, or gcsfs is missing.
@@ -68,8 +65,8 @@ def filesystem(url: str) -> Any:
     # others write there, too
     fsspec.config.conf.setdefault("gcs", {})["use_listings_cache"] = False
     bucket = fsspec.filesystem("gcs", finalize_on_close=True)
-    # A bucket has no folders to make. gcsfs would ask for the bucket itself, which who may read and
-    # write files often may not.
+    # A bucket has no folders to make. gcsfs would ask for the bucket itself, which those who may
+    # read and write files often may not see.
     bucket.makedirs = bucket.mkdir = lambda *_, **__: None
     return bucket
 
@@ -82,17 +79,14 @@ def told(path: str | os.PathLike, problem: str = "cannot be read") -> Iterator[N
     except Exception as error:
         if not is_remote(path) or type(error).__module__.startswith("hexa_jax."):
             raise
-        missing = "no such bucket or file, or it may not be seen"
-        reason = (
-            missing if isinstance(error, FileNotFoundError) else " ".join(str(error).split())[:300]
-        )
-        raise RemoteError(
-            f"{os.fspath(path)} {problem}: {reason or type(error).__name__}"
-        ) from error
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        if isinstance(error, FileNotFoundError):
+            reason = "no such bucket or file, or it may not be seen"
+        raise RemoteError(f"{os.fspath(path)} {problem}: {reason}") from error
 
 
 def exists(path: Any) -> bool:
-    """Whether a file is there; in a bucket, unlike `epath`'s, an error is not taken for a no."""
+    """Return whether a file is there; an error of a bucket is raised, where epath says no."""
     if not is_remote(path):
         return path.is_file()
     with told(path):
@@ -107,14 +101,13 @@ Versions = dict[str, tuple[int, str]]
 
 
 def files(url: str) -> Versions:
-    """All files below a folder of a bucket, by relative name; none where there is no folder."""
+    """Return all files below a folder of a bucket, by relative name; none if it does not exist."""
     bucket = filesystem(url)
-    root = bucket._strip_protocol(url)
+    root = bucket._strip_protocol(url) + "/"
     with told(url, "cannot be listed"):
-        found = {
-            name[len(root) + 1 :]: info for name, info in bucket.find(root, detail=True).items()
-        }
-    return {name: _version(info) for name, info in found.items() if name and not name.endswith("/")}
+        found = bucket.find(root, detail=True)
+    names = [name for name in found if name.startswith(root) and not name.endswith("/")]
+    return {name.removeprefix(root): _version(found[name]) for name in names}
 
 
 def _version(info: dict[str, Any]) -> tuple[int, str]:
@@ -122,7 +115,7 @@ def _version(info: dict[str, Any]) -> tuple[int, str]:
 
 
 def fetch_file(url: str, cache: str) -> pathlib.Path:
-    """A local copy of one file; see `fetch`."""
+    """Return a local copy of one file; see `fetch`."""
     folder, _, name = url.rpartition("/")
     with told(url):
         version = _version(filesystem(url).info(url))
@@ -130,12 +123,15 @@ def fetch_file(url: str, cache: str) -> pathlib.Path:
 
 
 def fetch(url: str, wanted: Versions, cache: str) -> pathlib.Path:
-    """Copy a folder's files below `cache`; those that are there from before are not read again.
+    """Copy the `wanted` files of a folder to a disk, except those that are there already.
 
     Processes of one machine fetch one after another, so that the later ones find everything.
 
+    Returns:
+        The local folder, below `cache`.
+
     Raises:
-        RemoteError: they cannot be read, or do not fit on the disk.
+        RemoteError: the files cannot be read, or do not fit on the disk.
     """
     folder = pathlib.Path(cache).expanduser().absolute() / url.removeprefix(SCHEME)
     folder.mkdir(parents=True, exist_ok=True)
@@ -145,60 +141,43 @@ def fetch(url: str, wanted: Versions, cache: str) -> pathlib.Path:
         kept = json.loads(known.read_text()) if known.is_file() else {}
         missing = [
             name
-            for name in wanted
-            if kept.get(name) != list(wanted[name]) or not _whole(folder, name, wanted)
+            for name, (size, version) in wanted.items()
+            if kept.get(name) != [size, version]
+            or not (folder / name).is_file()
+            or (folder / name).stat().st_size != size
         ]
         needed, free = sum(wanted[name][0] for name in missing), shutil.disk_usage(folder).free
         if needed > free:
             raise RemoteError(
                 f"{url} does not fit: it needs {needed / 1e9:.1f} GB in {folder}, which has "
-                f"{free / 1e9:.1f} GB; "
-                "give another config.runtime.data_cache, or an empty one to read tfds data sets in "
-                "place"
+                f"{free / 1e9:.1f} GB; give another config.runtime.data_cache, or an empty one to "
+                "read tfds data sets in place"
             )
         if missing:
-            print(
-                f"fetching {len(missing)} files, {needed / 1e9:.3f} GB, from {url} to {folder}",
-                flush=True,
-            )
-        for number, name in enumerate(
-            copies(url, folder, {name: wanted[name][0] for name in missing}), 1
-        ):
-            kept[name] = wanted[name]
+            what = f"{len(missing)} files, {needed / 1e9:.3f} GB"
+            print(f"fetching {what}, from {url} to {folder}", flush=True)
+        while missing:  # a start that is cut off keeps the batches before
+            batch, missing = missing[: 6 * AT_ONCE], missing[6 * AT_ONCE :]
+            copy_files(url, folder, {name: wanted[name][0] for name in batch})
+            kept |= {name: wanted[name] for name in batch}
             part = known.with_suffix(".part")
             part.write_text(json.dumps(kept))
             part.rename(known)
-            if number % 50 == 0:
-                print(f"fetched {number} of {len(missing)} files", flush=True)
+            print(f"fetched {len(batch)} files, {len(missing)} are left", flush=True)
     return folder
 
 
-def _whole(folder: pathlib.Path, name: str, wanted: Versions) -> bool:
-    return (folder / name).is_file() and (folder / name).stat().st_size == wanted[name][0]
+def copy_files(url: str, folder: pathlib.Path, sizes: Mapping[str, int]) -> None:
+    """Copy files of a bucket's folder, given with their sizes, into a local one.
 
-
-def copies(url: str, folder: pathlib.Path, sizes: Mapping[str, int]) -> Iterator[str]:
-    """Copy files of a bucket's folder into a local one, some side by side.
-
-    Yields the name of each that is there, whole.
+    Raises:
+        RemoteError: one cannot be read, or has another size.
     """
-    bucket = filesystem(url)
-
-    def copy(name: str) -> str:
-        path = folder / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_name(path.name + ".part")
-        with told(f"{url}/{name}"):
-            bucket.get_file(f"{url}/{name}", str(part))
+    parts = {name: folder / f"{name}.part" for name in sizes}
+    sources, targets = [f"{url}/{name}" for name in parts], [str(part) for part in parts.values()]
+    with told(url):
+        filesystem(url).get(sources, targets, batch_size=AT_ONCE)
+    for name, part in parts.items():
         if (found := part.stat().st_size) != sizes[name]:
             raise RemoteError(f"{url}/{name} came with {found} bytes instead of {sizes[name]}")
-        part.rename(path)
-        return name
-
-    with ThreadPoolExecutor(AT_ONCE) as pool:
-        yield from pool.map(copy, sizes)
-
-
-def counterpart(path: str | os.PathLike) -> Any:
-    """Return where a path really is: in the bucket if it is in the mirror of one."""
-    return path_of(with_aliases(os.fspath(path)))
+        part.rename(folder / name)

@@ -2,10 +2,9 @@
 
 Each is optional and works without a network: W&B with WANDB_MODE=offline, MLflow with a folder as
 MLFLOW_TRACKING_URI and MLFLOW_ALLOW_FILE_STORE=true, Trackio in its local folder. A logger that
-fails is dropped with a warning: a run never ends because of one.
+fails is left out with a warning: a run never ends because of one.
 """
 
-import functools
 import importlib.util
 import json
 import logging
@@ -13,17 +12,16 @@ import pathlib
 import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, NamedTuple
 
 PROJECT = "hexa_jax"
+# What each logger imports, and what to install for it: mlflow-skinny is a tenth of mlflow's size.
 PACKAGES = {
-    "tensorboard": "tensorboardX",
-    "wandb": "wandb",
-    "mlflow": "mlflow",
-    "trackio": "trackio",
+    "tensorboard": ("tensorboardX", "tensorboardX"),
+    "wandb": ("wandb", "wandb"),
+    "mlflow": ("mlflow", "mlflow-skinny"),
+    "trackio": ("trackio", "trackio"),
 }
-# What to install where the package's name is another; this one is a tenth of mlflow's size.
-INSTALLED_AS = {"mlflow": "mlflow-skinny"}
 
 logging.getLogger("tensorboardX").setLevel(logging.ERROR)
 
@@ -32,18 +30,15 @@ class LoggerError(ValueError):
     """A logger that cannot be used; the message is one line."""
 
 
-class Logger(Protocol):
-    """Takes scalars of steps; a resumed run may give steps again that the interrupted one gave."""
+class Logger(NamedTuple):
+    """One logger. A resumed run writes steps again that the interrupted one wrote."""
 
-    def write(self, step: int, values: Mapping[str, float]) -> None:
-        """Log scalars of a step."""
-
-    def close(self) -> None:
-        """Send what is left, and end."""
+    write: Callable[[int, Mapping[str, float]], None]  # step, scalars by name
+    close: Callable[[], None]  # sends what is left
 
 
 def check_loggers(names: Sequence[str]) -> None:
-    """See whether the loggers are known and installed, without importing them.
+    """Check that the loggers are known and installed, without importing them.
 
     Raises:
         LoggerError: one is not.
@@ -52,16 +47,16 @@ def check_loggers(names: Sequence[str]) -> None:
         if name not in PACKAGES:
             known = ", ".join(PACKAGES)
             raise LoggerError(f"config.runtime.loggers: {name!r} is not known: use some of {known}")
-        if importlib.util.find_spec(PACKAGES[name]) is None:
-            package = INSTALLED_AS.get(name, PACKAGES[name])
+        module, package = PACKAGES[name]
+        if importlib.util.find_spec(module) is None:
             raise LoggerError(
-                f"config.runtime.loggers names {name}, which is not installed: pip install "
-                f"{package}"
+                f"config.runtime.loggers names {name}, which is not installed: "
+                f"pip install {package}"
             )
 
 
 class Loggers:
-    """Several loggers as one."""
+    """Several loggers as one; one that fails is left out from then on."""
 
     def __init__(
         self,
@@ -74,8 +69,8 @@ class Loggers:
 
         Args:
             names: of PACKAGES.
-            workdir: of the run: its name is the run's, its folder holds what is kept locally.
-            config: the run's flat settings, for those that show them.
+            workdir: of the run, which is called after it; loggers keep their local files there.
+            config: the run's flat settings, for loggers that show them.
             resume_step: step that the run goes on from; 0 at its beginning.
 
         Raises:
@@ -84,25 +79,23 @@ class Loggers:
         check_loggers(names)
         self._loggers: dict[str, Logger] = {}
         for name in names:
-            start = functools.partial(MAKERS[name], workdir, config, resume_step)
-            logger = self._try(name, start)
-            if logger is not None:
+            if logger := self._try(name, MAKERS[name], workdir, config, resume_step):
                 self._loggers[name] = logger
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """Log scalars of a step."""
         for name, logger in list(self._loggers.items()):
-            self._try(name, functools.partial(logger.write, step, values))
+            self._try(name, logger.write, step, values)
 
     def close(self) -> None:
-        """End all."""
+        """Let each send what is left, and end."""
         for name, logger in list(self._loggers.items()):
             self._try(name, logger.close)
 
-    def _try(self, name: str, action: Callable[[], Any]) -> Any:
-        """What the action returns; None where it fails, and the logger is dropped."""
+    def _try(self, name: str, action: Callable[..., Any], *arguments: Any) -> Any:
+        """Return what the action returns; None where it fails, and the logger is left out."""
         try:
-            return action()
+            return action(*arguments)
         except Exception as error:  # other people's services: whatever goes wrong there
             self._loggers.pop(name, None)
             reason = " ".join(str(error).split())[:200] or type(error).__name__
@@ -110,106 +103,81 @@ class Loggers:
             return None
 
 
-class TensorBoard:
-    """Events in WORKDIR/tensorboard; steps that a resumed run gives again replace the old ones."""
+def tensorboard(workdir: pathlib.Path, config: Mapping[str, Any], resume_step: int) -> Logger:
+    """Events in WORKDIR/tensorboard; steps that a resumed run writes again replace the old ones."""
+    import tensorboardX
 
-    def __init__(self, workdir: pathlib.Path, config: Mapping[str, Any], resume_step: int):
-        import tensorboardX
+    purge = resume_step + 1 if resume_step else None
+    writer = tensorboardX.SummaryWriter(str(workdir / "tensorboard"), purge_step=purge)
 
-        purge = resume_step + 1 if resume_step else None
-        self._writer = tensorboardX.SummaryWriter(str(workdir / "tensorboard"), purge_step=purge)
-
-    def write(self, step: int, values: Mapping[str, float]) -> None:
+    def write(step: int, values: Mapping[str, float]) -> None:
         for name, value in values.items():
-            self._writer.add_scalar(name, value, step)
+            writer.add_scalar(name, value, step)
 
-    def close(self) -> None:
-        self._writer.close()
-
-
-class WandB:
-    """A W&B run, resumed by the identity kept in WORKDIR/loggers.json."""
-
-    def __init__(self, workdir: pathlib.Path, config: Mapping[str, Any], resume_step: int):
-        import wandb
-
-        identity = _identity(workdir, "wandb", lambda: uuid.uuid4().hex[:8])
-        self._run = wandb.init(
-            project=PROJECT,
-            name=workdir.name,
-            id=identity,
-            resume="allow",
-            dir=str(workdir),
-            config=dict(config),
-            settings=wandb.Settings(console="off", silent=True),
-        )
-        # W&B's own step only grows; a resumed run goes back to its last checkpoint.
-        self._run.define_metric("*", step_metric="step")
-
-    def write(self, step: int, values: Mapping[str, float]) -> None:
-        self._run.log({"step": step, **values})
-
-    def close(self) -> None:
-        self._run.finish()
+    return Logger(write, writer.close)
 
 
-class MLflow:
-    """An MLflow run at MLFLOW_TRACKING_URI; its identity is kept in WORKDIR/loggers.json."""
+def wandb(workdir: pathlib.Path, config: Mapping[str, Any], resume_step: int) -> Logger:
+    """A W&B run, resumed by its id in WORKDIR/loggers.json."""
+    import wandb
 
-    def __init__(self, workdir: pathlib.Path, config: Mapping[str, Any], resume_step: int):
-        from mlflow.entities import Metric, Param
-        from mlflow.tracking import MlflowClient
+    run = wandb.init(
+        project=PROJECT,
+        name=workdir.name,
+        id=_identity(workdir, "wandb", lambda: uuid.uuid4().hex[:8]),
+        resume="allow",
+        dir=str(workdir),
+        config=dict(config),
+        settings=wandb.Settings(console="off", silent=True),
+    )
+    # W&B's own step can only grow; a resumed run goes back to its last checkpoint.
+    run.define_metric("*", step_metric="step")
+    return Logger(lambda step, values: run.log({"step": step, **values}), run.finish)
 
-        self._metric, self._client = Metric, MlflowClient()
 
-        def create() -> str:
-            found = self._client.get_experiment_by_name(PROJECT)
-            experiment = found.experiment_id if found else self._client.create_experiment(PROJECT)
-            return self._client.create_run(experiment, run_name=workdir.name).info.run_id
+def mlflow(workdir: pathlib.Path, config: Mapping[str, Any], resume_step: int) -> Logger:
+    """An MLflow run at MLFLOW_TRACKING_URI, resumed by its id in WORKDIR/loggers.json."""
+    from mlflow.entities import Metric, Param
+    from mlflow.tracking import MlflowClient
 
-        self._run = _identity(workdir, "mlflow", create)
-        if not resume_step:
-            params = [Param(key, str(value)[:500]) for key, value in config.items()]
-            for first in range(0, len(params), 100):  # more are refused at once
-                self._client.log_batch(self._run, params=params[first : first + 100])
+    client = MlflowClient()
 
-    def write(self, step: int, values: Mapping[str, float]) -> None:
+    def create() -> str:
+        found = client.get_experiment_by_name(PROJECT)
+        experiment = found.experiment_id if found else client.create_experiment(PROJECT)
+        return client.create_run(experiment, run_name=workdir.name).info.run_id
+
+    run = _identity(workdir, "mlflow", create)
+    if not resume_step:
+        params = [Param(key, str(value)[:500]) for key, value in config.items()]
+        client.log_batch(run, params=params)
+
+    def write(step: int, values: Mapping[str, float]) -> None:
         now = int(1000 * time.time())
-        metrics = [self._metric(name, value, now, step) for name, value in values.items()]
-        self._client.log_batch(self._run, metrics=metrics)
+        client.log_batch(run, metrics=[Metric(name, x, now, step) for name, x in values.items()])
 
-    def close(self) -> None:
-        self._client.set_terminated(self._run)
+    return Logger(write, lambda: client.set_terminated(run))
 
 
-class Trackio:
+def trackio(workdir: pathlib.Path, config: Mapping[str, Any], resume_step: int) -> Logger:
     """A Trackio run in its local folder (TRACKIO_DIR); `trackio show` opens the dashboard."""
+    import trackio
 
-    def __init__(self, workdir: pathlib.Path, config: Mapping[str, Any], resume_step: int):
-        import trackio
-
-        name = _identity(workdir, "trackio", lambda: f"{workdir.name}-{time.time_ns() % 10**8:08d}")
-        self._run = trackio.init(
-            project=PROJECT, name=name, resume="allow", config=dict(config), embed=False
-        )
-
-    def write(self, step: int, values: Mapping[str, float]) -> None:
-        self._run.log(dict(values), step=step)
-
-    def close(self) -> None:
-        self._run.finish()
+    name = _identity(workdir, "trackio", lambda: f"{workdir.name}-{time.time_ns() % 10**8:08d}")
+    run = trackio.init(project=PROJECT, name=name, resume="allow", config=dict(config), embed=False)
+    return Logger(lambda step, values: run.log(dict(values), step=step), run.finish)
 
 
 MAKERS: dict[str, Callable[..., Logger]] = {
-    "tensorboard": TensorBoard,
-    "wandb": WandB,
-    "mlflow": MLflow,
-    "trackio": Trackio,
+    "tensorboard": tensorboard,
+    "wandb": wandb,
+    "mlflow": mlflow,
+    "trackio": trackio,
 }
 
 
 def _identity(workdir: pathlib.Path, name: str, create: Callable[[], str]) -> str:
-    """What a logger calls this run: from WORKDIR/loggers.json, or new."""
+    """Return a logger's id of this run: from WORKDIR/loggers.json, or created and kept there."""
     path = workdir / "loggers.json"
     known = json.loads(path.read_text()) if path.is_file() else {}
     if name not in known:

@@ -20,12 +20,12 @@ from hexa_jax.parallel import processes
 from hexa_jax.storage.loggers import Loggers
 
 LOCK = ".lock"
-# What a run's weights started from, where they were not random: name, hash, architecture.
+# What a run's weights started from where they were not random: name, hash, architecture.
 INIT_RECORD = "init.json"
 COMMAND = "command.json"  # how the run was last started
 # Besides `runtime`: settings that only say when to give up, and change no number of a run.
 FREE = {"data.max_bad_fraction"}
-# Settings that older runs did not know, with the value that stands for what those runs did.
+# Settings that older runs did not know, with the values that say what those runs did.
 ADDED = {
     "data.labels": "auto",
     "knn.source": "",
@@ -50,24 +50,19 @@ class WorkdirError(ValueError):
     """A workdir that cannot be used; the message is one line."""
 
 
-def flatten(config: dict, prefix: str = "") -> dict[str, Any]:
-    """Nested settings as {"model.stem": "cifar", ...}."""
+def flatten(config: dict) -> dict[str, Any]:
+    """Return nested settings as {"model.stem": "cifar", ...}, with lists for tuples as in JSON."""
     flat: dict[str, Any] = {}
-    for name, value in config.items():
+    for name, value in json.loads(json.dumps(config)).items():
         if isinstance(value, dict):
-            flat |= flatten(value, f"{prefix}{name}.")
+            flat |= {f"{name}.{key}": inner for key, inner in flatten(value).items()}
         else:
-            flat[prefix + name] = _as_json(value)
+            flat[name] = value
     return flat
 
 
-def _as_json(value: Any) -> Any:
-    """Tuples, and tuples in tuples, as the lists that JSON makes of them."""
-    return [_as_json(item) for item in value] if isinstance(value, tuple | list) else value
-
-
 def closest(name: str, names: list[str]) -> str:
-    """A hint with the nearest known name, or nothing."""
+    """Return a hint with the nearest known name; empty where none is near."""
     near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
     return f"; did you mean {near[0]!r}?" if near else ""
 
@@ -81,17 +76,27 @@ def write_json(path: pathlib.Path, value: Any) -> None:
     os.replace(temporary, path)
 
 
+@contextlib.contextmanager
+def _writing(workdir: pathlib.Path) -> Iterator[None]:
+    """Raise what the system refuses as WorkdirError."""
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or error
+        raise WorkdirError(f"cannot write to workdir {workdir}: {reason}") from None
+
+
 class Finished:
     """Results of the parts of a long task, in a JSON file: a second start does the rest."""
 
     def __init__(self, path: pathlib.Path, about: Any):
-        """Read the file; results of something else than `about` (a JSON value) are dropped."""
+        """Read the file; results about anything else than `about` (a JSON value) are dropped."""
         self.path, self.about = path, json.loads(json.dumps(about))
         saved = json.loads(path.read_text()) if path.is_file() else {}
         self.values = saved["values"] if saved.get("about") == self.about else {}
 
     def get(self, name: str, compute: Callable[[], Any]) -> Any:
-        """The JSON value of a part: from the file, or computed and saved."""
+        """Return the JSON value of a part: from the file, or computed and saved."""
         if name not in self.values:
             self.values[name] = compute()
             write_json(self.path, {"about": self.about, "values": self.values})
@@ -109,36 +114,28 @@ def open_workdir(path: str, config: ConfigDict, *, extend: bool = False) -> path
         extend: allow more epochs than the run in the folder had; its cosine schedule changes.
 
     Raises:
-        WorkdirError: not writable, or another config lies there (runtime settings and FREE ones
-            aside).
+        WorkdirError: it cannot be written to, or holds a run of another config (settings of
+            `runtime`, `health` and FREE may differ).
     """
     workdir = _absolute(path)
-    now = flatten(config.to_dict())
     saved = workdir / "config.json"
-    try:
+    with _writing(workdir):
         workdir.mkdir(parents=True, exist_ok=True)
         if saved.exists():
-            before = json.loads(saved.read_text())
-            if not isinstance(before, dict):
-                raise ValueError
             try:
-                _check_same(workdir, flatten(before), now, extend)
+                before = flatten(json.loads(saved.read_text()))
+            except (ValueError, AttributeError):  # neither UTF-8 nor JSON, or not an object
+                raise WorkdirError(
+                    f"{saved} is not readable as a config: is this another program's folder?"
+                ) from None
+            try:
+                _check_same(workdir, before, flatten(config.to_dict()), extend)
             except WorkdirError as error:
                 if not (before.get("task") == config.task == "pretrain" and _made_no_step(workdir)):
                     raise
                 _start_over(workdir, str(error))
         apply_normalization(config, workdir)
         write_json(saved, config.to_dict())
-    except OSError as error:
-        raise WorkdirError(
-            f"cannot write to workdir {workdir}: {error.strerror or error}"
-        ) from None
-    except WorkdirError:  # a ValueError too
-        raise
-    except ValueError:  # neither UTF-8 nor JSON, or not an object
-        raise WorkdirError(
-            f"{saved} is not readable as a config: is this another program's folder?"
-        ) from None
     return workdir
 
 
@@ -147,14 +144,11 @@ def apply_normalization(config: ConfigDict, workdir: pathlib.Path) -> None:
     recorded = workdir / NORMALIZATION
     if config.task == "pretrain" and config.data.normalization == "measured" and recorded.exists():
         found = json.loads(recorded.read_text())
-        config.data.pixel_mean, config.data.pixel_std = (
-            tuple(found["pixel_mean"]),
-            tuple(found["pixel_std"]),
-        )
+        config.data.update({key: tuple(found[key]) for key in ("pixel_mean", "pixel_std")})
 
 
 def with_added(config: ConfigDict) -> ConfigDict:
-    """Give an older run's config the settings added since, as it was run."""
+    """Give an older run's config the settings added since, with the values it was run with."""
     for name, value in ADDED.items():
         group, _, key = name.rpartition(".")
         if group in config and key not in config[group]:
@@ -164,9 +158,9 @@ def with_added(config: ConfigDict) -> ConfigDict:
 
 @contextlib.contextmanager
 def held(path: str) -> Iterator[None]:
-    """Make a workdir and keep other runs out of it.
+    """Make a workdir and lock it against other runs.
 
-    By a lock that the system frees however the process ends.
+    The system frees the lock however the process ends.
 
     Raises:
         WorkdirError: it cannot be made, or another run is in there.
@@ -175,25 +169,19 @@ def held(path: str) -> Iterator[None]:
     if not processes.is_main_process():
         yield
         return
-    try:
+    with _writing(workdir):
         workdir.mkdir(parents=True, exist_ok=True)
         file = (workdir / LOCK).open("a+")
-    except OSError as error:
-        raise WorkdirError(
-            f"cannot write to workdir {workdir}: {error.strerror or error}"
-        ) from None
     with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             file.seek(0)
-            raise WorkdirError(
-                f"workdir {workdir} is in use by {file.read().strip() or 'another run'}"
-            ) from None
+            owner = file.read().strip() or "another run"
+            raise WorkdirError(f"workdir {workdir} is in use by {owner}") from None
         except OSError as error:  # a file system without locks
-            logging.warning(
-                "cannot lock %s (%s): do not start two runs in it", workdir, error.strerror or error
-            )
+            reason = error.strerror or error
+            logging.warning("cannot lock %s (%s): do not start two runs in it", workdir, reason)
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}")
         file.flush()
@@ -206,12 +194,8 @@ def _absolute(path: str) -> pathlib.Path:
 
 def abandon(path: pathlib.Path) -> None:
     """Undo `open_workdir` after a mistake, unless a run began in the folder."""
-    began = [
-        *path.glob("metrics.jsonl"),
-        *path.glob("checkpoints"),
-        *path.glob("*/metrics.jsonl"),
-        *path.glob("*/checkpoints"),
-    ]
+    entries = (*path.glob("*"), *path.glob("*/*"))
+    began = any(entry.name in ("metrics.jsonl", "checkpoints") for entry in entries)
     if not began and processes.is_main_process():
         for name in ("config.json", COMMAND, NORMALIZATION, LOCK):
             (path / name).unlink(missing_ok=True)
@@ -222,18 +206,14 @@ def abandon(path: pathlib.Path) -> None:
 def _made_no_step(workdir: pathlib.Path) -> bool:
     """Return whether a run in a folder ended before its first step."""
     metrics = workdir / "metrics.jsonl"
-    if (
-        str(workdir) in console.aliases
-        or not metrics.exists()
-        or (workdir / "result.json").exists()
-    ):
-        return False  # a bucket's checkpoints are not here
-    if any(workdir.glob("*/checkpoints")):
-        return False  # a finished part, such as the plain run, is worth keeping
-    saved = [folder.name for folder in workdir.glob("checkpoints/*")]
-    if any(not name.startswith(f"step_{0:08d}") for name in saved):
-        return False
-    return all(line["step"] == 0 for line in _parsed(metrics))
+    return (
+        str(workdir) not in console.aliases  # a bucket's checkpoints are not here
+        and metrics.exists()
+        and not (workdir / "result.json").exists()
+        and not any(workdir.glob("*/checkpoints"))  # a finished part, such as the plain run
+        and all(saved.name.startswith("step_00000000") for saved in workdir.glob("checkpoints/*"))
+        and all(line["step"] == 0 for line in _parsed(metrics))
+    )
 
 
 def _start_over(workdir: pathlib.Path, reason: str) -> None:
@@ -247,53 +227,40 @@ def _start_over(workdir: pathlib.Path, reason: str) -> None:
 
 
 def _check_same(workdir: pathlib.Path, before: dict, now: dict, extend: bool) -> None:
-    if before.get("task") != now["task"]:
-        task = before.get("task")
+    """Raise WorkdirError unless two flat configs say the same, where that matters."""
+    if (task := before.get("task")) != now["task"]:
         raise WorkdirError(
-            f"workdir {workdir} holds a run of config.task={task}: give {now['task']} a folder of "
-            "its own"
+            f"workdir {workdir} holds a run of config.task={task}: "
+            f"give {now['task']} a folder of its own"
         )
-    differ = []
+    measured = before.get("data.normalization") == now.get("data.normalization") == "measured"
+    free = FREE | set(MEASURED if measured else ())  # the recorded statistics are used
+    differ = {}
     for name in sorted(before.keys() | now.keys()):
         old, new = before.get(name), now.get(name)
-        if name.startswith(("runtime.", "health.")) or name in FREE or old == new:
+        unknown_then = name not in before and (new is False or ADDED.get(name) == new)
+        if old == new or name.startswith(("runtime.", "health.")) or name in free or unknown_then:
             continue
-        if (
-            name in MEASURED
-            and before.get("data.normalization") == now.get("data.normalization") == "measured"
-        ):
-            continue  # the recorded ones are used
-        if name not in before and (new is False or ADDED.get(name) == new):
-            continue
-        if (
-            name == "epochs"
-            and extend
-            and isinstance(old, int)
-            and isinstance(new, int)
-            and new > old
-        ):
+        if name == "epochs" and extend and isinstance(old, int) and old < (new or 0):
             logging.warning(
                 "extending from %d to %d epochs: the learning rate's cosine changes with it",
                 old,
                 new,
             )
             continue
-        differ.append(f"{name} was {old!r}, is {new!r}")
+        differ[name] = f"{name} was {old!r}, is {new!r}"
     if differ:
-        hint = (
-            " (--extend allows more epochs)" if any(d.startswith("epochs ") for d in differ) else ""
-        )
-        raise WorkdirError(
-            f"workdir {workdir} holds a run of another config: {'; '.join(differ)}{hint}"
-        )
+        hint = " (--extend allows more epochs)" if "epochs" in differ else ""
+        listed = "; ".join(differ.values())
+        raise WorkdirError(f"workdir {workdir} holds a run of another config: {listed}{hint}")
 
 
 class Metrics:
     """Appends scalars to metrics.jsonl, a JSON object per line, and to loggers.
 
-    A resumed run drops lines from steps that it will do again, and a torn last line. What it
-    measures again at the very step of the checkpoint (the clusters of the epoch that starts there)
-    is the same and is not written twice. Only the first process writes.
+    A resumed run drops a torn last line, and the lines of steps that it will do again. What it
+    measures again at the checkpoint's own step (the clusters of the epoch that begins there) is the
+    same and is not written twice. Only the first process writes.
     """
 
     def __init__(
@@ -346,7 +313,7 @@ class Metrics:
 
 
 def _parsed(path: pathlib.Path) -> list[dict]:
-    """The lines of a metrics file, without torn ones; none where there is no file."""
+    """Return the lines of a metrics file without torn ones; none where there is no file."""
     lines = []
     if path.exists():
         for text in path.read_text(errors="replace").splitlines():

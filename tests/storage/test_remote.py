@@ -278,6 +278,19 @@ def test_a_workdir_has_one_owner(cloud, quick, capsys, monkeypatch):
     assert cloud.names("owned") == ["owned/a.txt"] and cloud.read("owned/a.txt") == b"one"
 
 
+def test_of_two_that_start_at_once_one_is_refused(cloud, monkeypatch):
+    first, second = (Mirror(f"gs://{NAME}/at_once") for _ in range(2))
+    monkeypatch.setattr(Mirror, "_watch", lambda _: None)  # neither has seen the other
+    first.open()
+    lease = cloud.read(f"at_once/{OWNER}")
+    with pytest.raises(RemoteError, match=f"workdir gs://{NAME}/at_once is in use by process {os.getpid()} on "):
+        second.open()
+    second.close()
+    assert cloud.read(f"at_once/{OWNER}") == lease
+    first.close()
+    assert cloud.names("at_once") == []
+
+
 class Stopped(BaseException):
     """In place of the end of this process."""
 
@@ -307,12 +320,12 @@ class Cut:
         self.bucket, self.left = bucket, changes
 
     def __getattr__(self, name):
-        def call(target, *content):
+        def call(target, *content, **options):
             if name in ("rm_file", "pipe_file") and not target.endswith(OWNER):
                 self.left -= 1
                 if self.left < 0:
                     raise OSError("the machine is gone")
-            return getattr(self.bucket, name)(target, *content)
+            return getattr(self.bucket, name)(target, *content, **options)
 
         return call
 
