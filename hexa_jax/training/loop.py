@@ -22,6 +22,7 @@ from hexa_jax.core.console import StepTimer, log
 from hexa_jax.core.errors import ConfigError
 from hexa_jax.core.preemption import Diverged, PreemptionGuard, Terminated
 from hexa_jax.core.progress_bar import ProgressBar
+from hexa_jax.data.open import open_training_source
 from hexa_jax.data.source import Source
 from hexa_jax.evals.health import HIGHER_IS_BETTER
 from hexa_jax.models.norm import CLEAN, stats_collection
@@ -29,7 +30,7 @@ from hexa_jax.parallel import processes
 from hexa_jax.parallel.hardware import accelerator_warning, devices_in_words
 from hexa_jax.report import page
 from hexa_jax.storage.workdir import PLAIN, Metrics, open_workdir, write_json
-from hexa_jax.training.factory import make_schedule, make_scheme, make_trainer, open_training_source
+from hexa_jax.training.factory import make_schedule, make_trainer
 from hexa_jax.training.fit_memory import compile_to_fit
 from hexa_jax.training.initial_weights import (
     InitialWeights,
@@ -41,6 +42,7 @@ from hexa_jax.training.live_report import LiveReport
 from hexa_jax.training.normalization import settle_normalization
 from hexa_jax.training.online_health import Sample, make_sample
 from hexa_jax.training.online_probe import Probe, make_probe
+from hexa_jax.training.schemes import make_scheme
 from hexa_jax.training.step import CompiledSteps, Trainer, TrainState
 from hexa_jax.views.preview import ViewPreview
 

@@ -15,10 +15,11 @@ from small import small_config
 
 from configs.eval import knn as knn_config
 from hexa_jax import main
+from hexa_jax.data.open import open_training_source
 from hexa_jax.data.shapes import ShapesSource
 from hexa_jax.parallel.mesh import Layout
 from hexa_jax.training import memory
-from hexa_jax.training.factory import make_trainer, open_training_source
+from hexa_jax.training.factory import make_trainer
 from hexa_jax.training.memory import (
     Need,
     available,
