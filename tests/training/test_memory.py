@@ -28,6 +28,7 @@ from hexa_jax.training.memory import (
     microbatches_that_fit,
     needed,
 )
+from hexa_jax.training.step import Trainer
 
 # A step whose temporaries are large beside everything else that a process holds, told and measured.
 MEASURED = """
@@ -197,8 +198,8 @@ def test_a_compiler_that_refuses_the_program_is_one_line(monkeypatch, tmp_path, 
         def lower(self, *_):
             raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm.\nmore\nlines")
 
-    compiled = main.pretrain.__globals__["Trainer"].compile
-    monkeypatch.setattr("hexa_jax.training.step.Trainer.compile", lambda self: compiled(self)._replace(train=Refused()))
+    compiled = Trainer.compile
+    monkeypatch.setattr(Trainer, "compile", lambda self: compiled(self)._replace(train=Refused()))
     assert main.main(words(tmp_path / "run")) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert "does not fit the memory of cpu: use --config.runtime.microbatches=N" in line and "hbm" in line
@@ -253,7 +254,7 @@ def test_a_step_that_runs_out_leaves_the_workdir_to_the_corrected_command(tmp_pa
         return trainer, trainer.compile()._replace(train=exhausted)
 
     with monkeypatch.context() as patch:
-        patch.setattr("hexa_jax.training.loop.compile_to_fit", compiled)
+        patch.setattr("hexa_jax.training.run.compile_to_fit", compiled)
         assert main.main(words(tmp_path / "run")) == 1
     assert (tmp_path / "run" / "metrics.jsonl").exists()  # a first pass and a kNN were made
     assert main.main(words(tmp_path / "run", epochs=1, **{"linear.at_end": False})) == 0
