@@ -33,7 +33,8 @@ from benchmarks.turns import (
 )
 from hexa_jax.cli.command import parse_command
 from hexa_jax.core.errors import ConfigError
-from hexa_jax.training.factory import make_method, make_network, make_resolutions, make_scheme
+from hexa_jax.training.factory import make_method, make_network, make_resolutions
+from hexa_jax.training.schemes import make_scheme
 from hexa_jax.views import HardView
 from hexa_jax.views.base import LABEL
 from hexa_jax.views.cutmix import CutMix

@@ -244,6 +244,8 @@ def test_data(mistake, tmp_path):
         ),
         ("moco", {"shuffle_block": 5}, "shuffle_block=5 does not divide batch_size=16: use 4 or 8"),
         ("moco", {"shuffle_block": 0}, "config.shuffle_block=0 must be positive"),
+        ("moco", {"moco.temperature": 0.0}, "config.moco.temperature=0.0 must be positive"),
+        ("moco", {"swav.queue_length": -1}, "config.swav.queue_length=-1 must be 0 or more"),  # unused, but a mistake
         ("moco", {"moco.queue_size": 40}, "moco.queue_size=40 is not a multiple of batch_size=16: use 32, 48"),
         ("moco", {"data.num_crops": "(3,)"}, "moco takes two crops of one size, a query and a key"),
         ("moco", {"data.num_crops": "(8,)"}, "moco takes two crops of one size, a query and a key"),

@@ -46,11 +46,11 @@ from hexa_jax.cli.guard import guarded
 from hexa_jax.cli.words import Mistake, only_settings, parser, source_of
 from hexa_jax.core.console import log
 from hexa_jax.core.recipes import recipe_file
+from hexa_jax.data.open import open_training_source
 from hexa_jax.data.sources import SOURCES
 from hexa_jax.parallel.processes import TPU_VM, launcher
 from hexa_jax.storage import gcs
 from hexa_jax.storage.workdir import flatten
-from hexa_jax.training.factory import open_training_source
 from hexa_jax.training.memory import in_words
 
 ANY_RECIPE = "photographs"  # whose keys are those of all recipes

@@ -1,5 +1,6 @@
 """How a run ends early: SIGTERM, which saves first, or numbers that are not finite."""
 
+import pathlib
 import signal
 from typing import Any
 
@@ -13,6 +14,11 @@ class Diverged(RuntimeError):
 
 class Terminated(Exception):
     """SIGTERM arrived, and the state is saved."""
+
+    @classmethod
+    def after(cls, step: int, folder: pathlib.Path) -> "Terminated":
+        """What to raise where the state of a step is saved in a workdir."""
+        return cls(f"SIGTERM: saved step {step} in {folder}; the same command resumes it")
 
 
 class PreemptionGuard:

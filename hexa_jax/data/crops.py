@@ -6,16 +6,20 @@ Legend: N rows, V crops, S side of a crop.
 """
 
 import dataclasses
+import math
 from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 
 from hexa_jax.core.batch import Batch
+from hexa_jax.core.errors import ConfigError
 from hexa_jax.data.augment import Photometric, augment
 from hexa_jax.data.device_crop import random_resized_crop
 
 GEOMETRY, PHOTOMETRY, TURNS = 0, 1, 2
+# What `data.flip` says: probabilities of mirroring left and right, top and bottom.
+FLIPS = {"none": (0.0, 0.0), "horizontal": (0.5, 0.0), "vertical": (0.0, 0.5), "both": (0.5, 0.5)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,6 +33,9 @@ class Resolution:
         ratio: smallest and largest width / height.
         flip, vertical_flip: probabilities of mirroring left and right, top and bottom.
         quarter_turns: whether to turn by 0 to 3 quarters, each as likely.
+
+    Raises:
+        ConfigError: a scale or ratio that no crop can have.
     """
 
     count: int
@@ -38,6 +45,17 @@ class Resolution:
     flip: float = 0.5
     vertical_flip: float = 0.0
     quarter_turns: bool = False
+
+    def __post_init__(self) -> None:
+        if not 0 < self.scale[0] <= self.scale[1] <= 1:
+            raise ConfigError(
+                "crop scales are shares of the image with 0 < min <= max <= 1, not "
+                f"{self.scale[0]} and {self.scale[1]}"
+            )
+        if len(self.ratio) != 2 or not 0 < self.ratio[0] <= self.ratio[1] < math.inf:
+            raise ConfigError(
+                f"data.aspect_ratio={self.ratio} must be (low, high) with 0 < low <= high"
+            )
 
 
 def crop_number(resolutions: Sequence[Resolution], key_crops: int, crop_set: int) -> int:

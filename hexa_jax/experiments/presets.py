@@ -8,7 +8,7 @@ import itertools
 from collections.abc import Sequence
 
 from hexa_jax.experiments.sweep import Cell, Entry, Stage
-from hexa_jax.training.factory import SCHEMES
+from hexa_jax.training.schemes import SCHEMES
 
 BETAS = ((1, 1), (5, 0.1), (5, 0.5), (5, 1), (5, 2), (5, 3), (5, 4), (5, 5))  # Fig. 5
 STRENGTHS = (1, 3)  # Fig. 4, epsilon and eta

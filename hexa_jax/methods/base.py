@@ -76,12 +76,27 @@ class Spec(NamedTuple):
     turned: bool = False
 
 
+def check_positive(block: str, **fields: float) -> None:
+    """Raise ValueError, one line, where a field of the block `config.BLOCK` is not above 0."""
+    for name, value in fields.items():
+        if value <= 0:
+            raise ValueError(f"{block}.{name}={value} must be positive")
+
+
+def check_not_negative(block: str, **fields: float) -> None:
+    """Raise ValueError, one line, where a field of the block `config.BLOCK` is below 0."""
+    for name, value in fields.items():
+        if value < 0:
+            raise ValueError(f"{block}.{name}={value} must be 0 or more")
+
+
 class Method:
     """What the train step asks of a method; what most methods do alike is done here.
 
-    A subclass is a frozen dataclass whose fields are its block `config.NAME`. It is one of two
-    kinds: `LabelsBeforeStep` or `LabelsFromOutputs`. Its own trainable parameters, if it has any,
-    are `params["method"]`.
+    A subclass is a frozen dataclass whose fields are its block `config.NAME`. Its `__post_init__`
+    raises ValueError, one line that begins with NAME.FIELD, for a value that cannot work. It is one
+    of two kinds: `LabelsBeforeStep` or `LabelsFromOutputs`. Its own trainable parameters, if it has
+    any, are `params["method"]`.
     """
 
     key_crops = 0  # views per example that only a target encoder sees

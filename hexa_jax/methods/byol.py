@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from hexa_jax.core.batch import Batch
-from hexa_jax.methods.base import Encode, LabelsBeforeStep, Spec, Targets
+from hexa_jax.methods.base import Encode, LabelsBeforeStep, Spec, Targets, check_positive
 from hexa_jax.models.heads import ProjectionHead
 
 
@@ -40,8 +40,7 @@ class BYOL(LabelsBeforeStep):
     def __post_init__(self) -> None:
         if not 0 <= self.momentum <= 1:
             raise ValueError(f"byol.momentum={self.momentum} must be between 0 and 1")
-        if self.predictor_hidden < 1:
-            raise ValueError(f"byol.predictor_hidden={self.predictor_hidden} must be positive")
+        check_positive("byol", predictor_hidden=self.predictor_hidden)
 
     def check(self, spec: Spec) -> None:
         if spec.num_crops != (2,):

@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec as P
 from hexa_jax.core.batch import Batch
 from hexa_jax.losses import prototype_cross_entropy
 from hexa_jax.methods.bank import Bank, describe_clusters
-from hexa_jax.methods.base import Encode, LabelsBeforeStep, Spec, Targets
+from hexa_jax.methods.base import Encode, LabelsBeforeStep, Spec, Targets, check_positive
 
 
 class DeepClusterState(NamedTuple):
@@ -60,6 +60,9 @@ class DeepCluster(LabelsBeforeStep):
     temperature: float
 
     needs_first_pass = True
+
+    def __post_init__(self) -> None:
+        check_positive("deepcluster", **vars(self))
 
     def check(self, spec: Spec) -> None:
         if self.assign_crops > spec.num_crops[0]:

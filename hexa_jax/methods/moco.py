@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from hexa_jax.core.batch import Batch
 from hexa_jax.losses import info_nce
-from hexa_jax.methods.base import Encode, LabelsBeforeStep, Spec, Targets
+from hexa_jax.methods.base import Encode, LabelsBeforeStep, Spec, Targets, check_positive
 
 
 class MoCoState(NamedTuple):
@@ -78,6 +78,9 @@ class MoCo(LabelsBeforeStep):
 
     key_crops = 1
     pairs_own_crop = True
+
+    def __post_init__(self) -> None:
+        check_positive("moco", queue_size=self.queue_size, temperature=self.temperature)
 
     def check(self, spec: Spec) -> None:
         check_queue("moco", self.queue_size, spec)

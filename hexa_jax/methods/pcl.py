@@ -21,7 +21,7 @@ from jax.sharding import PartitionSpec as P
 from hexa_jax.core.batch import Batch
 from hexa_jax.losses import prototype_cross_entropy
 from hexa_jax.methods.bank import Bank, describe_clusters
-from hexa_jax.methods.base import Encode, LabelsBeforeStep, Spec, Targets
+from hexa_jax.methods.base import Encode, LabelsBeforeStep, Spec, Targets, check_positive
 from hexa_jax.methods.moco import MoCo, MoCoState, check_queue, queue_warnings
 
 SMOOTHING = 10  # alpha of equation 12: keeps small clusters from counting as overly dense
@@ -114,9 +114,12 @@ class PCL(LabelsBeforeStep):
     pairs_own_crop = True
 
     def __post_init__(self) -> None:
-        for name in ("queue_size", "temperature", "iterations"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"pcl.{name}={getattr(self, name)} must be positive")
+        check_positive(
+            "pcl",
+            queue_size=self.queue_size,
+            temperature=self.temperature,
+            iterations=self.iterations,
+        )
         if not 0 <= self.momentum <= 1:
             raise ValueError(f"pcl.momentum={self.momentum} must be from 0 to 1")
         if not self.num_clusters or min(self.num_clusters) < 1:

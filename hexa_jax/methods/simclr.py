@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from hexa_jax.core.batch import Batch
-from hexa_jax.methods.base import LabelsFromOutputs, Spec, Targets
+from hexa_jax.methods.base import LabelsFromOutputs, Spec, Targets, check_positive
 
 
 class Candidates(NamedTuple):
@@ -37,6 +37,9 @@ class SimCLR(LabelsFromOutputs):
 
     live_dictionary = True
     pairs_own_crop = True
+
+    def __post_init__(self) -> None:
+        check_positive("simclr", temperature=self.temperature)
 
     def check(self, spec: Spec) -> None:
         if spec.num_crops != (2,):

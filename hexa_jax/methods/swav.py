@@ -16,7 +16,13 @@ from jax.sharding import PartitionSpec as P
 
 from hexa_jax.core.batch import Batch
 from hexa_jax.losses import sinkhorn
-from hexa_jax.methods.base import LabelsFromOutputs, Spec, Targets
+from hexa_jax.methods.base import (
+    LabelsFromOutputs,
+    Spec,
+    Targets,
+    check_not_negative,
+    check_positive,
+)
 
 
 class SwAVState(NamedTuple):
@@ -61,6 +67,22 @@ class SwAV(LabelsFromOutputs):
     queue_length: int
     queue_start_epoch: int
     freeze_steps: int
+
+    def __post_init__(self) -> None:
+        check_positive(
+            "swav",
+            num_prototypes=self.num_prototypes,
+            assign_crops=self.assign_crops,
+            temperature=self.temperature,
+            epsilon=self.epsilon,
+            iterations=self.iterations,
+        )
+        check_not_negative(
+            "swav",
+            queue_length=self.queue_length,
+            queue_start_epoch=self.queue_start_epoch,
+            freeze_steps=self.freeze_steps,
+        )
 
     def check(self, spec: Spec) -> None:
         if self.assign_crops > spec.num_crops[0]:

@@ -8,9 +8,10 @@ import jax
 from ml_collections import ConfigDict
 
 from hexa_jax.checkpoint.checkpointer import CheckpointError, Checkpoints
+from hexa_jax.data.open import open_training_source
 from hexa_jax.data.source import Source
 from hexa_jax.storage.workdir import with_added
-from hexa_jax.training.factory import make_trainer, open_training_source
+from hexa_jax.training.factory import make_trainer
 from hexa_jax.training.step import Trainer, TrainState
 
 

@@ -8,12 +8,12 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from hexa_jax.data.open import open_source
 from hexa_jax.data.source import DataError, Source
 from hexa_jax.data.subset import spread
 from hexa_jax.evals.features import EvalImages, extract, make_extractor, raw_pixels
 from hexa_jax.evals.knn import accuracy, knn_predict
 from hexa_jax.evals.linear import linear_probe
-from hexa_jax.training.factory import open_source
 from hexa_jax.training.step import Trainer, TrainState
 
 PIXEL_BYTES = 2 << 30

@@ -16,10 +16,11 @@ from hexa_jax.cli.command import parse_command
 from hexa_jax.cli.facts import data_facts, network_of_weights
 from hexa_jax.cli.words import Mistake, source_of
 from hexa_jax.core import compiled
+from hexa_jax.data.open import open_training_source
 from hexa_jax.data.source import DataError
 from hexa_jax.data.sources import make_source
 from hexa_jax.storage.workdir import flatten
-from hexa_jax.training.factory import make_trainer, open_training_source
+from hexa_jax.training.factory import make_trainer
 from hexa_jax.training.online_probe import make_probe
 
 

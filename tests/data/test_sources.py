@@ -17,6 +17,7 @@ from PIL import Image
 from configs import common
 from hexa_jax.cli.words import source_of
 from hexa_jax.data.decode import BadImage, decode
+from hexa_jax.data.open import open_training_source
 from hexa_jax.data.pipeline import BadImages, read_or_replace
 from hexa_jax.data.shapes import ShapesSource, make_shapes
 from hexa_jax.data.sources import (
@@ -32,7 +33,6 @@ from hexa_jax.data.sources import (
     paths,
     tar,
 )
-from hexa_jax.training.factory import open_training_source
 
 
 def write_image(path, value: int = 100) -> None:

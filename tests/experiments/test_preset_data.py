@@ -11,10 +11,11 @@ from official_archives import encoded, prepare, write_cifar, write_official_tars
 
 from hexa_jax.cli.command import parse_command
 from hexa_jax.core.errors import ConfigError
+from hexa_jax.data.open import open_source, open_training_source
 from hexa_jax.evals.backbone import Backbone
 from hexa_jax.evals.tasks.labelled import open_both
 from hexa_jax.experiments.presets import GRIDS, PRESETS
-from hexa_jax.training.factory import make_trainer, open_source, open_training_source
+from hexa_jax.training.factory import make_trainer
 
 SYNSETS = ("n01440764", "n02102040")  # of ImageNet and of Imagenette
 PUBLISHED = {"imagenet": 1_281_167, "imagenette": 9_469, "cifar10": 50_000, "tiny": 128}  # images to train on

@@ -26,7 +26,8 @@ from hexa_jax import main
 from hexa_jax.checkpoint import checkpointer
 from hexa_jax.checkpoint.checkpointer import Checkpoints
 from hexa_jax.data.shapes import ShapesSource
-from hexa_jax.training import loop
+from hexa_jax.training import loop, step_report
+from hexa_jax.training import run as run_module
 from hexa_jax.training.step import Trainer
 
 STEPS, EVERY = 16, 2
@@ -70,9 +71,9 @@ def programs():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Trainer, "_reduced_gradients", planted)
         patch.setattr(Trainer, "compile", build_once)
-        patch.setattr(loop, "compile_to_fit", lambda config, trainer, source: (trainer, trainer.compile()))
-        patch.setattr(loop, "make_probe", lambda *_: None)
-        patch.setattr(loop._Run, "_finish", lambda self: self.checkpoints.wait())
+        patch.setattr(run_module, "compile_to_fit", lambda config, trainer, source: (trainer, trainer.compile()))
+        patch.setattr(run_module, "make_probe", lambda *_: None)
+        patch.setattr(loop, "_finish", lambda run, *_: run.checkpoints.wait())
         yield steps
 
 
@@ -133,7 +134,7 @@ def test_a_slow_source_changes_nothing_but_is_told(run, undisturbed, tmp_path, m
     assert all(0 <= share <= 1 for share in waits) and max(waits) > 0.5, waits
     told = [line for line in ended.stdout.splitlines() if "waited for input" in line]
     assert f"waited for input {max(waits):.0%} of the time" in "\n".join(told)
-    assert len(told) == sum(share > loop.STARVED for share in waits)
+    assert len(told) == sum(share > step_report.STARVED for share in waits)
 
 
 # ---- numbers ----

@@ -80,7 +80,7 @@ def test_stopped_in_either_half_it_goes_on_to_the_same_results(config, whole, tm
         def close(self):
             pass
 
-    monkeypatch.setattr(loop, "PreemptionGuard", Guard)
+    monkeypatch.setattr("hexa_jax.training.run.PreemptionGuard", Guard)
     first_pass = 2
     Guard.left = first_pass + 3
     with pytest.raises(Terminated, match=r"step 3 .*plain"):

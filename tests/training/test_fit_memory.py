@@ -8,9 +8,10 @@ import pytest
 from small import small_config
 
 from hexa_jax.core.errors import ConfigError
+from hexa_jax.data.open import open_training_source
 from hexa_jax.parallel.mesh import Layout
 from hexa_jax.training import fit_memory, memory
-from hexa_jax.training.factory import make_trainer, open_training_source
+from hexa_jax.training.factory import make_trainer
 from hexa_jax.training.fit_memory import compile_to_fit, same_results
 from hexa_jax.training.memory import Need
 

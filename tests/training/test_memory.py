@@ -15,10 +15,11 @@ from small import small_config
 
 from configs.eval import knn as knn_config
 from hexa_jax import main
+from hexa_jax.data.open import open_training_source
 from hexa_jax.data.shapes import ShapesSource
 from hexa_jax.parallel.mesh import Layout
 from hexa_jax.training import memory
-from hexa_jax.training.factory import make_trainer, open_training_source
+from hexa_jax.training.factory import make_trainer
 from hexa_jax.training.memory import (
     Need,
     available,
@@ -27,6 +28,7 @@ from hexa_jax.training.memory import (
     microbatches_that_fit,
     needed,
 )
+from hexa_jax.training.step import Trainer
 
 # A step whose temporaries are large beside everything else that a process holds, told and measured.
 MEASURED = """
@@ -196,8 +198,8 @@ def test_a_compiler_that_refuses_the_program_is_one_line(monkeypatch, tmp_path, 
         def lower(self, *_):
             raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm.\nmore\nlines")
 
-    compiled = main.pretrain.__globals__["Trainer"].compile
-    monkeypatch.setattr("hexa_jax.training.step.Trainer.compile", lambda self: compiled(self)._replace(train=Refused()))
+    compiled = Trainer.compile
+    monkeypatch.setattr(Trainer, "compile", lambda self: compiled(self)._replace(train=Refused()))
     assert main.main(words(tmp_path / "run")) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert "does not fit the memory of cpu: use --config.runtime.microbatches=N" in line and "hbm" in line
@@ -252,7 +254,7 @@ def test_a_step_that_runs_out_leaves_the_workdir_to_the_corrected_command(tmp_pa
         return trainer, trainer.compile()._replace(train=exhausted)
 
     with monkeypatch.context() as patch:
-        patch.setattr("hexa_jax.training.loop.compile_to_fit", compiled)
+        patch.setattr("hexa_jax.training.run.compile_to_fit", compiled)
         assert main.main(words(tmp_path / "run")) == 1
     assert (tmp_path / "run" / "metrics.jsonl").exists()  # a first pass and a kNN were made
     assert main.main(words(tmp_path / "run", epochs=1, **{"linear.at_end": False})) == 0

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from small import SmallRun, largest_difference, small_config
 
-from hexa_jax.training.factory import make_scheme
+from hexa_jax.training.schemes import make_scheme
 
 
 @pytest.fixture(scope="module")

@@ -7,10 +7,11 @@ from command_line import finished, lines
 from small import SmallRun, small_config
 
 from hexa_jax.checkpoint.checkpointer import CheckpointError, Checkpoints
+from hexa_jax.core.errors import ConfigError
 from hexa_jax.data.decode import BadImage
 from hexa_jax.evals import health
 from hexa_jax.evals.backbone import check_checkpoint, load_backbone
-from hexa_jax.training.factory import ConfigError, make_trainer
+from hexa_jax.training.factory import make_trainer
 from hexa_jax.training.online_health import make_sample
 
 SIZES = {"precision": "float32", "health.images": 21, "knn.resize": 12, "knn.crop": 12}

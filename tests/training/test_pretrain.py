@@ -12,14 +12,19 @@ from hexa_jax.training import loop
 def no_run(monkeypatch):
     """The start of a run without the run itself."""
 
-    class Run:
+    class Nothing:
         def __init__(self, *_):
             pass
 
         def run(self):
-            return {}
+            pass
 
-    monkeypatch.setattr(loop, "_Run", Run)
+        def close(self):
+            pass
+
+    for name in ("open_run", "LiveReport", "_Loop"):
+        monkeypatch.setattr(loop, name, Nothing)
+    monkeypatch.setattr(loop, "_finish", lambda *_: {})
 
 
 def warnings_of(config, tmp_path, caplog):

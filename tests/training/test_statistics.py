@@ -61,7 +61,7 @@ def stop_at(monkeypatch, call, killed):
                 raise KeyboardInterrupt
             return self.calls >= call
 
-    monkeypatch.setattr("hexa_jax.training.loop.PreemptionGuard", Stop)
+    monkeypatch.setattr("hexa_jax.training.run.PreemptionGuard", Stop)
 
 
 @pytest.fixture(scope="module")

@@ -23,8 +23,9 @@ from small import SmallRun, largest_difference, small_config
 from configs import common
 from hexa_jax.core.errors import ConfigError
 from hexa_jax.methods.simclr import Candidates, SimCLR
-from hexa_jax.training.factory import make_scheme, make_trainer, scheme_views
+from hexa_jax.training.factory import make_trainer
 from hexa_jax.training.input import TrainingData
+from hexa_jax.training.schemes import make_scheme, scheme_views
 from hexa_jax.views import VIEWS, Attack, adversarial
 from hexa_jax.views.extra import Extra
 from hexa_jax.views.hard_crop import HardCrop

@@ -151,9 +151,7 @@ class _Tuning:
         )
         _, history = loop.run(self._initial(optimizer), stop)
         if number + 1 < rates and stop.reached():
-            raise Terminated(
-                f"SIGTERM: saved step {self.total} in {folder}; the same command resumes it"
-            )
+            raise Terminated.after(self.total, folder)
         return history
 
     def _evaluate(self, state: TuneState, epoch: float) -> dict[str, float]:

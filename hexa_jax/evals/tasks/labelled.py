@@ -14,6 +14,7 @@ from ml_collections import ConfigDict
 
 from hexa_jax.core.console import StepTimer, log
 from hexa_jax.core.errors import ConfigError
+from hexa_jax.data.open import SOURCE_SETTINGS, open_source
 from hexa_jax.data.source import DataError, Source
 from hexa_jax.data.subset import Subset, spread
 from hexa_jax.evals.backbone import RANDOM, Backbone, load_backbone, random_backbone
@@ -23,7 +24,7 @@ from hexa_jax.evals.tasks.image_size import with_size
 from hexa_jax.models.norm import CLEAN, NormMode, stats_collection
 from hexa_jax.parallel import processes
 from hexa_jax.parallel.mesh import make_mesh
-from hexa_jax.training.factory import SOURCE_SETTINGS, make_devices, open_source
+from hexa_jax.training.factory import make_devices
 
 # what else has no influence on features
 _FEATURES_OF = ("checkpoint", "random", "seed", "data", "grid", "precision")

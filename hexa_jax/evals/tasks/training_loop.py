@@ -97,9 +97,7 @@ class TrainingLoop:
                     checkpoints.save(step, state, {"history": history})
                 if stopping and step < self.total:
                     checkpoints.wait()
-                    raise Terminated(
-                        f"SIGTERM: saved step {step} in {self.folder}; the same command resumes it"
-                    )
+                    raise Terminated.after(step, self.folder)
         finally:
             metrics.close()
         return state, history
