@@ -1,4 +1,4 @@
-"""A wheel alone, in an empty folder: doctor, pretrain on a folder of all sorts of files, evaluate, export."""
+"""A wheel alone, in an empty folder: each command of `hexa` on a folder of all sorts of files."""
 
 import os
 import pathlib
@@ -79,7 +79,7 @@ def test_the_wheel_holds_the_package_and_nothing_else(wheel):
     assert "hexa_jax/py.typed" in names
 
 
-def test_three_commands_in_an_empty_folder(venv, tmp_path):
+def test_the_commands_in_an_empty_folder(venv, tmp_path):
     photos, labeled, empty = tmp_path / "my photos", tmp_path / "labeled", tmp_path / "empty"
     photos.mkdir()
     empty.mkdir()
@@ -104,9 +104,15 @@ def test_three_commands_in_an_empty_folder(venv, tmp_path):
         assert (empty / "W" / name).is_file()
     told = hexa("evaluate", "W", "knn", f"--data={labeled}", "--config.neighbours=(3,)")
     assert "knn3_tau0.07" in told and (empty / "W" / "knn" / "result.json").is_file()
-    hexa("export", "W", "--format=torchvision", "--output=out/backbone.safetensors")
-    assert (empty / "out" / "backbone.safetensors").stat().st_size > 10_000
-    assert sorted(path.name for path in empty.iterdir()) == ["W", "out"]
+    told = hexa("embed", "W", photos, "--output=photos.csv")
+    assert f"{GOOD} x " in told and "2 of 42 images cannot be read" in told
+    assert len((empty / "photos.csv").read_text().splitlines()) == 1 + GOOD
+    hexa("explore", "W", photos, "--output=photos.html")
+    assert "large.png" in (empty / "photos.html").read_text()
+    for file in ("torchvision.safetensors", "onnx.onnx"):
+        hexa("export", "W", f"--format={file.partition('.')[0]}", f"--output=out/{file}")
+        assert (empty / "out" / file).stat().st_size > 10_000
+    assert sorted(path.name for path in empty.iterdir()) == ["W", "out", "photos.csv", "photos.html"]
 
 
 def test_the_script_tells_its_version(venv):
