@@ -177,7 +177,7 @@ def peer_side(case, state, batch):
 def same_boxes(monkeypatch, config, crops, rng):
     """Both sides cut and paste the same: partners, and one box a crop."""
     partner = rng.permutation(config.batch_size)
-    monkeypatch.setattr("hexa_jax.training.objective.block_permutation", lambda *_: jnp.asarray(partner, jnp.int32))
+    monkeypatch.setattr("hexa_jax.training.step_context.block_permutation", lambda *_: jnp.asarray(partner, jnp.int32))
     monkeypatch.setattr(torch, "randperm", lambda *_, **__: torch.from_numpy(partner))
     boxes = {}
     for x in crops:
