@@ -111,7 +111,7 @@ def test_an_unfinished_table_is_not_left_behind(table, tmp_path):
         (("W", "P", "--output=table.csv", "--clusters=0"), "whole number above 0"),
         (("W", "P", "--output=table.csv", "--clusters=33"), "more than the 32 images"),
         (("W", "P/none", "--output=table.csv"), "does not exist"),
-        (("W", "nonsense:x", "--output=table.csv"), "does not exist"),
+        (("W", "nonsense:x", "--output=table.csv"), "unknown data source"),
         (("P", "P", "--output=table.csv"), "neither a file nor the workdir"),
         (("random", "P", "--output=table.csv"), "random weights"),
         (("W", "P", "--output=table.csv", "--colour=red"), "unrecognized arguments"),
