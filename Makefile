@@ -12,7 +12,7 @@ export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.jax_cache
 export HEXA_DATA ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install dev quickstart test test-slow lint types bench soak audit notebooks docs clean
+.PHONY: help install dev quickstart test test-fast test-slow lint types bench soak audit notebooks docs clean
 
 help:  ## list the tasks
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 22
@@ -44,6 +44,9 @@ quickstart: .venv/.installed-$(ACCELERATOR)  ## pre-train HEXA_DCluster on gener
 
 test: .venv/.installed-dev  ## the whole suite
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+
+test-fast: .venv/.installed-dev  ## the files that take seconds
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m 'not slow and not long'
 
 test-slow: .venv/.installed-dev  ## the tests that take many minutes (TPU compiles, and a GPU's where .[aot-gpu] is installed)
 	$(BIN)/pip install --quiet --no-deps --target .cache/libtpu libtpu==0.0.42  # apart: jax would look for a TPU in every run
