@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from hexa_jax.experiments.paired import ALPHA, holm
-from hexa_jax.experiments.study import METRIC, PRESETS, TRAINING, Study, longer_epochs
+from hexa_jax.experiments.study import METRIC, PRESETS, TRAINING, Study, cost, longer_epochs
 from hexa_jax.experiments.study_page import CONTROLS, Declaration, Results, by_seed, rows
 
 
@@ -56,7 +56,7 @@ def claims(
     return claimed
 
 
-def _passes(study: Study, name: str) -> Mapping[str, float]:
+def _passes(study: Study, name: str) -> Mapping[str, int]:
     """Forward-sized passes over one image in all epochs: of the arm and of its controls."""
     base, arm = next(
         (base, arm)
@@ -65,11 +65,10 @@ def _passes(study: Study, name: str) -> Mapping[str, float]:
         if f"{base.name}-{arm.name}" == name
     )
     epochs = PRESETS[study.preset].sizes[study.part].epochs
-    plain, later = epochs * base.passes, max(0, epochs - arm.start) * base.crops
     return {
-        "plain": plain,
-        "extra": plain + epochs * base.crops * TRAINING,
-        "longer": longer_epochs(base, arm, epochs) * base.passes,
-        "noise": plain + later * TRAINING,
-        "arm": plain + later * arm.passes,
+        "plain": cost(base, epochs),
+        "extra": cost(base, epochs, TRAINING),
+        "longer": cost(base, longer_epochs(base, arm, epochs)),
+        "noise": cost(base, epochs, TRAINING, arm.start),
+        "arm": cost(base, epochs, arm.passes, arm.start),
     }

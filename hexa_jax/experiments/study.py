@@ -257,10 +257,21 @@ PRESETS = {
 # ---- From a part to a grid -----------------------------------------------------------------------
 
 
+def cost(base: Base, epochs: int, added: int = 0, start: int = 0) -> int:
+    """Forward-sized passes over one image in `epochs`.
+
+    Args:
+        base: the plain run.
+        epochs: how many.
+        added: passes that a view adds for each crop that is learned from.
+        start: epoch (from 0) from which on it adds them.
+    """
+    return epochs * base.passes + max(0, epochs - start) * base.crops * added
+
+
 def longer_epochs(base: Base, arm: Arm, epochs: int) -> int:
     """Epochs of the plain run that cost as much as the arm's `epochs`, rounded up."""
-    cost = epochs * base.passes + max(0, epochs - arm.start) * base.crops * arm.passes
-    return -(-cost // base.passes)
+    return -(-cost(base, epochs, arm.passes, arm.start) // base.passes)
 
 
 @dataclasses.dataclass(frozen=True)
