@@ -143,8 +143,13 @@ def apply_normalization(config: ConfigDict, workdir: pathlib.Path) -> None:
     """Give a config the measured pixel statistics that its workdir records, if any."""
     recorded = workdir / NORMALIZATION
     if config.task == "pretrain" and config.data.normalization == "measured" and recorded.exists():
-        found = json.loads(recorded.read_text())
-        config.data.update({key: tuple(found[key]) for key in ("pixel_mean", "pixel_std")})
+        try:
+            found = json.loads(recorded.read_text())
+            config.data.update({key: tuple(found[key]) for key in ("pixel_mean", "pixel_std")})
+        except (ValueError, KeyError, TypeError):
+            raise WorkdirError(
+                f"{recorded} is damaged: remove it, and the pixels are measured again"
+            ) from None
 
 
 def with_added(config: ConfigDict) -> ConfigDict:

@@ -37,6 +37,14 @@ def test_an_evaluation_is_sent_to_a_folder_of_its_own(tmp_path):
         open_workdir(str(tmp_path / "run"), config)
 
 
+def test_damaged_pixel_statistics_are_named(tmp_path, config):
+    config.data.normalization = "measured"
+    open_workdir(str(tmp_path), config)
+    for text in ("{", "{}", "[]"):
+        (tmp_path / workdir.NORMALIZATION).write_text(text)
+        assert "normalization.json is damaged" in refused(tmp_path, config)
+
+
 def test_a_new_folder_holds_the_config(tmp_path, config):
     folder = open_workdir(str(tmp_path / "deep" / "run"), config)
     assert folder == tmp_path / "deep" / "run"
