@@ -69,12 +69,12 @@ class Comparison:
     def text(self, alpha: float = ALPHA) -> str:
         """For a table: mean and interval; a dash for no pairs.
 
-        The mean alone for one pair, and for so few that differences agree by chance: an interval of
+        The mean alone for one pair, and for two whose differences agree by chance: an interval of
         no width would look like certainty.
         """
         if not self.pairs:
             return "-"
-        if self.pairs == 1 or self.half_width(alpha) < 0.05:
+        if self.pairs == 1 or (self.pairs == 2 and self.half_width(alpha) < 0.05):
             return f"{self.mean:+.1f}"
         low, high = self.interval(alpha)
         return f"{self.mean:+.1f} [{low:+.1f}, {high:+.1f}]"

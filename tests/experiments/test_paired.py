@@ -41,6 +41,7 @@ def test_few_pairs_show_nothing():
     assert none.text() == "-" and math.isnan(none.mean) and none.p == 1
     assert one.text() == "+2.0" and one.p == 1 and one.interval() == (-math.inf, math.inf)
     assert Comparison((-2.7, -2.7)).text() == "-2.7", "two equal differences are no certainty"
+    assert Comparison((2.0, 2.01, 2.0, 2.01)).text() == "+2.0 [+2.0, +2.0]", "four are some"
     same = Comparison((0.0, 0.0, 0.0))
     assert same.p == 1 and same.interval() == (0, 0) and Comparison((1.0, 1.0)).p == 0
 

@@ -151,11 +151,8 @@ def check_classes(train: Source, held_out: Source) -> None:
     names = [list(source.class_names or []) for source in (train, held_out)]
     if train.num_classes != held_out.num_classes:
         numbers = f"{held_out.num_classes} classes to test on, {train.num_classes} to train on"
-        if (
-            names[1]
-            and (lacking := sorted(set(names[0]) - set(names[1])))
-            and set(names[1]) < set(names[0])
-        ):
+        if names[1] and set(names[1]) < set(names[0]):
+            lacking = sorted(set(names[0]) - set(names[1]))
             raise DataError(
                 f"{numbers}: no held-out image is of {', '.join(map(str, lacking[:3]))}"
                 f"{', ...' if len(lacking) > 3 else ''}; add one of each, or leave these classes "
